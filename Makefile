@@ -1,0 +1,35 @@
+# `make test` is what CI runs. Everything lives in .venv, which scripts/install.py sets up.
+PYTHON ?= python3
+BIN := .venv/bin
+# As many test processes as cores, with one thread each: more of either fight over the cores.
+WORKERS ?= 2
+PYTEST_FLAGS ?=
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: install lint format test demo clean
+
+install:
+	@$(PYTHON) scripts/install.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
+
+demo: install
+	$(BIN)/python -m benchmarks.demo
+
+clean:
+	rm -rf .venv build dist *.egg-info htmlcov coverage.xml .coverage .coverage.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis vllm_shadowkv/_C*.so
+	find vllm_shadowkv tests scripts benchmarks -name __pycache__ -prune -exec rm -rf {} +

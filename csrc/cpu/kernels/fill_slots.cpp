@@ -1,0 +1,122 @@
+// A miss is one chunk of one KV head: its keys are rebuilt from the shadow page (rebuild.h), its
+// values copied from the host pool. Misses of a row and head are in token order, so neighbours that
+// lie in one block find its basis in the cache.
+//
+// A miss reads (chunk_size + head_size) * rank bytes of factors, or chunk_size * head_size exact
+// keys, and one value record; it writes chunk_size * head_size keys and as many values.
+#include "cpu/kernels/fill_slots.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/rebuild.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+namespace {
+
+// One miss, found in the tables.
+struct Miss {
+  bool usable = false;  // else it names no chunk, block or slot, or has no position
+  int64_t head;
+  int64_t chunk;  // in its block
+  int64_t position;
+  const uint8_t* page;
+  const uint8_t* record;  // in the host pool
+  uint8_t* slot_page;
+  int64_t slot;  // in its page
+};
+
+// Walks the misses in order.
+class Misses {
+ public:
+  explicit Misses(const FillSlotsParams& params, int64_t begin)
+      : p_(params),
+        group_(std::upper_bound(p_.first_miss, p_.first_miss + p_.rows * p_.layout.num_kv_heads + 1,
+                                begin) -
+               p_.first_miss - 1) {}
+
+  // `index` is not below that of the call before.
+  Miss at(int64_t index) {
+    const PageLayout& layout = p_.layout;
+    while (index >= p_.first_miss[group_ + 1]) ++group_;
+    const int64_t row = group_ / layout.num_kv_heads;
+    const int64_t head = group_ % layout.num_kv_heads;
+    const int64_t place = p_.misses[group_ * p_.places + index - p_.first_miss[group_]];
+    if (place < 0 || place >= p_.places) return {};
+    const int64_t chunk = p_.chunk_ids[group_ * p_.places + place];
+    const int64_t slot = p_.slot_ids[group_ * p_.places + place];
+    if (chunk < 0 || slot < 0) return {};
+
+    const int64_t column = chunk / layout.chunks();
+    const int64_t slot_column = slot / layout.slots_per_page;
+    if (column >= p_.max_blocks || slot_column >= p_.slot_columns) return {};
+    const int64_t block = p_.block_table[row * p_.block_table_stride + column];
+    const int64_t slot_page = p_.slot_table[row * p_.slot_table_stride + slot_column];
+    if (block <= 0 || block >= p_.num_blocks) return {};
+    if (slot_page < 0 || slot_page >= p_.num_slot_pages) return {};
+
+    const int64_t position = chunk * layout.chunk_size;
+    if (!p_.rotary.covers(position, layout.chunk_size)) {
+      beyond_ = std::max(beyond_, position + layout.chunk_size - 1);
+      return {};
+    }
+    const int64_t inside = chunk % layout.chunks();
+    return {
+        .usable = true,
+        .head = head,
+        .chunk = inside,
+        .position = position,
+        .page = p_.pages + block * p_.page_stride,
+        .record = p_.host_pool + block * p_.host_pool_stride +
+                  (head * layout.chunks() + inside) * layout.value_record_bytes,
+        .slot_page = p_.slot_pages + slot_page * p_.slot_page_stride,
+        .slot = slot % layout.slots_per_page,
+    };
+  }
+
+  // The highest position seen that the rotary table lacks, or -1.
+  int64_t beyond() const { return beyond_; }
+
+ private:
+  const FillSlotsParams& p_;
+  int64_t group_;  // row * num_kv_heads + head of the last miss
+  int64_t beyond_ = -1;
+};
+
+template <typename T, int kHeadSize>
+int64_t fill_slots(const FillSlotsParams& p, int64_t begin, int64_t end) {
+  const PageLayout& layout = p.layout;
+  const int64_t chunk_elements = layout.chunk_size * kHeadSize;
+  if (begin == end) return -1;
+  Misses misses(p, begin);
+  Miss miss = misses.at(begin);
+  for (int64_t index = begin; index < end; ++index) {
+    const Miss next = index + 1 < end ? misses.at(index + 1) : Miss{};
+    if (miss.usable) {
+      const int64_t offset = (miss.head * layout.slots_per_page + miss.slot) * chunk_elements;
+      // The basis is most of what a miss reads, and lies in many places of a large pool.
+      const bool other_basis = next.usable && (next.page != miss.page || next.head != miss.head);
+      const int8_t* next_basis =
+          other_basis && layout.rank != 0 ? head_basis(layout, next.page, next.head) : nullptr;
+      rebuild_chunk<T, kHeadSize>(
+          layout, miss.page, miss.head, miss.chunk, miss.position, p.rotary, next_basis,
+          reinterpret_cast<T*>(miss.slot_page + layout.slot_keys) + offset, kHeadSize);
+      fetch_chunk<T, kHeadSize>(layout, miss.record,
+                                reinterpret_cast<T*>(miss.slot_page + layout.slot_values) + offset,
+                                kHeadSize);
+    }
+    miss = next;
+  }
+  return misses.beyond();
+}
+
+}  // namespace
+
+int64_t fill_slots_kernel(const FillSlotsParams& p, int64_t begin, int64_t end) {
+  return dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
+    return fill_slots<T, kHeadSize>(p, begin, end);
+  });
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

@@ -1,0 +1,168 @@
+// A part is one head of one block: its landmarks, outliers and (rank 0) exact keys, and an even
+// share of the rows that belong to all heads, so that parts cost the same.
+//
+// A block reads block_size * num_kv_heads * head_size keys once, (block_size + num_kv_heads *
+// head_size) * rank * 4 bytes of factors twice (largest value, then codes: the second time from the
+// cache), and writes its shadow page.
+#include "cpu/kernels/pack_block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/numeric.h"
+#include "cpu/kernels/quantise.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+namespace {
+
+constexpr int kMaxChunkSize = 16;
+
+// Lowest cosine between a chunk's keys and their mean, which it writes too; NaN where a key has
+// one.
+template <int kHeadSize>
+float lowest_cosine(const float* keys, int64_t size, float* mean) {
+  constexpr int kVectors = kHeadSize / kLanes;
+  FloatV landmark[kVectors] = {};
+  for (int64_t t = 0; t < size; ++t) {
+    for (int v = 0; v < kVectors; ++v) landmark[v] += load(keys + t * kHeadSize + v * kLanes);
+  }
+  FloatV square = {};
+  for (int v = 0; v < kVectors; ++v) {
+    landmark[v] /= static_cast<float>(size);
+    store(mean + v * kLanes, landmark[v]);
+    square += landmark[v] * landmark[v];
+  }
+  const float norm = std::sqrt(sum(square));
+  float lowest = 2.0f;  // above every cosine
+  for (int64_t t = 0; t < size; ++t) {
+    FloatV dot = {};
+    FloatV key_square = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatV key = load(keys + t * kHeadSize + v * kLanes);
+      dot += key * landmark[v];
+      key_square += key * key;
+    }
+    const float product = std::sqrt(sum(key_square)) * norm;
+    const float cosine = sum(dot) / (product < 1e-12f ? 1e-12f : product);
+    if (!(cosine >= lowest)) lowest = cosine;  // a NaN stays
+  }
+  return lowest;
+}
+
+// Keeps a head's outliers sorted, worst first, ties to the lower chunk; NaN is the best of cosines.
+void insert_outlier(int32_t chunk, float cosine, int64_t capacity, int64_t* count, int32_t* ids,
+                    float* cosines) {
+  int64_t place = *count;
+  while (place > 0 &&
+         (cosine < cosines[place - 1] || (std::isnan(cosines[place - 1]) && !std::isnan(cosine)))) {
+    --place;
+  }
+  if (place == capacity) return;
+  *count = std::min(*count + 1, capacity);
+  for (int64_t i = *count - 1; i > place; --i) {
+    ids[i] = ids[i - 1];
+    cosines[i] = cosines[i - 1];
+  }
+  ids[place] = chunk;
+  cosines[place] = cosine;
+}
+
+// Landmarks and outliers of one head, and its exact keys.
+template <typename T, int kHeadSize>
+void pack_head(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page) {
+  const PageLayout& layout = p.layout;
+  const int64_t size = layout.chunk_size;
+  const int64_t chunks = layout.chunks();
+  const int64_t stride = layout.width();
+  const T* keys = static_cast<const T*>(p.keys) + i * layout.block_size * stride + head * kHeadSize;
+  auto* landmarks = reinterpret_cast<int8_t*>(page + layout.landmarks) + head * chunks * kHeadSize;
+  auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
+  auto* outliers =
+      reinterpret_cast<int32_t*>(page + layout.outlier_ids) + head * layout.num_outliers;
+  auto* cosines =
+      reinterpret_cast<float*>(page + layout.outlier_cosines) + head * layout.num_outliers;
+
+  int64_t found = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    alignas(64) float rows[kMaxChunkSize * kHeadSize];
+    alignas(64) float mean[kHeadSize];
+    for (int64_t t = 0; t < size; ++t) {
+      widen(keys + (chunk * size + t) * stride, 1, kHeadSize, rows + t * kHeadSize);
+    }
+    const float cosine = lowest_cosine<kHeadSize>(rows, size, mean);
+    scales[chunk] = quantisation_scale(mean, kHeadSize);
+    quantise_row(mean, kHeadSize, scales[chunk], landmarks + chunk * kHeadSize);
+    insert_outlier(static_cast<int32_t>(chunk), cosine, layout.num_outliers, &found, outliers,
+                   cosines);
+  }
+
+  if (layout.rank == 0) {
+    T* exact =
+        reinterpret_cast<T*>(page + layout.exact_keys) + head * layout.block_size * kHeadSize;
+    for (int64_t t = 0; t < layout.block_size; ++t) {
+      std::copy_n(keys + t * stride, kHeadSize, exact + t * kHeadSize);
+    }
+    return;
+  }
+  T* exact = reinterpret_cast<T*>(page + layout.outlier_keys) +
+             head * layout.num_outliers * size * kHeadSize;
+  for (int64_t o = 0; o < layout.num_outliers; ++o) {
+    for (int64_t t = 0; t < size; ++t) {
+      std::copy_n(keys + (outliers[o] * size + t) * stride, kHeadSize,
+                  exact + (o * size + t) * kHeadSize);
+    }
+  }
+}
+
+// One head's share of the block's coefficient and basis rows, and its mean key.
+template <int kHeadSize>
+void pack_factors(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page) {
+  const PageLayout& layout = p.layout;
+  const int64_t rank = layout.rank;
+  const int64_t heads = layout.num_kv_heads;
+  const int64_t width = layout.width();
+
+  const float* coefficients = p.coefficients + i * layout.block_size * rank;
+  auto* codes = reinterpret_cast<int8_t*>(page + layout.coefficients);
+  auto* scales = reinterpret_cast<float*>(page + layout.coefficient_scales);
+  const int64_t last_token = (head + 1) * layout.block_size / heads;
+  for (int64_t t = head * layout.block_size / heads; t < last_token; ++t) {
+    scales[t] = quantisation_scale(coefficients + t * rank, rank);
+    quantise_row(coefficients + t * rank, rank, scales[t], codes + t * rank);
+  }
+
+  const float* basis = p.basis + i * rank * width;
+  auto* basis_codes = reinterpret_cast<int8_t*>(page + layout.basis);
+  auto* basis_scales = reinterpret_cast<float*>(page + layout.basis_scales);
+  const int64_t last_row = (head + 1) * rank / heads;
+  for (int64_t r = head * rank / heads; r < last_row; ++r) {
+    basis_scales[r] = quantisation_scale(basis + r * width, width);
+    for (int64_t h = 0; h < heads; ++h) {
+      quantise_row(basis + r * width + h * kHeadSize, kHeadSize, basis_scales[r],
+                   basis_codes + (h * rank + r) * kHeadSize);
+    }
+  }
+
+  std::copy_n(p.mean + i * width + head * kHeadSize, kHeadSize,
+              reinterpret_cast<float*>(page + layout.mean) + head * kHeadSize);
+}
+
+}  // namespace
+
+void pack_block_kernel(const PackBlockParams& p, int64_t begin, int64_t end) {
+  dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t i = part / p.layout.num_kv_heads;
+      const int64_t head = part % p.layout.num_kv_heads;
+      const int64_t block = p.block_ids[i];
+      if (block <= 0 || block >= p.num_blocks) continue;
+      uint8_t* page = p.pages + block * p.page_stride;
+      pack_head<T, kHeadSize>(p, i, head, page);
+      if (p.layout.rank != 0) pack_factors<kHeadSize>(p, i, head, page);
+    }
+  });
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

@@ -1,0 +1,184 @@
+// Keys of a sealed block out of its shadow page: what fill_slots and expand_blocks share.
+//
+// A key is mean + coefficient_scale[t] * sum over r of coefficient[t, r] * basis_scale[r] *
+// basis[r, :], in fp32, turned to its position. A call reads kRebuildTokens * rank bytes of
+// coefficients and rank * head_size bytes of basis; the multiply-adds (kRebuildTokens * rank *
+// head_size) bound it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels/numeric.h"
+#include "cpu/kernels/rotary_table.h"
+#include "layout.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+
+// Tokens rebuilt at once; every chunk size is a multiple of it.
+constexpr int kRebuildTokens = 8;
+// Weights of so many basis rows are made at once; they and the sums stay in the L1 cache.
+constexpr int kRebuildPanel = 64;
+
+// to[i] = from[i], rounded, for i < size (a multiple of kMaxLanes).
+template <typename T>
+inline void narrow(const float* from, int64_t size, T* to) {
+  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(from + i));
+}
+
+// sums[t][0 : kVectors * kLanes] += weights[t][r] * basis[r][...] over `rows` rows, for kTokens
+// tokens. kTokens * kVectors sums are in registers. Rows at `next` are brought to the cache
+// meanwhile.
+template <int kTokens, int kVectors, int kHeadSize>
+inline void add_basis_rows(const int8_t* basis, const float (*weights)[kRebuildPanel], int64_t rows,
+                           float* sums, const int8_t* next) {
+  FloatV sum[kTokens][kVectors];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) sum[t][v] = load(sums + t * kHeadSize + v * kLanes);
+  }
+  for (int64_t r = 0; r < rows; ++r, basis += kHeadSize) {
+    if (next) __builtin_prefetch(next + r * kHeadSize, 0, 2);
+    FloatV row[kVectors];
+    for (int v = 0; v < kVectors; ++v) row[v] = load(basis + v * kLanes);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int v = 0; v < kVectors; ++v) sum[t][v] += weights[t][r] * row[v];
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int v = 0; v < kVectors; ++v) store(sums + t * kHeadSize + v * kLanes, sum[t][v]);
+  }
+}
+
+// One head's basis: int8 [rank, head_size].
+inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, int64_t head) {
+  return reinterpret_cast<const int8_t*>(page + layout.basis) +
+         head * layout.rank * layout.head_size;
+}
+
+// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE.
+template <int kHeadSize>
+inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
+                          int64_t token, const int8_t* next, float* keys) {
+  // 8 registers of sums hide the latency of an add; AVX-512 has twice the registers.
+  constexpr int kTile = kLanes >= 16 ? 8 : 4;
+  const int64_t rank = layout.rank;
+  const auto* coefficients =
+      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * rank;
+  const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
+  const int8_t* basis = head_basis(layout, page, head);
+  const auto* basis_scales = reinterpret_cast<const float*>(page + layout.basis_scales);
+  const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
+
+  for (int t = 0; t < kRebuildTokens; ++t) std::copy_n(mean, kHeadSize, keys + t * kHeadSize);
+  float weights[kRebuildTokens][kRebuildPanel];
+  for (int64_t first = 0; first < rank; first += kRebuildPanel) {
+    const int64_t rows = std::min<int64_t>(kRebuildPanel, rank - first);
+    for (int t = 0; t < kRebuildTokens; ++t) {
+      const int8_t* row = coefficients + t * rank + first;
+      const float scale = scales[t];
+      for (int64_t r = 0; r < rows; ++r) weights[t][r] = row[r] * (scale * basis_scales[first + r]);
+    }
+    const int8_t* panel = basis + first * kHeadSize;
+    for (int d = 0; d < kHeadSize / (2 * kLanes) * (2 * kLanes); d += 2 * kLanes) {
+      for (int t = 0; t < kRebuildTokens; t += kTile) {
+        add_basis_rows<kTile, 2, kHeadSize>(
+            panel + d, weights + t, rows, keys + t * kHeadSize + d,
+            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+      }
+    }
+    if constexpr (kHeadSize % (2 * kLanes) != 0) {
+      constexpr int d = kHeadSize - kLanes;
+      for (int t = 0; t < kRebuildTokens; t += kTile) {
+        add_basis_rows<kTile, 1, kHeadSize>(
+            panel + d, weights + t, rows, keys + t * kHeadSize + d,
+            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+      }
+    }
+  }
+}
+
+// Turns one key to its position.
+inline void turn(const RotaryTable& rotary, int64_t position, float* __restrict key) {
+  const int64_t half = rotary.rotary_dim / 2;
+  const float* __restrict cos = rotary.cos_sin + position * rotary.rotary_dim;
+  const float* __restrict sin = cos + half;
+  if (rotary.is_neox) {
+    float* __restrict first = key;
+    float* __restrict second = key + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = first[i];
+      const float b = second[i];
+      first[i] = a * cos[i] - b * sin[i];
+      second[i] = b * cos[i] + a * sin[i];
+    }
+  } else {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = key[2 * i];
+      const float b = key[2 * i + 1];
+      key[2 * i] = a * cos[i] - b * sin[i];
+      key[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+// The outlier of this head that chunk `chunk` of the block is, or -1.
+inline int64_t outlier_of(const PageLayout& layout, const uint8_t* page, int64_t head,
+                          int64_t chunk) {
+  const auto* ids =
+      reinterpret_cast<const int32_t*>(page + layout.outlier_ids) + head * layout.num_outliers;
+  for (int64_t i = 0; i < layout.num_outliers; ++i) {
+    if (ids[i] == chunk) return i;
+  }
+  return -1;
+}
+
+// Writes one chunk's keys, `position` its first token's: T [chunk_size, kHeadSize], token rows
+// `stride` elements apart. Keys that a page holds exactly are copied.
+template <typename T, int kHeadSize>
+inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t head,
+                          int64_t chunk, int64_t position, const RotaryTable& rotary,
+                          const int8_t* next, T* out, int64_t stride) {
+  const int64_t size = layout.chunk_size;
+  const int64_t outlier = layout.rank == 0 ? -1 : outlier_of(layout, page, head, chunk);
+  if (layout.rank == 0 || outlier >= 0) {
+    const T* exact = layout.rank == 0
+                         ? reinterpret_cast<const T*>(page + layout.exact_keys) +
+                               (head * layout.chunks() + chunk) * size * kHeadSize
+                         : reinterpret_cast<const T*>(page + layout.outlier_keys) +
+                               (head * layout.num_outliers + outlier) * size * kHeadSize;
+    for (int64_t t = 0; t < size; ++t)
+      std::copy_n(exact + t * kHeadSize, kHeadSize, out + t * stride);
+    return;
+  }
+  for (int64_t first = 0; first < size; first += kRebuildTokens) {
+    alignas(64) float keys[kRebuildTokens * kHeadSize];
+    low_rank_keys<kHeadSize>(layout, page, head, chunk * size + first, next, keys);
+    for (int t = 0; t < kRebuildTokens; ++t) {
+      float* key = keys + t * kHeadSize;
+      turn(rotary, position + first + t, key);
+      narrow(key, kHeadSize, out + (first + t) * stride);
+    }
+  }
+}
+
+// Writes one chunk's values from its record in the host pool: T [chunk_size, kHeadSize], token rows
+// `stride` elements apart.
+template <typename T, int kHeadSize>
+inline void fetch_chunk(const PageLayout& layout, const uint8_t* record, T* out, int64_t stride) {
+  const int64_t size = layout.chunk_size;
+  if (!layout.value_int8) {
+    const T* values = reinterpret_cast<const T*>(record);
+    for (int64_t t = 0; t < size; ++t)
+      std::copy_n(values + t * kHeadSize, kHeadSize, out + t * stride);
+    return;
+  }
+  const auto* scales = reinterpret_cast<const float*>(record);
+  const auto* codes = reinterpret_cast<const int8_t*>(record + 4 * size);
+  for (int64_t t = 0; t < size; ++t) {
+    alignas(64) float row[kHeadSize];
+    for (int d = 0; d < kHeadSize; ++d) row[d] = codes[t * kHeadSize + d] * scales[t];
+    narrow(row, kHeadSize, out + t * stride);
+  }
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

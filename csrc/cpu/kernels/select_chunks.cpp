@@ -1,0 +1,243 @@
+// Scores the landmarks of one row and KV head and picks its chunks, in two passes.
+//
+// Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
+// query heads of the group; this is what the op costs. Writes group fp32 logits per chunk.
+// Pick: reads the logits three times (they fit the second-level cache) and the outliers of each
+// block, writes `columns` ids. The k-th best score is found through a histogram of the scores'
+// upper bits and a partial sort of the bin it falls into; one more pass then emits ids in ascending
+// order.
+#include "cpu/kernels/select_chunks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/kernels/numeric.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+namespace {
+
+// A chunk's place in the order: a larger key is picked first.
+constexpr uint32_t kUnusable = 0;
+constexpr uint32_t kForced = 0xffffffff;
+constexpr uint32_t kNan = 0xfffffffe;  // above every number, where torch's sort puts NaN too
+
+constexpr int kBinBits = 11;
+
+template <typename T>
+const T* section(const SelectChunksParams& p, int64_t block, int64_t offset, int64_t index) {
+  return reinterpret_cast<const T*>(p.pages + block * p.page_stride + offset) + index;
+}
+
+// The physical id in a column of a row's block table, 0 where it is invalid.
+int64_t block_at(const SelectChunksParams& p, int64_t row, int64_t column) {
+  const int64_t block = p.block_table[row * p.table_stride + column];
+  return block > 0 && block < p.num_pages ? block : 0;
+}
+
+// Floats per query head; a whole number of vectors.
+int64_t logits_stride(const SelectChunksParams& p, int64_t num_blocks) {
+  return (num_blocks * p.layout.chunks() + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+}
+
+// Maps floats to integers of the same order.
+SHADOWKV_INLINE UintV ordered(FloatV x) {
+  const UintV bits = (UintV)(x + 0.0f);  // -0 becomes 0
+  const UintV negative = (UintV)((IntV)bits >> 31);
+  const UintV key = bits ^ (negative | 0x80000000);
+  return x != x ? kNan + UintV{} : key;
+}
+SHADOWKV_INLINE uint32_t ordered(float x) { return ordered(splat(x))[0]; }
+
+// log(sum(exp(x))) of `size` values, a multiple of kLanes.
+float log_sum_exp(const float* x, int64_t size) {
+  FloatV largest = splat(-kInfinity);
+  for (int64_t i = 0; i < size; i += kLanes) largest = max_or_nan(largest, load(x + i));
+  const float top = max_or_nan(largest);
+  if (std::isinf(top)) return top;
+  FloatV total{};
+  for (int64_t i = 0; i < size; i += kLanes) total += exp_negative(load(x + i) - top);
+  return top + std::log(sum(total));
+}
+
+// Forces the outliers with the lowest cosines that are neither unusable nor forced already, as many
+// as there is room for. Returns how many.
+int64_t force_outliers(const SelectChunksParams& p, int64_t row, int64_t head, int64_t num_blocks,
+                       uint32_t* keys) {
+  const int64_t room = p.columns - p.budget_chunks - kSinkChunks - kLocalChunks;
+  const int64_t per_block = p.layout.num_outliers;
+  if (room <= 0 || per_block == 0) return 0;
+  thread_local std::vector<uint64_t> candidates;  // cosine in the upper half, chunk in the lower
+  candidates.clear();
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t block = block_at(p, row, i);
+    if (block == 0) continue;
+    const auto* ids = section<int32_t>(p, block, p.layout.outlier_ids, head * per_block);
+    const auto* cosines = section<float>(p, block, p.layout.outlier_cosines, head * per_block);
+    for (int64_t j = 0; j < per_block; ++j) {
+      if (ids[j] < 0 || ids[j] >= p.layout.chunks()) continue;
+      const uint64_t chunk = i * p.layout.chunks() + ids[j];
+      if (keys[chunk] == kForced) continue;
+      candidates.push_back(uint64_t{ordered(cosines[j])} << 32 | chunk);
+    }
+  }
+  const int64_t taken = std::min<int64_t>(room, candidates.size());
+  std::nth_element(candidates.begin(), candidates.begin() + taken, candidates.end());
+  int64_t forced = 0;
+  for (int64_t i = 0; i < taken; ++i) {
+    uint32_t& key = keys[candidates[i] & 0xffffffff];
+    forced += key != kForced;
+    key = kForced;
+  }
+  return forced;
+}
+
+struct Threshold {
+  uint32_t key;    // all larger keys are picked
+  int64_t equals;  // and so many that equal it
+};
+
+// The threshold that picks `count` of the usable keys, or all of them if there are fewer.
+Threshold find_threshold(const uint32_t* keys, int64_t size, int64_t count) {
+  constexpr int kShift = 32 - kBinBits;
+  if (count <= 0) return {kForced, 0};
+  thread_local std::vector<uint32_t> bins(size_t{2} << kBinBits), inside;
+  std::fill(bins.begin(), bins.end(), 0);
+  // Neighbours often fall into one bin; two histograms let their increments overlap.
+  uint32_t *even = bins.data(), *odd = bins.data() + (1 << kBinBits);
+  for (int64_t i = 0; i < size; i += 2) {
+    ++even[keys[i] >> kShift];
+    ++odd[keys[i + 1] >> kShift];
+  }
+  int64_t larger = 0;
+  for (int64_t bin = (1 << kBinBits) - 1; bin >= 0; --bin) {
+    const int64_t in_bin = even[bin] + odd[bin];
+    if (larger + in_bin < count) {
+      larger += in_bin;
+      continue;
+    }
+    inside.resize(size);
+    int64_t found = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      inside[found] = keys[i];
+      found += keys[i] >> kShift == static_cast<uint32_t>(bin);
+    }
+    const int64_t rank = count - larger - 1;
+    std::nth_element(inside.begin(), inside.begin() + rank, inside.begin() + found,
+                     std::greater<uint32_t>());
+    const uint32_t key = inside[rank];
+    if (key == kUnusable) break;
+    for (int64_t i = 0; i < rank; ++i) larger += inside[i] > key;
+    return {key, count - larger};
+  }
+  return {kUnusable, 0};
+}
+
+}  // namespace
+
+int64_t select_num_blocks(const SelectChunksParams& p, int64_t row) {
+  if (p.seq_lens[row] <= 0 || p.exact_start[row] <= 0) return 0;
+  return std::min(p.exact_start[row] / p.layout.block_size, p.table_width);
+}
+
+int64_t select_logits_size(const SelectChunksParams& p, int64_t row) {
+  return p.group * logits_stride(p, select_num_blocks(p, row));
+}
+
+void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head, int64_t begin,
+                          int64_t end, float* logits) {
+  const int64_t chunks = p.layout.chunks(), size = p.layout.head_size;
+  const int64_t stride = logits_stride(p, select_num_blocks(p, row));
+  thread_local std::vector<float> query;
+  query.resize(p.group * size);
+  dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
+    const T* rows = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                    head * p.group * p.query_head_stride;
+    for (int64_t g = 0; g < p.group; ++g) {
+      widen(rows + g * p.query_head_stride, 1, size, query.data() + g * size);
+    }
+  });
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t block = block_at(p, row, i);
+    float* out = logits + i * chunks;
+    if (block == 0) {
+      for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
+      continue;
+    }
+    const auto* landmarks = section<int8_t>(p, block, p.layout.landmarks, head * chunks * size);
+    dot_products(query.data(), p.group, size, landmarks, chunks, size, size, out, stride);
+    const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
+    for (int64_t g = 0; g < p.group; ++g) {
+      for (int64_t c = 0; c < chunks; ++c) out[g * stride + c] *= scales[c] * p.scale;
+    }
+  }
+}
+
+void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, float* logits) {
+  int32_t* ids = p.chunk_ids + (row * p.layout.num_kv_heads + head) * p.columns;
+  std::fill_n(ids, p.columns, -1);
+  const int64_t num_blocks = select_num_blocks(p, row);
+  const int64_t chunks = p.layout.chunks(), count = num_blocks * chunks;
+  const int64_t stride = logits_stride(p, num_blocks);
+  if (count == 0) return;
+
+  thread_local std::vector<uint32_t> key_memory;
+  key_memory.resize(stride);
+  uint32_t* keys = key_memory.data();
+  thread_local std::vector<float> sums;  // log-sum-exp of each query head
+  sums.resize(p.group);
+  for (int64_t g = 0; g < p.group; ++g) {
+    std::fill(logits + g * stride + count, logits + (g + 1) * stride, -kInfinity);
+    sums[g] = log_sum_exp(logits + g * stride, stride);
+  }
+  for (int64_t i = 0; i < stride; i += kLanes) {
+    FloatV score = load(logits + i) - sums[0];
+    for (int64_t g = 1; g < p.group; ++g) {
+      score = max_or_nan(score, load(logits + g * stride + i) - sums[g]);
+    }
+    const UintV key = ordered(score);
+    std::memcpy(keys + i, &key, sizeof key);
+  }
+  std::fill(keys + count, keys + stride, kUnusable);
+  int64_t forced = 0;
+  const int64_t local = p.seq_lens[row] - kLocalChunks * p.layout.chunk_size;
+  const int64_t newest = local > 0 ? local / p.layout.chunk_size : 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    uint32_t* block_keys = keys + i * chunks;
+    if (block_at(p, row, i) == 0) {
+      std::fill_n(block_keys, chunks, kUnusable);
+      continue;
+    }
+    for (int64_t c = i == 0 ? 0 : std::max<int64_t>(newest - i * chunks, 0); c < chunks; ++c) {
+      if (i * chunks + c >= kSinkChunks && i * chunks + c < newest) continue;
+      block_keys[c] = kForced;
+      ++forced;
+    }
+  }
+  forced += force_outliers(p, row, head, num_blocks, keys);
+
+  const Threshold threshold = find_threshold(keys, stride, forced + p.budget_chunks);
+  int64_t equals = threshold.equals, written = 0;
+  for (int64_t i = 0; i < stride && written < p.columns; i += kLanes) {
+    UintV lanes;
+    std::memcpy(&lanes, keys + i, sizeof lanes);
+    const IntV reached = lanes >= threshold.key;
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= reached[lane];
+    if (!any) continue;
+    for (int64_t id = i; id < i + kLanes && written < p.columns; ++id) {
+      if (keys[id] > threshold.key || (keys[id] == threshold.key && equals-- > 0)) {
+        ids[written++] = static_cast<int32_t>(id);
+      }
+    }
+  }
+}
+
+void select_chunks_kernel(const SelectChunksParams& p, int64_t row, int64_t head) {
+  thread_local std::vector<float> logits;
+  logits.resize(std::max<int64_t>(logits.size(), select_logits_size(p, row)));
+  select_logits_kernel(p, row, head, 0, select_num_blocks(p, row), logits.data());
+  select_pick_kernel(p, row, head, logits.data());
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

@@ -1,0 +1,391 @@
+// Attention of one token over the chunks in its slots and its exact tokens, per row and KV head.
+//
+// Reads each key and value once, for all query heads of the group: 2 * head_size elements per
+// token. A row is cut into splits of kSplitTokens; a split goes over its tokens in tiles that fit
+// the first cache, with the online softmax, all in fp32. Keys whose dimensions are adjacent (slots,
+// CUDA's exact pages) go through dot products; keys whose tokens are adjacent (exact pages on the
+// CPU) through sums over the dimensions in vectors of tokens; any other memory order is first
+// copied to fp32 rows.
+//
+// A partial result, in floats: the largest logit of each query head; the sum of exp(logit -
+// largest); the number of tokens; the sum of exp(logit - largest) * value, group * head_size.
+#include "cpu/kernels/sparse_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/kernels/numeric.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+namespace {
+
+constexpr int64_t kTile = 64;
+constexpr int64_t kSplitTokens = 512;
+static_assert(kTile % kMaxLanes == 0 && kSplitTokens % kTile == 0);
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// Exact tokens of a row that its table has a column for.
+Range exact_range(const SparseAttentionParams& p, int64_t row) {
+  const int64_t begin = std::max(p.exact_start[row], 0);
+  const int64_t end = std::min<int64_t>(p.seq_lens[row], p.exact_width * p.layout.exact_tokens);
+  return {begin, std::max(begin, end)};
+}
+
+int64_t num_slot_splits(const SparseAttentionParams& p) {
+  return (p.columns * p.layout.chunk_size + kSplitTokens - 1) / kSplitTokens;
+}
+
+// The places of a partial result.
+struct Partial {
+  float* largest;
+  float* total;
+  float* tokens;
+  float* values;
+};
+
+Partial partial_at(const SparseAttentionParams& p, float* memory) {
+  return {memory, memory + p.group, memory + 2 * p.group,
+          memory + round_up(2 * p.group + 1, kMaxLanes)};
+}
+
+// logits[q * kTile + t] = sum over d of queries[q * size + d] * keys[d * stride + t], for kVectors
+// vectors of tokens; the keys are read once for kQueries queries.
+template <int kQueries, int kVectors, typename T>
+SHADOWKV_INLINE void column_tile(const float* queries, const T* keys, int64_t stride, int64_t size,
+                                 float* logits) {
+  FloatV sums[kQueries][kVectors] = {};
+  for (int64_t d = 0; d < size; ++d) {
+    FloatV key[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) key[v] = load(keys + d * stride + v * kLanes);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const FloatV query = splat(queries[q * size + d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[q][v] += query * key[v];
+    }
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    for (int v = 0; v < kVectors; ++v) store(logits + q * kTile + v * kLanes, sums[q][v]);
+  }
+}
+
+// The same for num_tokens tokens, a multiple of kMaxLanes, and any number of queries.
+template <typename T>
+void column_products(const float* queries, int64_t num_queries, const T* keys, int64_t stride,
+                     int64_t num_tokens, int64_t size, float* logits) {
+  const auto tiles = [&]<int kVectors>(int64_t t) {
+    int64_t q = 0;
+    const auto heads = [&]<int kQueries>() {
+      for (; q + kQueries <= num_queries; q += kQueries) {
+        column_tile<kQueries, kVectors>(queries + q * size, keys + t, stride, size,
+                                        logits + q * kTile + t);
+      }
+    };
+    heads.template operator()<4>();
+    heads.template operator()<2>();
+    heads.template operator()<1>();
+  };
+  int64_t t = 0;
+  for (; t + 2 * kLanes <= num_tokens; t += 2 * kLanes) tiles.template operator()<2>(t);
+  for (; t < num_tokens; t += kLanes) tiles.template operator()<1>(t);
+}
+
+// sums[q * size + d] = decay[q] * sums[q * size + d] + sum over t of weights[q * kTile + t] *
+// values[t][d], for kVectors vectors of dimensions.
+template <int kQueries, int kVectors, typename T>
+SHADOWKV_INLINE void value_tile(const float* weights, const float* decay, const T* const* values,
+                                int64_t num_tokens, int64_t dim, int64_t size, float* sums) {
+  FloatV sum[kQueries][kVectors];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[q][v] = load(sums + q * size + dim + v * kLanes) * decay[q];
+    }
+  }
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    FloatV value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) value[v] = load(values[t] + dim + v * kLanes);
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const FloatV weight = splat(weights[q * kTile + t]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[q][v] += weight * value[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(sums + q * size + dim + v * kLanes, sum[q][v]);
+    }
+  }
+}
+
+template <typename T>
+void add_values(const float* weights, const float* decay, int64_t num_queries,
+                const T* const* values, int64_t num_tokens, int64_t size, float* sums) {
+  int64_t q = 0;
+  const auto heads = [&]<int kQueries>() {
+    for (; q + kQueries <= num_queries; q += kQueries) {
+      const auto tile = [&]<int kVectors>(int64_t dim) {
+        value_tile<kQueries, kVectors>(weights + q * kTile, decay + q, values, num_tokens, dim,
+                                       size, sums + q * size);
+      };
+      int64_t dim = 0;
+      for (; dim + 2 * kLanes <= size; dim += 2 * kLanes) tile.template operator()<2>(dim);
+      for (; dim < size; dim += kLanes) tile.template operator()<1>(dim);
+    }
+  };
+  heads.template operator()<4>();
+  heads.template operator()<2>();
+  heads.template operator()<1>();
+}
+
+// One split of one row and KV head.
+template <typename T>
+class Split {
+ public:
+  Split(const SparseAttentionParams& p, int64_t row, int64_t head, const Partial& partial)
+      : p_(p),
+        row_(row),
+        head_(head),
+        size_(p.layout.head_size),
+        partial_(partial),
+        memory_(scratch()) {
+    memory_.resize(p.group * (size_ + kTile + 1));
+    queries_ = memory_.data();
+    logits_ = queries_ + p.group * size_;
+    decay_ = logits_ + p.group * kTile;
+    const T* query = static_cast<const T*>(p.query) + row * p.query_row_stride +
+                     head * p.group * p.query_head_stride;
+    for (int64_t g = 0; g < p.group; ++g) {
+      widen(query + g * p.query_head_stride, 1, size_, queries_ + g * size_);
+    }
+    std::fill_n(partial.largest, p.group, -kInfinity);
+    std::fill_n(partial.total, p.group, 0.0f);
+    std::fill_n(partial.values, p.group * size_, 0.0f);
+    *partial.tokens = 0;
+  }
+
+  // The chunks in columns [begin, end) of slot_ids.
+  void add_slots(int64_t begin, int64_t end) {
+    const int64_t chunk = p_.layout.chunk_size, per_page = p_.layout.slots_per_page;
+    const int32_t* slots = p_.slot_ids + (row_ * p_.layout.num_kv_heads + head_) * p_.columns;
+    const int32_t* pages = p_.slot_table + row_ * p_.slot_table_stride;
+    const T* values[kTile];
+    int64_t tokens = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (slots[i] < 0 || slots[i] >= p_.pages_per_row * per_page) continue;
+      const int64_t page = pages[slots[i] / per_page];
+      if (page <= 0 || page >= p_.num_pages) continue;
+      const uint8_t* start = p_.slot_pages + page * p_.page_stride;
+      const int64_t place = (head_ * per_page + slots[i] % per_page) * chunk * size_;
+      const T* keys = reinterpret_cast<const T*>(start + p_.layout.slot_keys) + place;
+      const T* chunk_values = reinterpret_cast<const T*>(start + p_.layout.slot_values) + place;
+      // The values are needed in a moment; until then the dot products hide their way here.
+      for (int64_t j = 0; j < chunk * size_; j += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(chunk_values + j);
+      }
+      dot_products(queries_, p_.group, size_, keys, chunk, size_, size_, logits_ + tokens, kTile);
+      for (int64_t t = 0; t < chunk; ++t) values[tokens + t] = chunk_values + t * size_;
+      tokens += chunk;
+      if (tokens == kTile) {
+        add_tile(0, tokens, values);
+        tokens = 0;
+      }
+    }
+    if (tokens > 0) add_tile(0, tokens, values);
+  }
+
+  // The exact tokens [begin, end), of which no two tiles share an aligned kTile.
+  void add_exact(int64_t begin, int64_t end) {
+    const int64_t per_page = p_.layout.exact_tokens;
+    while (begin < end) {
+      const int64_t column = begin / per_page, first = column * per_page;
+      const int64_t place = begin - first;  // in its page
+      const int64_t last = std::min({end - first, per_page, place / kTile * kTile + kTile});
+      const int64_t page = p_.exact_table[row_ * p_.exact_table_stride + column];
+      if (page > 0 && page < p_.num_exact) add_exact_tile(page, place, last);
+      begin = first + last;
+    }
+  }
+
+ private:
+  static std::vector<float>& scratch() {
+    thread_local std::vector<float> memory;
+    return memory;
+  }
+
+  // Tokens [begin, end) of an exact page, inside one aligned kTile.
+  void add_exact_tile(int64_t page, int64_t begin, int64_t end) {
+    const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
+    const T* keys = static_cast<const T*>(p_.exact_keys) + page * ks.page + head_ * ks.head;
+    const T* values = static_cast<const T*>(p_.exact_values) + page * vs.page + head_ * vs.head;
+    const int64_t tokens = end - begin;
+    int64_t skipped = 0;  // lanes before the first token
+    if (ks.dim == 1) {
+      dot_products(queries_, p_.group, size_, keys + begin * ks.token, tokens, ks.token, size_,
+                   logits_, kTile);
+    } else if (ks.token == 1) {
+      // Whole vectors, so lanes may hold tokens that are not asked for; a page is a multiple of
+      // them.
+      const int64_t start = begin / kMaxLanes * kMaxLanes;
+      skipped = begin - start;
+      column_products(queries_, p_.group, keys + start, ks.dim, round_up(end, kMaxLanes) - start,
+                      size_, logits_);
+    } else {
+      float* rows = wide_rows(keys + begin * ks.token, ks.token, ks.dim, tokens, 0);
+      dot_products(queries_, p_.group, size_, rows, tokens, size_, size_, logits_, kTile);
+    }
+    if (vs.dim == 1) {
+      const T* pointers[kTile];
+      for (int64_t t = 0; t < tokens; ++t) pointers[t] = values + (begin + t) * vs.token;
+      add_tile(skipped, tokens, pointers);
+    } else {
+      const float* rows = wide_rows(values + begin * vs.token, vs.token, vs.dim, tokens, 1);
+      const float* pointers[kTile];
+      for (int64_t t = 0; t < tokens; ++t) pointers[t] = rows + t * size_;
+      add_tile(skipped, tokens, pointers);
+    }
+  }
+
+  // Copies tokens of any memory order to fp32 rows.
+  float* wide_rows(const T* from, int64_t token_stride, int64_t dim_stride, int64_t tokens,
+                   int which) {
+    thread_local std::vector<float> rows[2];
+    rows[which].resize(kTile * size_);
+    for (int64_t t = 0; t < tokens; ++t) {
+      widen(from + t * token_stride, dim_stride, size_, rows[which].data() + t * size_);
+    }
+    return rows[which].data();
+  }
+
+  // Adds a tile whose products are in lanes [skipped, skipped + tokens) of each row of logits_.
+  template <typename Value>
+  void add_tile(int64_t skipped, int64_t tokens, const Value* const* values) {
+    const int64_t end = round_up(skipped + tokens, kLanes);
+    for (int64_t g = 0; g < p_.group; ++g) {
+      float* logits = logits_ + g * kTile;
+      std::fill_n(logits, skipped, -kInfinity);
+      std::fill(logits + skipped + tokens, logits + end, -kInfinity);
+      FloatV largest = splat(partial_.largest[g]);
+      for (int64_t t = 0; t < end; t += kLanes) {
+        const FloatV scaled = load(logits + t) * p_.scale;
+        store(logits + t, scaled);
+        largest = max_or_nan(largest, scaled);
+      }
+      const float top = max_or_nan(largest);
+      // While no logit is above -inf, exp(-inf - 0) = 0 is wanted and not exp(-inf + inf) = NaN.
+      const float base = top == -kInfinity ? 0.0f : top;
+      FloatV total{};
+      for (int64_t t = 0; t < end; t += kLanes) {
+        const FloatV weight = exp_negative(load(logits + t) - base);
+        store(logits + t, weight);
+        total += weight;
+      }
+      decay_[g] = partial_.largest[g] == -kInfinity ? 0.0f : std::exp(partial_.largest[g] - base);
+      partial_.total[g] = partial_.total[g] * decay_[g] + sum(total);
+      partial_.largest[g] = top;
+    }
+    *partial_.tokens += tokens;
+    add_values(logits_ + skipped, decay_, p_.group, values, tokens, size_, partial_.values);
+  }
+
+  const SparseAttentionParams& p_;
+  int64_t row_, head_, size_;
+  Partial partial_;
+  std::vector<float>& memory_;
+  float *queries_, *logits_, *decay_;
+};
+
+}  // namespace
+
+int64_t attention_num_splits(const SparseAttentionParams& p, int64_t row) {
+  const Range exact = exact_range(p, row);
+  const int64_t first = exact.begin / kSplitTokens;
+  const int64_t exact_splits =
+      exact.end > exact.begin ? (exact.end + kSplitTokens - 1) / kSplitTokens - first : 0;
+  return num_slot_splits(p) + exact_splits;
+}
+
+int64_t attention_partial_size(const SparseAttentionParams& p) {
+  return round_up(2 * p.group + 1, kMaxLanes) + p.group * p.layout.head_size;
+}
+
+void attention_split_kernel(const SparseAttentionParams& p, int64_t row, int64_t head,
+                            int64_t split, float* partial) {
+  const int64_t slot_splits = num_slot_splits(p);
+  dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
+    Split<T> part(p, row, head, partial_at(p, partial));
+    if (split < slot_splits) {
+      const int64_t columns = kSplitTokens / p.layout.chunk_size;
+      part.add_slots(split * columns, std::min(p.columns, (split + 1) * columns));
+    } else {
+      const Range exact = exact_range(p, row);
+      const int64_t begin = (exact.begin / kSplitTokens + split - slot_splits) * kSplitTokens;
+      part.add_exact(std::max(exact.begin, begin), std::min(exact.end, begin + kSplitTokens));
+    }
+  });
+}
+
+void attention_merge_kernel(const SparseAttentionParams& p, int64_t row, int64_t head,
+                            const float* partials) {
+  const int64_t size = p.layout.head_size, splits = attention_num_splits(p, row);
+  const int64_t step = attention_partial_size(p);
+  const auto partial = [&](int64_t split) {
+    return partial_at(p, const_cast<float*>(partials) + split * step);
+  };
+  thread_local std::vector<float> merged;
+  merged.resize(size);
+  for (int64_t g = 0; g < p.group; ++g) {
+    float largest = -kInfinity, total = 0, tokens = 0;
+    for (int64_t i = 0; i < splits; ++i) {
+      if (*partial(i).tokens == 0) continue;
+      largest = max_or_nan(largest, partial(i).largest[g]);
+      tokens += *partial(i).tokens;
+    }
+    std::fill(merged.begin(), merged.end(), 0.0f);
+    for (int64_t i = 0; i < splits; ++i) {
+      const Partial part = partial(i);
+      if (*part.tokens == 0) continue;
+      // Equal infinities have no difference.
+      const float weight = part.largest[g] == largest ? 1.0f : std::exp(part.largest[g] - largest);
+      total += weight * part.total[g];
+      const float* values = part.values + g * size;
+      for (int64_t d = 0; d < size; ++d) merged[d] += weight * values[d];
+    }
+    // Logits that are all -inf give 0 / 0, as a softmax does; no token at all gives 0.
+    const float inverse = tokens > 0 ? 1.0f / total : 0.0f;
+    const int64_t query_head = head * p.group + g;
+    p.lse[row * p.layout.num_kv_heads * p.group + query_head] =
+        std::isinf(largest) ? largest : largest + std::log(total);
+    dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
+      T* out =
+          static_cast<T*>(p.output) + row * p.output_row_stride + query_head * p.output_head_stride;
+      const float factor = tokens > 0 && total == 0 ? std::nanf("") : inverse;
+      for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(merged.data() + d) * factor);
+    });
+  }
+}
+
+void sparse_attention_kernel(const SparseAttentionParams& p, int64_t row, int64_t head) {
+  const int64_t splits = attention_num_splits(p, row), step = attention_partial_size(p);
+  thread_local std::vector<float> partials;
+  partials.resize(std::max<int64_t>(partials.size(), splits * step));
+  for (int64_t i = 0; i < splits; ++i) {
+    attention_split_kernel(p, row, head, i, partials.data() + i * step);
+  }
+  attention_merge_kernel(p, row, head, partials.data());
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

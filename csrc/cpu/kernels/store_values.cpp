@@ -1,0 +1,74 @@
+// An item is one head of one block: block_size * head_size values read from its exact pages and
+// written to one run of records in the host pool, as they are or as int8 with a scale per token.
+#include "cpu/kernels/store_values.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/numeric.h"
+#include "cpu/kernels/quantise.h"
+
+namespace shadowkv::SHADOWKV_ISA {
+namespace {
+
+template <typename T, int kHeadSize>
+void store_page(const StoreValuesParams& p, const T* values, uint8_t* records) {
+  const PageLayout& layout = p.layout;
+  if (!layout.value_int8) {
+    T* out = reinterpret_cast<T*>(records);
+    if (p.token_stride == kHeadSize) {
+      std::copy_n(values, layout.exact_tokens * kHeadSize, out);
+      return;
+    }
+    for (int64_t t = 0; t < layout.exact_tokens; ++t) {
+      std::copy_n(values + t * p.token_stride, kHeadSize, out + t * kHeadSize);
+    }
+    return;
+  }
+  for (int64_t t = 0; t < layout.exact_tokens; ++t) {
+    const int64_t inside = t % layout.chunk_size;
+    uint8_t* record = records + t / layout.chunk_size * layout.value_record_bytes;
+    float& scale = reinterpret_cast<float*>(record)[inside];
+    alignas(64) float row[kHeadSize];
+    widen(values + t * p.token_stride, 1, kHeadSize, row);
+    scale = quantisation_scale(row, kHeadSize);
+    quantise_row(row, kHeadSize, scale,
+                 reinterpret_cast<int8_t*>(record + 4 * layout.chunk_size) + inside * kHeadSize);
+  }
+}
+
+template <typename T, int kHeadSize>
+void store_values(const StoreValuesParams& p, int64_t begin, int64_t end) {
+  const PageLayout& layout = p.layout;
+  const int64_t pages = layout.block_size / layout.exact_tokens;
+  const int64_t page_records = layout.exact_tokens / layout.chunk_size;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t i = item / layout.num_kv_heads;
+    const int64_t head = item % layout.num_kv_heads;
+    const int64_t block = p.block_ids[i];
+    const int32_t* exact_ids = p.exact_ids + i * pages;
+    const bool usable =
+        block > 0 && block < p.num_blocks &&
+        std::all_of(
+            exact_ids, exact_ids + pages, [&](int64_t id) { return id > 0 && id < p.num_exact; });
+    if (!usable) continue;
+    uint8_t* records = p.host_pool + block * p.host_pool_stride +
+                       head * layout.chunks() * layout.value_record_bytes;
+    for (int64_t page = 0; page < pages; ++page) {
+      const T* values = static_cast<const T*>(p.exact_values) + exact_ids[page] * p.exact_stride +
+                        head * p.head_stride;
+      store_page<T, kHeadSize>(p, values,
+                               records + page * page_records * layout.value_record_bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void store_values_kernel(const StoreValuesParams& p, int64_t begin, int64_t end) {
+  dispatch_layout(p.layout,
+                  [&]<typename T, int kHeadSize>() { store_values<T, kHeadSize>(p, begin, end); });
+}
+
+}  // namespace shadowkv::SHADOWKV_ISA

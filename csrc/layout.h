@@ -1,0 +1,54 @@
+// The byte layout of a page as kernels see it: vllm_shadowkv/page.py's PageLayout, field by field.
+#pragma once
+
+#include <cstdint>
+
+namespace shadowkv {
+
+enum class DType : int64_t { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
+
+// All members are int64_t, in the order of PageLayout's fields; offsets are in bytes.
+struct PageLayout {
+  int64_t num_kv_heads;
+  int64_t head_size;
+  int64_t block_size;
+  int64_t chunk_size;
+  int64_t exact_tokens;
+  int64_t dtype_index;  // DType
+  int64_t rank;         // 0: exact keys instead of factors
+  int64_t num_outliers;
+  int64_t slots_per_page;
+  int64_t value_int8;
+  int64_t page_bytes;
+  int64_t value_record_bytes;
+  // Shadow page.
+  int64_t coefficients;        // int8 [block_size, rank]
+  int64_t coefficient_scales;  // fp32 [block_size]
+  int64_t basis;               // int8 [num_kv_heads, rank, head_size]
+  int64_t basis_scales;        // fp32 [rank]
+  int64_t mean;                // fp32 [num_kv_heads, head_size]
+  int64_t exact_keys;          // dtype [num_kv_heads, block_size, head_size], rank 0 only
+  int64_t landmarks;           // int8 [num_kv_heads, chunks, head_size]
+  int64_t landmark_scales;     // fp32 [num_kv_heads, chunks]
+  int64_t outlier_ids;         // int32 [num_kv_heads, num_outliers], chunk in the block
+  int64_t outlier_cosines;     // fp32 [num_kv_heads, num_outliers]
+  int64_t outlier_keys;        // dtype [num_kv_heads, num_outliers, chunk_size, head_size], rank > 0 only
+  // Slot page.
+  int64_t slot_keys;    // dtype [num_kv_heads, slots_per_page, chunk_size, head_size]
+  int64_t slot_values;  // dtype [num_kv_heads, slots_per_page, chunk_size, head_size]
+  int64_t slot_tags;    // int64 [num_kv_heads, slots_per_page]
+  int64_t slot_used;    // int64 [num_kv_heads, slots_per_page]
+  int64_t slot_epoch;   // int64
+
+  int64_t chunks() const { return block_size / chunk_size; }
+  int64_t width() const { return num_kv_heads * head_size; }
+  int64_t value_row_bytes() const { return num_kv_heads * chunks() * value_record_bytes; }
+};
+
+constexpr int64_t kLayoutInts = sizeof(PageLayout) / sizeof(int64_t);
+
+// vllm_shadowkv/config.py: SINK_CHUNKS, LOCAL_CHUNKS.
+constexpr int64_t kSinkChunks = 1;
+constexpr int64_t kLocalChunks = 4;
+
+}  // namespace shadowkv

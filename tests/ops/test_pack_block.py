@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from generators import garbage_pages, make_generator, make_layout, randn, structured_keys
+from numeric import assert_bytes_equal, assert_close
+from rebuilt import LAYOUTS, every_layout, layout_id
+from torch import Tensor
+
+from vllm_shadowkv import ops, reference
+from vllm_shadowkv.page import PageLayout
+
+Arguments = dict[str, Any]
+COPIES = ("exact_keys", "outlier_ids", "outlier_keys", "mean")
+CODES = ("coefficients", "coefficient_scales", "basis", "basis_scales")
+
+
+def make_arguments(layout: PageLayout, block_ids: tuple[int, ...] = (3, 1)) -> Arguments:
+    """Arguments of the op in its order; the factors need not be those of the keys."""
+    generator = make_generator("pack", layout_id(layout), block_ids)
+    n, rank, width = len(block_ids), layout.rank, layout.width
+    keys = structured_keys(generator, n * layout.block_size, width)
+    return {
+        "block_ids": torch.tensor(block_ids, dtype=torch.int32),
+        "keys": keys.to(layout.dtype).view(n, layout.block_size, layout.num_kv_heads, layout.head_size),
+        "mean": randn(generator, n, width),
+        "coefficients": randn(generator, n, layout.block_size, rank) if rank else torch.empty(0),
+        "basis": randn(generator, n, rank, width) * randn(generator, n, rank, 1).exp() if rank else torch.empty(0),
+        "pages": garbage_pages(generator, 5, layout.page_bytes),
+        "layout": layout,
+    }
+
+
+def run(arguments: Arguments, function: Callable[..., None] = ops.pack_block) -> Tensor:
+    """The pages after a call."""
+    pages = arguments["pages"].clone()
+    function(**(arguments | {"pages": pages}))
+    return pages
+
+
+def chunk_means(arguments: Arguments) -> Tensor:
+    """fp64 `[n, Hkv, chunks, D]`."""
+    layout = arguments["layout"]
+    return arguments["keys"].double().unflatten(1, (layout.chunks, layout.chunk_size)).mean(2).transpose(1, 2)
+
+
+@every_layout
+def test_pack_block(layout: PageLayout) -> None:
+    arguments = make_arguments(layout)
+    actual, expected = run(arguments), run(arguments, reference.pack_block)
+    blocks = arguments["block_ids"].long()
+
+    for name in COPIES + CODES:  # factors are rounded as the reference rounds them, to the byte
+        if layout.has(name) and (layout.rank or name not in CODES):
+            assert_bytes_equal(layout.view(actual, name)[blocks], layout.view(expected, name)[blocks], name)
+
+    # Landmarks are sums, in an order of their own: a code may differ where the mean lies between two.
+    means = chunk_means(arguments)
+    scales = layout.view(actual, "landmark_scales")[blocks]
+    assert_close(scales, means.abs().amax(-1) / 127, layout.view(expected, "landmark_scales")[blocks], "landmark_scales")
+    exact = means * 127 / means.abs().amax(-1, keepdim=True)
+    codes, wanted = (layout.view(pages, "landmarks")[blocks].int() for pages in (actual, expected))
+    on_boundary = (exact - exact.floor() - 0.5).abs() < 1e-4
+    assert torch.equal(codes.where(~on_boundary, 0), wanted.where(~on_boundary, 0))
+    assert ((codes - exact).abs() < 0.5 + 1e-4).all()
+    cosines, wanted = (layout.view(pages, "outlier_cosines")[blocks] for pages in (actual, expected))
+    assert_close(cosines, wanted.double(), None, "outlier_cosines")
+
+    for name in ("landmarks", "landmark_scales", "outlier_cosines"):
+        layout.view(expected, name)[blocks] = layout.view(actual, name)[blocks]
+    assert_bytes_equal(actual, expected, "all other bytes of the pages")
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4], LAYOUTS[11]], ids=layout_id)
+def test_invalid_ids_are_skipped(layout: PageLayout) -> None:
+    arguments = make_arguments(layout, (-1, 0, 2, 5, 2**31 - 1, -(2**31)))
+    actual = run(arguments)
+    changed = (actual != arguments["pages"]).any(1)
+    assert changed.tolist() == [False, False, True, False, False]
+    alone = {name: arguments[name][2:3] for name in ("block_ids", "keys", "mean", "coefficients", "basis")}
+    assert_bytes_equal(actual, run(arguments | alone))
+
+
+def test_empty() -> None:
+    arguments = make_arguments(LAYOUTS[0])
+    for name in ("block_ids", "keys", "mean", "coefficients", "basis"):
+        arguments[name] = arguments[name][:0]
+    assert_bytes_equal(run(arguments), arguments["pages"])
+
+
+def test_halves_go_to_the_even_code() -> None:
+    layout = LAYOUTS[0]
+    arguments = make_arguments(layout, (1,))
+    row = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5, 0, -0.0, 0.49, 0.51, -127, 1, -1])
+    arguments["coefficients"][0, 7] = row
+    arguments["basis"][0, 3] = row.repeat(4)
+    pages = run(arguments)
+    codes = [127, 0, 2, 2, 0, -2, -2, 126, -126, 0, 0, 0, 1, -127, 1, -1]
+    assert layout.view(pages, "coefficients")[1, 7].tolist() == codes
+    assert layout.view(pages, "basis")[1, 0, 3].tolist() == codes * 4
+    assert layout.view(pages, "coefficient_scales")[1, 7] == 1
+    assert layout.view(pages, "basis_scales")[1, 3] == 1
+
+
+def test_zeros() -> None:
+    """Zero rows have scale 0; chunks without a direction are the worst outliers, the lower first."""
+    layout = LAYOUTS[4]
+    arguments = make_arguments(layout, (2,))
+    for name in ("keys", "mean", "coefficients", "basis"):
+        arguments[name] = torch.zeros_like(arguments[name])
+    pages = run(arguments)
+    for name in ("coefficients", "basis", "landmarks", "coefficient_scales", "basis_scales", "landmark_scales"):
+        assert not layout.view(pages, name)[2].any(), name
+    assert layout.view(pages, "outlier_ids")[2].tolist() == [[0, 1, 2]] * layout.num_kv_heads
+    assert not layout.view(pages, "outlier_cosines")[2].any()
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[4], LAYOUTS[9], LAYOUTS[13]], ids=layout_id)
+def test_ties_go_to_the_lower_chunk(layout: PageLayout) -> None:
+    """Equal chunks have equal cosines, bit for bit; two that are worse come before them."""
+    arguments = make_arguments(layout, (2,))
+    chunks = arguments["keys"].view(layout.chunks, layout.chunk_size, layout.num_kv_heads, layout.head_size)
+    chunks[:] = chunks[0].abs() + 1
+    chunks[-1, 3] *= -1
+    chunks[2, 0] *= -1
+    ids = layout.view(run(arguments), "outlier_ids")[2]
+    for head in range(layout.num_kv_heads):
+        assert sorted(ids[head, :2].tolist()) == [2, layout.chunks - 1]
+        assert ids[head, 2] == 0
+
+
+def test_planted_outlier() -> None:
+    """The chunk that its mean describes badly is found, per head, and its keys are kept to the byte."""
+    layout = LAYOUTS[6]
+    arguments = make_arguments(layout, (4,))
+    planted = [(5 * head + 2) % layout.chunks for head in range(layout.num_kv_heads)]
+    chunks = arguments["keys"].view(layout.chunks, layout.chunk_size, layout.num_kv_heads, layout.head_size)
+    chunks[:] = 1 + 0.1 * chunks
+    for head, chunk in enumerate(planted):
+        chunks[chunk, 4, head] = -3
+    pages = run(arguments)
+    assert layout.view(pages, "outlier_ids")[4].flatten().tolist() == planted
+    for head, chunk in enumerate(planted):
+        assert_bytes_equal(layout.view(pages, "outlier_keys")[4, head, 0], chunks[chunk, :, head])
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[4], LAYOUTS[11]], ids=layout_id)
+def test_nan_and_infinity(layout: PageLayout) -> None:
+    """They spoil the rows they are in, and their chunk is no outlier, as a NaN orders last."""
+    clean = make_arguments(layout, (2,))
+    arguments = {name: part.clone() if isinstance(part, Tensor) else part for name, part in clean.items()}
+    keys = arguments["keys"].view(layout.chunks, layout.chunk_size, layout.num_kv_heads, layout.head_size)
+    keys[1, 3, 0, 17] = torch.nan
+    keys[4, 2, 0, 5] = -torch.inf
+    if layout.rank:
+        arguments["coefficients"][0, 9, 3] = torch.nan
+        arguments["basis"][0, 5, 11] = torch.inf
+    pages, expected, before = run(arguments), run(arguments, reference.pack_block), run(clean)
+    scales, wanted = (layout.view(each, "landmark_scales")[2] for each in (pages, expected))
+    assert scales[0, 1].isnan()
+    assert scales[0, 4].isinf()
+    assert_close(scales, wanted.double(), wanted)
+    assert_bytes_equal(layout.view(pages, "outlier_ids")[2], layout.view(expected, "outlier_ids")[2])
+    if layout.rank:
+        assert layout.view(pages, "coefficient_scales")[2, 9].isnan()
+        assert layout.view(pages, "basis_scales")[2, 5].isinf()
+        for name in ("coefficient_scales", "basis_scales"):
+            assert_bytes_equal(layout.view(pages, name)[2].nan_to_num(), layout.view(expected, name)[2].nan_to_num(), name)
+    untouched = [chunk for chunk in range(layout.chunks) if chunk not in (1, 4)]
+    codes, wanted = (layout.view(each, "landmarks")[2, 0, untouched] for each in (pages, before))
+    assert_bytes_equal(codes, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_outliers_in_order(dtype: torch.dtype) -> None:
+    """With room for all chunks the list is the reference's whole order, NaN at its end."""
+    layout = make_layout(2, 64, dtype, block_size=128, compression=1, rank=16, num_outliers=16)
+    arguments = make_arguments(layout, (2,))
+    arguments["keys"][0, [3, 90], 1, 4] = torch.nan
+    pages, expected = run(arguments), run(arguments, reference.pack_block)
+    ids, wanted = (layout.view(each, "outlier_ids")[2] for each in (pages, expected))
+    assert_bytes_equal(ids, wanted)
+    assert ids[1, -2:].tolist() == [0, 11]
+    assert ids.sort(-1).values.tolist() == [list(range(16))] * 2
+    cosines = layout.view(pages, "outlier_cosines")[2]
+    assert_close(cosines, layout.view(expected, "outlier_cosines")[2].double())
+
+
+def test_strided_pages_and_threads() -> None:
+    """Rows of the pool may lie apart; how many threads share the work does not matter."""
+    arguments = make_arguments(LAYOUTS[1])
+    expected = run(arguments)
+    wide = torch.full((5, expected.shape[1] + 72), 255, dtype=torch.uint8)
+    wide[:, :-72] = arguments["pages"]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ops.pack_block(**(arguments | {"pages": wide[:, :-72]}))
+    finally:
+        torch.set_num_threads(before)
+    assert_bytes_equal(wide[:, :-72], expected)
+    assert (wide[:, -72:] == 255).all()
+
+
+def test_opcheck() -> None:
+    arguments = make_arguments(LAYOUTS[0])
+    arguments["layout"] = arguments["layout"].to_ints()
+    torch.library.opcheck(torch.ops.shadowkv.pack_block.default, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("block_ids", lambda t: t.long(), "block_ids: expected dtype Int, got Long"),
+        ("block_ids", lambda t: t[None], "block_ids: expected 1 dimensions"),
+        ("keys", lambda t: t.half(), "keys: expected dtype Float, got Half"),
+        ("keys", lambda t: t[:, :-8].contiguous(), r"keys: expected shape \[2, 64, 1, 64\], got \[2, 56, 1, 64\]"),
+        ("keys", lambda t: t.repeat(1, 1, 2, 1)[:, :, ::2], "keys: expected contiguous memory"),
+        ("mean", lambda t: t.double(), "mean: expected dtype Float, got Double"),
+        ("coefficients", lambda t: t[..., :-1], "coefficients: expected contiguous memory"),
+        ("coefficients", lambda t: t[:1], r"coefficients: expected shape \[2, 64, 16\], got \[1, 64, 16\]"),
+        ("basis", lambda t: t.transpose(1, 2).contiguous(), r"basis: expected shape \[2, 16, 64\], got \[2, 64, 16\]"),
+        ("pages", lambda t: t[0], "pages: expected 2 dimensions"),
+        ("pages", lambda t: t.repeat(1, 2), r"pages: expected shape \[any, \d+\], got"),
+    ],
+)
+def test_errors(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+    arguments = make_arguments(LAYOUTS[0])
+    ops.pack_block(**arguments)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=message):
+        ops.pack_block(**arguments)

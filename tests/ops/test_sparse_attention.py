@@ -1,0 +1,381 @@
+"""sparse_attention against the reference, torch's SDPA and a dense softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import generators
+import pytest
+import torch
+from numeric import assert_bytes_equal, assert_close
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vllm_shadowkv import ops, reference
+from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
+
+GROUPS = (1, 2, 3, 4, 7, 8, 16)
+NAN = float("nan")
+
+
+@dataclass
+class Case:
+    query: Tensor
+    slot_ids: Tensor
+    slot_table: Tensor
+    slot_pages: Tensor
+    exact_keys: Tensor
+    exact_values: Tensor
+    exact_table: Tensor
+    exact_start: Tensor
+    seq_lens: Tensor
+    scale: float
+    layout: PageLayout
+    output: Tensor
+    lse: Tensor
+
+    def run(self, function=ops.sparse_attention) -> tuple[Tensor, Tensor]:
+        function(
+            self.query, self.slot_ids, self.slot_table, self.slot_pages, self.exact_keys, self.exact_values,
+            self.exact_table, self.exact_start, self.seq_lens, self.scale, self.layout, self.output, self.lse,
+        )  # fmt: skip
+        return self.output, self.lse
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """The reference in fp32: of the same inputs, not rounded to the dtype."""
+        fresh = replace(self, output=torch.full_like(self.query, NAN, dtype=torch.float32), lse=torch.zeros_like(self.lse))
+        return fresh.run(reference.sparse_attention)
+
+    def check(self) -> tuple[Tensor, Tensor]:
+        self.output.fill_(NAN)
+        self.lse.fill_(NAN)
+        output, lse = self.run()
+        expected, expected_lse = self.reference()
+        assert_close(output, expected, what="output")
+        assert_close(lse, expected_lse, what="lse")
+        return output, lse
+
+
+def make_case(
+    seed: object,
+    layout: PageLayout,
+    *,
+    group: int = 4,
+    slots: tuple[int, ...] = (20, 0, 7),
+    exact: tuple[tuple[int, int], ...] = ((256, 300), (0, 130), (512, 517)),
+    columns: int = 24,
+    pages_per_row: int = 4,
+) -> Case:
+    """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN."""
+    generator = generators.make_generator(seed)
+    rows, heads = len(slots), layout.num_kv_heads
+    width = max(-(-end // layout.exact_tokens) for _, end in exact) + 2
+    num_pages = 1 + rows * (pages_per_row + width)
+    pages = torch.full((num_pages, layout.page_bytes), 0xFF, dtype=torch.uint8)  # NaN in every dtype
+    free = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()
+    slot_table = generators.make_slot_table(generator, free, rows, pages_per_row)
+    exact_table = generators.randint(generator, -5, num_pages + 5, rows, width)
+    per_row = pages_per_row * layout.slots_per_page
+    slot_ids = torch.full((rows, heads, columns), -1, dtype=torch.int32)
+    keys, values = layout.view(pages, "slot_keys"), layout.view(pages, "slot_values")
+    for row, count in enumerate(slots):
+        for head in range(heads):
+            order = torch.randperm(per_row, generator=generator)[:count]
+            places = torch.randperm(columns, generator=generator)[:count]
+            slot_ids[row, head, places] = order.int()
+            where = slot_table[row, order // layout.slots_per_page].long(), head, order % layout.slots_per_page
+            chunk = count, layout.chunk_size, layout.head_size
+            keys[where] = generators.randn(generator, *chunk, dtype=layout.dtype)
+            values[where] = generators.randn(generator, *chunk, dtype=layout.dtype)
+    for row, (start, end) in enumerate(exact):
+        first = start // layout.exact_tokens
+        for column in range(first, -(-end // layout.exact_tokens)):
+            exact_table[row, column] = free.pop()
+        shape = end - start, heads, layout.head_size
+        generators.fill_exact_pages(
+            layout, pages, exact_table[row].tolist(),
+            generators.randn(generator, *shape), generators.randn(generator, *shape), start,
+        )  # fmt: skip
+    exact_keys, exact_values = layout.exact_views(pages)
+    query = generators.randn(generator, rows, heads * group, layout.head_size, dtype=layout.dtype)
+    return Case(
+        query, slot_ids, slot_table, pages, exact_keys, exact_values, exact_table,
+        torch.tensor([start for start, _ in exact], dtype=torch.int32),
+        torch.tensor([end for _, end in exact], dtype=torch.int32),
+        layout.head_size**-0.5, layout, torch.empty_like(query), torch.empty(rows, heads * group),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype) -> None:
+    make_case((head_size, dtype), generators.make_layout(2, head_size, dtype)).check()
+
+
+@pytest.mark.parametrize("chunk_size", (8, 16))
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_and_chunk_sizes(group: int, chunk_size: int) -> None:
+    layout = generators.make_layout(3, 80, torch.bfloat16, chunk_size=chunk_size)
+    slots = (20, 0, 7) if chunk_size == 8 else (9, 0, 5)
+    make_case((group, chunk_size), layout, group=group, slots=slots).check()
+
+
+@pytest.mark.parametrize("block_size", (64, 128, 512, 1024))
+def test_page_sizes(block_size: int) -> None:
+    layout = generators.make_layout(2, 64, torch.float16, block_size=block_size, rank=16)
+    slots = layout.slots_per_page
+    make_case(block_size, layout, slots=(slots, 0, 1), exact=((3, 700), (0, 1), (129, 1100)), pages_per_row=1).check()
+
+
+@pytest.mark.parametrize("start", (0, 1, 7, 15, 16, 17, 63, 64, 65, 127))
+def test_every_edge_of_the_exact_range(start: int) -> None:
+    layout = generators.make_layout(1, 64, torch.float32)
+    ends = tuple(range(start, start + 20)) + (start + 63, start + 64, start + 65, 191, 192, 193)
+    exact = tuple((start, end) for end in ends)
+    make_case(start, layout, group=2, slots=(0,) * len(exact), exact=exact).check()
+
+
+def test_exact_key_pages() -> None:
+    layout = generators.exact_keys_layout(2, 128, torch.bfloat16)
+    make_case("rank 0", layout, slots=(24, 3, 24), exact=((0, 0), (256, 700), (0, 300))).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_decode_agrees_with_sdpa(dtype: torch.dtype) -> None:
+    layout = generators.make_layout(2, 128, dtype)
+    case = make_case(("sdpa", dtype), layout, slots=(0, 0), exact=((0, 1500), (0, 321)))
+    output, _ = case.check()
+    for row, length in enumerate((1500, 321)):
+        tokens = torch.arange(length)
+        page, place = case.exact_table[row, tokens // layout.exact_tokens].long(), tokens % layout.exact_tokens
+        keys, values = (x[page, :, place].transpose(0, 1).repeat_interleave(4, 0) for x in (case.exact_keys, case.exact_values))
+        query = case.query[row, :, None]
+        same = scaled_dot_product_attention(query, keys, values)[:, 0]
+        exact = scaled_dot_product_attention(query.double(), keys.double(), values.double())[:, 0]
+        assert_close(output[row], exact, same, what=f"row {row}")
+
+
+def test_large_logits_stay_finite() -> None:
+    layout = generators.make_layout(2, 64)
+    case = make_case("large", layout)
+    case.scale = 300.0
+    output, lse = case.check()
+    assert output.isfinite().all()
+    assert lse.max() > 1000
+    case.scale = 0.0
+    case.check()
+
+
+@pytest.mark.parametrize("order", ("dim", "token", "head", "page", "apart"))
+def test_exact_pages_in_any_memory_order(order: str) -> None:
+    layout = generators.make_layout(3, 80, torch.bfloat16)
+    case = make_case("order", layout)
+    expected, expected_lse = (x.clone() for x in case.check())
+    if order == "apart":  # nothing has stride 1
+        wide = [torch.full((*x.shape, 2), NAN, dtype=x.dtype) for x in (case.exact_keys, case.exact_values)]
+        case.exact_keys, case.exact_values = (w[..., 0].copy_(x) for w, x in zip(wide, (case.exact_keys, case.exact_values), strict=True))
+    else:
+        last = {"page": 0, "head": 1, "token": 2, "dim": 3}[order]
+        case.exact_keys, case.exact_values = (
+            x.transpose(last, 3).contiguous().transpose(last, 3) for x in (case.exact_keys, case.exact_values)
+        )
+        assert case.exact_keys.stride(last) == 1
+    output, lse = case.check()
+    assert_close(output, expected.float())
+    assert_close(lse, expected_lse)
+
+
+def test_cuda_order_of_exact_pages() -> None:
+    layout = generators.make_layout(2, 128, torch.float16)
+    case = make_case("cuda", layout)
+    both = torch.cat((case.exact_keys, case.exact_values), -1)
+    case.exact_keys, case.exact_values = both[..., :128], both[..., 128:]
+    case.check()
+
+
+@pytest.mark.parametrize("rows", (1, 2, 7))
+def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
+    layout = generators.make_layout(1, 64, torch.bfloat16)
+    case = make_case("batch", layout, slots=(20,) * 7, exact=((256, 2000),) * 7)
+    whole = [x.clone() for x in case.check()]
+    part = {n: getattr(case, n)[:rows] for n in (
+        "query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")}  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            for actual, expected in zip(replace(case, **part).run(), whole, strict=True):
+                assert_bytes_equal(actual, expected[:rows], f"{threads} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_place_of_a_chunk_does_not_change_a_bit() -> None:
+    layout = generators.make_layout(1, 64, torch.float32)
+    case = make_case("place", layout, slots=(20,), exact=((256, 300),))
+    before = [x.clone() for x in case.check()]
+    generator = generators.make_generator("shuffle")
+    order = torch.randperm(4 * layout.slots_per_page, generator=generator)
+    for section in ("slot_keys", "slot_values"):
+        view = layout.view(case.slot_pages, section)
+        slots = view[case.slot_table[0].long(), 0].flatten(0, 1)
+        moved = torch.empty_like(slots)
+        moved[order] = slots
+        view[case.slot_table[0].long(), 0] = moved.unflatten(0, (4, -1))
+    valid = case.slot_ids >= 0
+    case.slot_ids[valid] = order[case.slot_ids[valid].long()].int()
+    for actual, expected in zip(case.check(), before, strict=True):
+        assert_bytes_equal(actual, expected)
+
+
+def test_rows_without_anything_give_zeros() -> None:
+    layout = generators.make_layout(2, 64, torch.bfloat16)
+    case = make_case("nothing", layout, slots=(0, 0, 0, 0, 3), exact=((0, 0), (256, 256), (300, 200), (0, 100), (0, 0)))
+    case.exact_table[3] = 0
+    output, lse = case.check()
+    assert_bytes_equal(output[:4], torch.zeros_like(output[:4]))
+    assert (lse[:4] == -torch.inf).all()
+    assert lse[4].isfinite().all()
+    case.seq_lens[:] = -5
+    case.exact_start[:] = -(2**31)
+    case.slot_ids[:] = -1
+    output, lse = case.check()
+    assert (output == 0).all()
+
+
+def test_invalid_ids_are_skipped() -> None:
+    layout = generators.make_layout(2, 64, torch.float16)
+    case = make_case("invalid", layout, slots=(12, 20), exact=((0, 500), (256, 600)))
+    bad = torch.tensor([0, -1, len(case.slot_pages), 2**31 - 1, -(2**31)], dtype=torch.int32)
+    before = case.check()[0].clone()
+    case.exact_table[0, 1:6] = bad
+    case.slot_table[1, 1:] = bad[:3]
+    end = case.layout.slots_per_page * 4
+    case.slot_ids[0, :, :4] = torch.tensor([end, 2**31 - 1, -(2**31), end + 1], dtype=torch.int32)
+    after = case.check()[0]
+    assert not torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_tokens_beyond_the_table_are_skipped() -> None:
+    layout = generators.make_layout(2, 64)
+    case = make_case("beyond", layout, slots=(3,), exact=((0, 128),))
+    case.exact_table = case.exact_table[:, :2].contiguous()
+    expected = case.check()[0].clone()
+    case.seq_lens[:] = 2**31 - 1
+    assert_bytes_equal(case.check()[0], expected)
+    case.exact_start[:] = 2**31 - 1
+    case.check()
+
+
+def test_no_rows_no_columns() -> None:
+    case = make_case("empty", generators.make_layout(2, 64))
+    names = ("query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")
+    replace(case, **{name: getattr(case, name)[:0] for name in names}).run()
+    replace(case, slot_ids=case.slot_ids[:, :, :0].contiguous()).check()
+    replace(case, slot_table=case.slot_table[:, :0]).check()
+    replace(case, exact_table=case.exact_table[:, :0]).check()
+    replace(case, exact_keys=case.exact_keys[:0], exact_values=case.exact_values[:0]).check()
+
+
+def test_strided_rows() -> None:
+    layout = generators.make_layout(2, 96, torch.bfloat16)
+    case = make_case("strided", layout)
+    expected, expected_lse = (x.clone() for x in case.check())
+    fused = generators.randn(generators.make_generator(1), 3, 20, 96, dtype=torch.bfloat16)
+    fused[:, 5:13] = case.query
+    room = torch.full((3, 11, 128), 7.0, dtype=torch.bfloat16)
+    wide = torch.full((3, 50), -9, dtype=torch.int32)
+    wide[:, :4], wide[:, 20 : 20 + case.exact_table.shape[1]] = case.slot_table, case.exact_table
+    strided = replace(
+        case, query=fused[:, 5:13], output=room[:, 1:9, :96], slot_table=wide[:, :4],
+        exact_table=wide[:, 20 : 20 + case.exact_table.shape[1]],
+    )  # fmt: skip
+    output, lse = strided.run()
+    assert_bytes_equal(output, expected)
+    assert_bytes_equal(lse, expected_lse)
+    room[:, 1:9, :96] = 7.0
+    assert (room == 7.0).all(), "wrote outside the output"
+
+
+@pytest.mark.parametrize("value", (NAN, float("inf"), -float("inf")))
+@pytest.mark.parametrize("name", ("query", "slot_keys", "slot_values", "exact_keys", "exact_values"))
+def test_nan_and_inf_go_where_the_reference_has_them(name: str, value: float) -> None:
+    layout = generators.make_layout(2, 64)
+    case = make_case("nan", layout)
+    case.query = case.query.abs() + 0.1  # no sign of infinity by chance
+    if name == "query":
+        case.query[0, 2, 5] = value
+    elif name.startswith("slot"):
+        slot = int(case.slot_ids[0, 1].max())
+        page, place = int(case.slot_table[0, slot // layout.slots_per_page]), slot % layout.slots_per_page
+        layout.view(case.slot_pages, name)[page, 1, place, 3, 9] = value
+    else:
+        page = int(case.exact_table[0, 290 // layout.exact_tokens])
+        getattr(case, name)[page, 0, 290 % layout.exact_tokens, 9] = value
+    output, _ = case.check()
+    assert output[1:].isfinite().all()
+
+
+def test_logits_that_are_all_minus_infinity() -> None:
+    layout = generators.make_layout(1, 64)
+    case = make_case("minus infinity", layout, group=2, slots=(0,), exact=((0, 70),))
+    case.query[:] = case.query.abs()
+    page = case.exact_table[0, : -(-70 // layout.exact_tokens)].long()
+    case.exact_keys[page] = -torch.inf
+    output, lse = case.check()
+    assert (lse == -torch.inf).all()
+    assert output.isnan().all()
+
+
+def test_opcheck() -> None:
+    case = make_case("opcheck", generators.make_layout(2, 64), slots=(3, 2), exact=((0, 70), (64, 80)))
+    case.slot_pages[:] = 0  # opcheck compares arguments, and NaN is not itself
+    torch.library.opcheck(
+        torch.ops.shadowkv.sparse_attention.default,
+        (
+            case.query, case.slot_ids, case.slot_table, case.slot_pages, case.exact_keys, case.exact_values,
+            case.exact_table, case.exact_start, case.seq_lens, case.scale, case.layout.to_ints(),
+            torch.zeros_like(case.output), torch.zeros_like(case.lse),
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("query", lambda t: t.half(), r"query: expected dtype Float, got Half"),
+        ("query", lambda t: t[:, :5].contiguous(), r"query: expected a multiple of 2 heads, got 5"),
+        ("query", lambda t: t.mT.contiguous().mT, r"query: expected stride 1 in the last dimension, got strides"),
+        ("slot_ids", lambda t: t.long(), r"slot_ids: expected dtype Int, got Long"),
+        ("slot_ids", lambda t: t[:2], r"slot_ids: expected shape \[3, 2, any\], got \[2, 2, 24\]"),
+        ("slot_table", lambda t: t[:2], r"slot_table: expected shape \[3, any\], got \[2, 4\]"),
+        ("slot_pages", lambda t: t.float(), r"slot_pages: expected dtype Byte, got Float"),
+        ("exact_keys", lambda t: t[..., :32], r"exact_keys: expected shape \[any, 2, 64, 64\], got"),
+        ("exact_keys", lambda t: t.bfloat16(), r"exact_keys: expected dtype Float, got BFloat16"),
+        ("exact_values", lambda t: t[1:], r"exact_values: expected shape \[\d+, 2, 64, 64\], got"),
+        ("exact_table", lambda t: t.float(), r"exact_table: expected dtype Int, got Float"),
+        ("exact_start", lambda t: t[:, None], r"exact_start: expected 1 dimensions \[3\], got 2 dimensions \[3, 1\]"),
+        ("seq_lens", lambda t: t.long(), r"seq_lens: expected dtype Int, got Long"),
+        ("output", lambda t: t.bfloat16(), r"output: expected dtype Float, got BFloat16"),
+        ("output", lambda t: t[:, :4], r"output: expected shape \[3, 8, 64\], got \[3, 4, 64\]"),
+        ("lse", lambda t: t.T.contiguous().T, r"lse: expected contiguous memory, got strides \[1, 3\]"),
+        ("lse", lambda t: t.double(), r"lse: expected dtype Float, got Double"),
+        ("layout", lambda x: replace(x, exact_tokens=24), r"layout: exact_tokens must be a multiple of 16"),
+        ("layout", lambda x: replace(x, slot_values=-1), r"layout: slot_values must be \d+ bytes inside a page"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(name: str, change, message: str) -> None:
+    case = make_case("errors", generators.make_layout(2, 64))
+    case.run()  # the control
+    setattr(case, name, change(getattr(case, name)))
+    with pytest.raises(RuntimeError, match=message):
+        case.run()
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    case = make_case("device", generators.make_layout(2, 64))
+    case.query = case.query.to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        case.run()

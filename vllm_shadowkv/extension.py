@@ -1,0 +1,36 @@
+"""Loads the compiled extension, which registers the ops under `torch.ops.shadowkv`."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+FIX = "build it with `make install` or `pip install --no-build-isolation -e .`"
+
+
+@cache
+def load() -> Any:
+    """Load the extension once.
+
+    Returns:
+        The namespace `torch.ops.shadowkv`.
+
+    Raises:
+        ImportError: If the library is missing or does not load; the message names the fix.
+        RuntimeError: If `SHADOWKV_CPU_ISA` is set and names what this CPU lacks.
+    """
+    if not LIBRARY.is_file():
+        raise ImportError(f"the compiled extension {LIBRARY} is missing; {FIX}")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"the compiled extension {LIBRARY} does not load with torch {torch.__version__} "
+            f"({error}); {FIX}"
+        ) from error
+    torch.ops.shadowkv.cpu_isa()  # A wrong SHADOWKV_CPU_ISA fails here, not inside a model.
+    return torch.ops.shadowkv

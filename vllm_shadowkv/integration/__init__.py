@@ -1,0 +1,1 @@
+"""The only package of this project that imports vLLM."""

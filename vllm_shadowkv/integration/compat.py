@@ -1,0 +1,70 @@
+"""Which vLLM is supported, and every patch of it. A patch says what, why, and when it can go."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+
+SUPPORTED = ("0.32",)
+"""Minor versions that the tests run on."""
+
+ANY_VERSION = "SHADOWKV_ANY_VLLM"
+
+logger = logging.getLogger(__name__)
+
+
+def check_vllm_version() -> None:
+    """Refuses a vLLM that was not tested.
+
+    Raises:
+        RuntimeError: with the list of versions and the variable that overrides the check.
+    """
+    version = vllm.__version__
+    if any(version == minor or version.startswith(f"{minor}.") for minor in SUPPORTED):
+        return
+    if os.environ.get(ANY_VERSION) == "1":
+        logger.warning("shadowkv is not tested with vLLM %s; going on because %s=1.", version, ANY_VERSION)
+        return
+    raise RuntimeError(
+        f"shadowkv is tested with vLLM {', '.join(f'{minor}.x' for minor in SUPPORTED)}, this is {version}; "
+        f"install one of those, or set {ANY_VERSION}=1 to go on untested."
+    )
+
+
+Bound = Callable[[Any, int], int]
+_bound: Bound | None = None
+
+
+def bound_kv_cache_memory(bound: Bound) -> None:
+    """Patches `determine_available_memory` of vLLM's workers, so that the pool never outgrows the host pool.
+
+    What: the bytes that a worker reports for its KV cache go through `bound(vllm_config, available_bytes)`.
+    Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that bounds
+    the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a platform.
+    Upstream: none yet. Remove when a backend or a KV cache spec can bound the number of blocks.
+
+    Args:
+        bound: returns at most the bytes it is given; the latest one counts.
+    """
+    global _bound
+    _bound = bound
+    for module, name in (("vllm.v1.worker.cpu_worker", "CPUWorker"), ("vllm.v1.worker.gpu_worker", "Worker")):
+        worker = getattr(sys.modules.get(module), name, None)  # only what this process works with is loaded
+        if worker is not None and not hasattr(worker.determine_available_memory, "shadowkv"):
+            worker.determine_available_memory = _bounded(worker.determine_available_memory)
+
+
+def _bounded(original: Callable[[Any], int]) -> Callable[[Any], int]:
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        available = original(self)
+        return available if _bound is None else _bound(self.vllm_config, available)
+
+    determine_available_memory.shadowkv = True  # type: ignore[attr-defined]
+    return determine_available_memory

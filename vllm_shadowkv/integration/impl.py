@@ -1,0 +1,156 @@
+"""The forward pass of a layer: write the new tokens to exact pages, then attend, each row in its own way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as vllm_ops
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_shadowkv.integration.metadata import DenseBatch, Step, cpu_attention_isa
+from vllm_shadowkv.integration.refusals import check_layer
+from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.state.prefill import attend_prefill
+
+if TYPE_CHECKING:
+    from vllm_shadowkv.state.layer import LayerMemory
+
+
+class ShadowKVImpl(AttentionImpl[Step]):
+    """ShadowKV attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        """vLLM constructs it; `vllm/model_executor/layers/attention/attention.py`.
+
+        Raises:
+            ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.
+        """
+        check_layer(attn_type, sliding_window, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, sinks)
+        if unknown:
+            raise ValueError(
+                f"shadowkv does not support layers with {', '.join(unknown)}; use another --attention-backend."
+            )
+        vllm_config = get_current_vllm_config()
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.runtime = Runtime.of(vllm_config)
+        self.runtime.lay_out(num_heads, self.num_kv_heads, head_size, vllm_config.model_config.dtype)
+        self.layer_name: str | None = None  # the registration hook in runtime.py sets it
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Reads the layer's rotation, now that the model is complete."""
+        assert self.layer_name is not None, "the layer was not attached to a module"
+        self.runtime.read_rotary(self.layer_name)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Step | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the step's tokens.
+
+        Args:
+            layer: the attention module.
+            query: float `[tokens, Hq, D]`, post-RoPE; may be padded, as the next two.
+            key: float `[tokens, Hkv, D]`, post-RoPE.
+            value: float `[tokens, Hkv, D]`.
+            kv_cache: the layer's cache; `runtime.bind` reads it from the layers.
+            attn_metadata: the step's plan; None while vLLM profiles.
+            output: float `[tokens, Hq, D]`, written.
+            output_scale: must be None, as the next.
+            output_block_scale: for quantised outputs.
+
+        Returns:
+            `output`.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("shadowkv does not support fused quantisation of the attention output.")
+        if attn_metadata is None:
+            return output.fill_(0)
+        assert self.layer_name is not None
+        step, bound = attn_metadata, self.runtime.bind()
+        memory = bound.memories[self.layer_name]
+        query, out = query[: step.num_tokens], output[: step.num_tokens]
+        self._write_exact(memory, key[: step.num_tokens], value[: step.num_tokens], step.slot_mapping)
+        if step.dense is not None:
+            self._attend_dense(memory, step.dense, query, out)
+        if step.decode is not None:
+            tokens = step.decode.tokens
+            rows_query = query if tokens is None else query[tokens]
+            rows_out = out if tokens is None else torch.empty_like(rows_query)
+            bound.workspace.attend(memory, bound.state, step.decode.rows, rows_query, self.scale, rows_out)
+            if tokens is not None:
+                out[tokens] = rows_out
+        for row in step.prefills:
+            attend_prefill(
+                memory,
+                query[row.tokens],
+                row.block_row,
+                row.exact_row,
+                row.exact_start,
+                row.seq_len,
+                self.scale,
+                out[row.tokens],
+            )
+        return output
+
+    def _write_exact(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        key_cache, value_cache = _vllm_caches(memory)
+        isa = cpu_attention_isa(memory.layout.head_size, memory.layout.exact_tokens)
+        vllm_ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)
+
+    def _attend_dense(self, memory: LayerMemory, batch: DenseBatch, query: Tensor, output: Tensor) -> None:
+        key_cache, value_cache = _vllm_caches(memory)
+        rows_query = query if batch.tokens is None else query[batch.tokens]
+        rows_out = output if batch.tokens is None else torch.empty_like(rows_query)
+        vllm_ops.cpu_attention_with_kv_cache(
+            query=rows_query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=rows_out,
+            query_start_loc=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=batch.block_table,
+            softcap=0,
+            scheduler_metadata=batch.scheduler_metadata,
+            s_aux=None,
+        )
+        if batch.tokens is not None:
+            output[batch.tokens] = rows_out
+
+
+def _vllm_caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
+    """Exact pages as vLLM's CPU kernels take them: per head all keys, then all values (`cpu_attn.py`)."""
+    layout = memory.layout
+    shape = (-1, layout.num_kv_heads, 2 * layout.exact_tokens, layout.head_size)
+    keys, values = memory.exact_pages.view(layout.dtype).view(shape).chunk(2, dim=2)
+    return keys, values

@@ -1,0 +1,172 @@
+"""The block-manager extension: who may free, keep and share which page. These run in the scheduler's process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import (
+    CircularBufferManager,
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+
+class ShadowManager(FullAttentionManager):
+    """Sealed blocks, as full attention, but a block's hash is published only when the block is certainly sealed.
+
+    A block is sealed by the step after the one that completed it, when the worker builds that step's metadata. A hash
+    that vLLM publishes earlier could be hit by a request that reads the page before, or never sealed at all if its
+    request is preempted in between.
+    """
+
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Request -> itself, and the tokens that were computed when it was last scheduled: that step seals them.
+        self._sealing: dict[str, tuple[Request, int]] = {}
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Publishes the blocks that an earlier step of this request has sealed; vLLM calls it once per scheduling."""
+        _, sealed = self._sealing.get(request.request_id, (request, 0))
+        self._sealing[request.request_id] = (request, min(num_tokens, request.num_computed_tokens))
+        super().cache_blocks(request, min(num_tokens, sealed), *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """A finished request's last step has sealed what it was scheduled with; a preempted one's may never run."""
+        request, sealed = self._sealing.pop(request_id, (None, 0))
+        if request is not None and request.is_finished():
+            super().cache_blocks(request, sealed, replay_boundaries=())
+        return super().pop_blocks_for_free(request_id)
+
+    def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
+        """Never: a sealed block is shared whole, and a copy-on-write would not copy the host pool's row."""
+
+
+class ExactManager(SingleTypeKVCacheManager):
+    """Exact pages from the exact boundary on; freed one step after the boundary has passed them."""
+
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.boundary = kv_cache_spec.boundary.resolve(self.block_pool.num_gpu_blocks)
+        # vLLM sets the cap of full-sequence admission for its own recycling managers only.
+        self.max_admission_blocks_per_request = self.boundary.max_exact_pages
+        # The coordinator shows requests (`cache_blocks`) only to managers with this set, prefix caching or not.
+        self.enable_caching = True
+        self._prefill_end: dict[str, int] = {}
+        self._processed: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Exact pages are never hit."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Publishes nothing; notes where the prefill of this admission ends, a resumed request's generated tokens included."""
+        self._prefill_end.setdefault(request.request_id, request.num_tokens)
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Tokens without exact pages at admission: the prefix hit, whose blocks are sealed."""
+        block_size: int = self.boundary.block_size
+        return num_computed_tokens // block_size * block_size
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Frees the pages below the boundary of the previous step.
+
+        The blocks that this step seals are read from their exact pages before its forward pass, so what this step's
+        boundary has passed is freed a step later. A second call in one step, after a preemption, changes nothing.
+        """
+        if request_id not in self.req_to_blocks:
+            return
+        before, now = self._processed.get(request_id, (0, 0))
+        if processed_computed_tokens != now:
+            before, now = now, processed_computed_tokens
+            self._processed[request_id] = (before, now)
+        prefill_end = max(num_prompt_tokens or 0, self._prefill_end.get(request_id, 0))
+        start = self.boundary.exact_start(before, prefilling=before < prefill_end)
+        held = len(self.req_to_blocks[request_id])
+        self._remove_blocks_in_range(request_id, 0, min(start // self.block_size, held))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forgets the request."""
+        self._prefill_end.pop(request_id, None)
+        self._processed.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+class SlotManager(CircularBufferManager):
+    """A fixed number of slot pages per request, taken in the step that may first attend to sealed blocks."""
+
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._with_hit: set[str] = set()
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """All pages of a request, or none: before it needs them, and once it has them."""
+        first = request_id not in self.req_to_blocks
+        return self._missing(request_id, num_tokens, hit=num_local_computed_tokens if first else 0)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Takes what `get_num_blocks_to_allocate` said."""
+        new_blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens, hit=0))
+        self.req_to_blocks[request_id].extend(new_blocks)
+        return new_blocks
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Notes that a request starts on sealed blocks."""
+        if num_local_computed_tokens > 0:
+            self._with_hit.add(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forgets the request."""
+        self._with_hit.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def _missing(self, request_id: str, num_tokens: int, hit: int) -> int:
+        spec = self.kv_cache_spec
+        if self.req_to_blocks.get(request_id):
+            return 0
+        if not spec.boundary.reads_sealed(num_tokens, hit or int(request_id in self._with_hit)):
+            return 0
+        return spec.pages_per_request

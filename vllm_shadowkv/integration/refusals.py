@@ -1,0 +1,114 @@
+"""What is refused at start-up: early, by name, with the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_shadowkv import extension
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration.compat import check_vllm_version
+from vllm_shadowkv.page import DTYPES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OTHER_BACKEND = "use another --attention-backend"
+
+
+def check_process() -> None:
+    """Refuses a process that cannot run the backend at all.
+
+    Raises:
+        RuntimeError: another vLLM than the tested ones, or a platform without kernels.
+        ImportError: the compiled extension is missing or does not load.
+    """
+    check_vllm_version()
+    built_with_cuda = extension.load().has_cuda()
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise RuntimeError(f"shadowkv runs on CUDA and on the CPU, not on {current_platform.device_name}; {OTHER_BACKEND}.")
+    if not built_with_cuda:
+        raise RuntimeError(
+            "shadowkv's extension was built without CUDA kernels; build it with CUDA_HOME set "
+            "(`pip install --no-build-isolation .`), or use another --attention-backend."
+        )
+
+
+def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
+    """Refuses engine settings that the backend does not work with.
+
+    Raises:
+        ValueError: the sentence names the setting and the way out.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    refusals: list[tuple[Any, str]] = [
+        (
+            vllm_config.kv_transfer_config is not None,
+            "does not support KV connectors (--kv-transfer-config), which would move device pages without the values in "
+            "the host pool; drop the connector",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "does not support speculative decoding yet; drop --speculative-config",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "does not support decode context parallelism; drop --decode-context-parallel-size",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "does not support prefill context parallelism; drop --prefill-context-parallel-size",
+        ),
+        (parallel.use_ubatching, "does not support dual batch overlap; drop --enable-dbo"),
+        (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
+            "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
+        ),
+        (vllm_config.model_config.is_hybrid, f"does not support models with Mamba layers; {OTHER_BACKEND}"),
+        (
+            cache.user_specified_block_size and cache.block_size != config.block_size,
+            f"takes its block size from its own settings, not from --block-size {cache.block_size}; drop --block-size, or "
+            f"set shadowkv.block_size in --additional-config (now {config.block_size})",
+        ),
+        (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+            f"stores keys and values in the model's dtype, not as --kv-cache-dtype {cache.cache_dtype}; drop "
+            "--kv-cache-dtype",
+        ),
+        (
+            vllm_config.model_config.dtype not in DTYPES,
+            f"supports float32, float16 and bfloat16, not --dtype {vllm_config.model_config.dtype}; use another --dtype",
+        ),
+    ]
+    for wrong, sentence in refusals:
+        if wrong:
+            raise ValueError(f"shadowkv {sentence}.")
+
+
+def check_layer(
+    attn_type: str,
+    sliding_window: int | None,
+    alibi_slopes: Any,
+    logits_soft_cap: float | None,
+    kv_sharing_target_layer_name: str | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Refuses attention that the kernels do not compute.
+
+    Raises:
+        ValueError: the sentence names the feature and the way out.
+    """
+    for wrong, what in (
+        (attn_type != "decoder", f"{attn_type} attention"),
+        (sliding_window is not None, f"a sliding window ({sliding_window} tokens)"),
+        (alibi_slopes is not None, "ALiBi"),
+        (bool(logits_soft_cap), f"a logits soft cap ({logits_soft_cap})"),
+        (kv_sharing_target_layer_name is not None, "a KV cache shared between layers"),
+        (sinks is not None, "attention sinks"),
+    ):
+        if wrong:
+            raise ValueError(f"shadowkv does not support layers with {what}; {OTHER_BACKEND} for this model.")

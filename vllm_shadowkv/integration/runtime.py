@@ -1,0 +1,284 @@
+"""One worker's shadowkv: its layers, their memory, and the state of the blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.platforms import current_platform
+
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration.compat import bound_kv_cache_memory
+from vllm_shadowkv.integration.layers import ExactPages, SlotPages
+from vllm_shadowkv.integration.metadata import Planner
+from vllm_shadowkv.integration.refusals import check_engine
+from vllm_shadowkv.integration.rope import rotary_of
+from vllm_shadowkv.integration.specs import ShadowSpec
+from vllm_shadowkv.page import PageLayout, plan_page
+from vllm_shadowkv.rotary import Rotary
+from vllm_shadowkv.state import host_pool
+from vllm_shadowkv.state.block_state import BlockState
+from vllm_shadowkv.state.boundary import ExactBoundary
+from vllm_shadowkv.state.decode import DecodeWorkspace
+from vllm_shadowkv.state.layer import LayerMemory
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.shadowkv")
+
+
+@dataclass
+class _Layer:
+    """An attention layer and its pseudo-layers; vLLM owns them."""
+
+    attention: Any
+    exact: ExactPages
+    slots: SlotPages
+    rotary: Rotary
+    cos_sin: Tensor
+
+
+@dataclass
+class Bound:
+    """What exists once vLLM has allocated its KV cache.
+
+    Attributes:
+        memories: per layer name.
+        state: of the blocks.
+        boundary: with its prefill window resolved.
+        workspace: of the decode kernels.
+        exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
+    """
+
+    memories: dict[str, LayerMemory]
+    state: BlockState
+    boundary: ExactBoundary
+    workspace: DecodeWorkspace
+    exact_start: Tensor
+
+
+class Runtime:
+    """Everything of one model in one worker process. Layers share it."""
+
+    _latest: Runtime | None = None
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Reads and checks the settings. `of` calls it for the model's first layer."""
+        self.vllm_config = vllm_config
+        self.config = ShadowKVConfig.from_vllm(vllm_config.additional_config)
+        check_engine(vllm_config, self.config)
+        self.boundary = ExactBoundary.of(
+            self.config, vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
+        )
+        self._shape: tuple[int, int, int, torch.dtype] | None = None
+        self._layout: PageLayout | None = None
+        self._layers: dict[str, _Layer] = {}
+        self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
+        self._bound: Bound | None = None
+        self._bound_to: tuple[int, torch.Size] | None = None
+        self.planner = Planner(self)
+        bound_kv_cache_memory(_bound_bytes)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Runtime:
+        """The runtime of the model that is being built."""
+        context = vllm_config.compilation_config.static_forward_context
+        latest = cls._latest
+        if latest is None or latest.vllm_config.compilation_config.static_forward_context is not context:
+            cls._latest = latest = cls(vllm_config)
+        return latest
+
+    @classmethod
+    def latest(cls) -> Runtime:
+        """The runtime of the model that was built last; vLLM asks for specs without a configuration at hand."""
+        if cls._latest is None:
+            raise RuntimeError("shadowkv: a KV cache spec was asked for before any attention layer was built.")
+        return cls._latest
+
+    # -- Layers ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> PageLayout:
+        """The layout of every layer's pages."""
+        assert self._layout is not None, "no layer was built"
+        return self._layout
+
+    @property
+    def slot_pages_per_request(self) -> int:
+        """Slot pages that hold `slot_chunks` chunks per KV head."""
+        return -(-self.config.slot_chunks // self.layout.slots_per_page)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of a layer, this rank's."""
+        assert self._shape is not None
+        return self._shape[0]
+
+    def lay_out(self, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        """Plans the page for a layer's shape; all layers must have the same one.
+
+        Raises:
+            ValueError: a shape that is not supported, or not that of the layers before.
+        """
+        shape = (num_heads, num_kv_heads, head_size, dtype)
+        if self._shape is None:
+            self._layout = plan_page(self.config, num_kv_heads, head_size, dtype)
+            self._shape = shape
+        elif shape != self._shape:
+            raise ValueError(
+                f"shadowkv needs equal attention layers, got (query heads, KV heads, head size, dtype) {shape} after "
+                f"{self._shape}; use another --attention-backend for this model."
+            )
+
+    def add_layer(self, parent: torch.nn.Module, attention: Any) -> None:
+        """Takes in a layer when its module is attached to its parent."""
+        name = attention.layer_name
+        exact, slots = ExactPages(attention), SlotPages(attention)
+        context = self.vllm_config.compilation_config.static_forward_context
+        context[exact.layer_name], context[slots.layer_name] = exact, slots
+        self._parents[name] = weakref.ref(parent)
+        self._layers[name] = _Layer(attention, exact, slots, Rotary.identity(), torch.empty(0, 0))
+
+    def read_rotary(self, name: str) -> None:
+        """Reads a layer's rotation; its parent is complete once weights are loaded.
+
+        Raises:
+            ValueError: a rotation, or a use of it, that is not supported.
+            RuntimeError: the layer was never attached to a module.
+        """
+        layer = self._layers.get(name)
+        if layer is None:
+            raise RuntimeError(f"shadowkv: the attention layer {name} was not attached to a module.")
+        parent = self._parents[name]()
+        assert parent is not None
+        layer.rotary = rotary_of(parent, name, self.layout.head_size)
+        table = layer.rotary.cos_sin
+        same = next((other for other in self._layers.values() if other.rotary.cos_sin is table and other is not layer), None)
+        if table is not None:
+            layer.cos_sin = same.cos_sin if same and same.cos_sin.numel() else table.float().contiguous()
+
+    def shadow_spec(self, spec: Any) -> ShadowSpec:
+        """The shadow spec in place of vLLM's full-attention spec of a layer."""
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+        fields["block_size"] = self.layout.block_size
+        return ShadowSpec(**fields, shadow_page_bytes=self.layout.page_bytes)
+
+    # -- Memory ---------------------------------------------------------------------------------------------------------
+
+    def bound_bytes(self, available: int) -> int:
+        """Bounds the bytes of the KV cache by what the host pool can back.
+
+        Args:
+            available: bytes that vLLM would use.
+
+        Returns:
+            At most `available`.
+
+        Raises:
+            ValueError: the host cannot back one request of `max_model_len`; the sentence names the flags.
+        """
+        layout, count = self.layout, len(self._layers)
+        parallel = self.vllm_config.parallel_config
+        blocks = host_pool.max_blocks(
+            self.config.host_memory_gib,
+            row_bytes=count * layout.value_row_bytes,
+            page_bytes=count * layout.page_bytes,
+            pages_on_host=current_platform.is_cpu(),
+            ranks=parallel.local_world_size * parallel.data_parallel_size_local,
+        )
+        sealed = -(-self.boundary.max_model_len // layout.block_size)
+        needed = sealed + self.boundary.max_exact_pages + self.slot_pages_per_request + 1
+        if blocks < needed:
+            gib = needed * count * layout.value_row_bytes / host_pool.GIB
+            raise ValueError(
+                f"shadowkv: host memory backs {blocks} KV cache blocks, one request of {self.boundary.max_model_len} tokens "
+                f"needs {needed} ({gib:.1f} GiB); raise shadowkv.host_memory_gib or lower --max-model-len."
+            )
+        return min(available, blocks * count * layout.page_bytes)
+
+    def bind(self) -> Bound:
+        """The memory that vLLM has allocated, and ours beside it; made anew whenever vLLM has allocated anew.
+
+        Raises:
+            MemoryError: the host pool does not fit.
+        """
+        first = next(iter(self._layers.values())).attention.kv_cache
+        key = (first.data_ptr(), first.shape)
+        if self._bound is None or self._bound_to != key:
+            self._bound = None  # frees the old pool before the new one is measured
+            self._bound = self._make_bound(first.shape[0], first.device)
+            self._bound_to = key
+        return self._bound
+
+    def _make_bound(self, num_blocks: int, device: torch.device) -> Bound:
+        layout, config = self.layout, self.config
+        pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes)
+        memories = {
+            name: LayerMemory(
+                layout=layout,
+                rotary=layer.rotary,
+                cos_sin=layer.cos_sin,
+                pages=_pages(layer.attention.kv_cache, layout),
+                exact_pages=_pages(layer.exact.kv_cache, layout),
+                slot_pages=_pages(layer.slots.kv_cache, layout),
+                host_pool=pool,
+            )
+            for (name, layer), pool in zip(self._layers.items(), pools, strict=True)
+        }
+        max_rows = self.vllm_config.scheduler_config.max_num_seqs
+        boundary = self.boundary.resolve(num_blocks)
+        gib = len(pools) * num_blocks / host_pool.GIB
+        logger.info(
+            "shadowkv: %d blocks of %d tokens (%d tokens sealed, %d exact); pages %.2f GiB, host pool %.2f GiB; "
+            "%s; prompts are exact over their newest %d tokens.",
+            num_blocks,
+            layout.block_size,
+            num_blocks * layout.block_size,
+            num_blocks * layout.exact_tokens,
+            gib * layout.page_bytes,
+            gib * layout.value_row_bytes,
+            f"keys of rank {layout.rank} of {layout.width}" if layout.rank else "exact keys",
+            boundary.prefill_exact_tokens,
+        )
+        max_blocks = -(-boundary.max_model_len // layout.block_size)
+        return Bound(
+            memories=memories,
+            state=BlockState(num_blocks, device),
+            boundary=boundary,
+            workspace=DecodeWorkspace(config, layout, max_rows, max_blocks, device),
+            exact_start=torch.zeros(max_rows, dtype=torch.int32, device=device),
+        )
+
+
+def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:
+    """vLLM's view of a layer's cache as uint8 `[num_blocks, page_bytes]`."""
+    return kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.page_bytes)
+
+
+def _bound_bytes(vllm_config: VllmConfig, available: int) -> int:
+    """`compat.bound_kv_cache_memory` calls it in every worker; other backends' workers are left alone."""
+    runtime = Runtime._latest
+    context = vllm_config.compilation_config.static_forward_context
+    if runtime is None or runtime.vllm_config.compilation_config.static_forward_context is not context:
+        return available
+    return runtime.bound_bytes(available)
+
+
+def _on_registration(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+    """Learns an attention layer's name and parent, which vLLM never tells its implementation."""
+    from vllm_shadowkv.integration.impl import ShadowKVImpl
+
+    impl = getattr(module, "impl", None)
+    if isinstance(impl, ShadowKVImpl) and impl.layer_name is None:
+        impl.layer_name = module.layer_name  # type: ignore[union-attr]
+        impl.runtime.add_layer(parent, module)
+
+
+register_module_module_registration_hook(_on_registration)

@@ -1,0 +1,354 @@
+"""The whole algorithm in fp32 PyTorch: the oracle of every test, and the explanation. It is slow and obvious.
+
+ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
+KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in least-recently-used
+slots. Every function after `seal` has the name, the arguments and the results of the kernel in `ops.py` that it defines.
+
+Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once per
+decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; and `expand_blocks` for a prefill over sealed
+context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
+from vllm_shadowkv.page import PageLayout
+from vllm_shadowkv.rotary import Rotary, apply
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seal
+
+
+def factorise(keys: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-`rank` factors of one block's centred keys, by a float64 SVD (Eckart-Young).
+
+    Args:
+        keys: `[block_size, width]`, pre-RoPE, all KV heads of a token side by side.
+        rank: number of basis rows.
+
+    Returns:
+        mean `[width]`, coefficients `[block_size, rank]` with columns of unit RMS, and basis `[rank, width]`, fp32;
+        `keys ≈ mean + coefficients @ basis`. The columns' scale is in the basis, so that int8 coefficients lose the same
+        share of every column.
+    """
+    mean = keys.double().mean(0)
+    left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
+    rms = singular[:rank] / len(keys) ** 0.5
+    coefficients = left[:, :rank] * len(keys) ** 0.5
+    return mean.float(), coefficients.float(), (rms[:, None] * right[:rank]).float()
+
+
+def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 with one fp32 scale per row (last dimension): absmax / 127, halves to even; a zero row has scale 0."""
+    scales = values.float().abs().amax(-1) / 127
+    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+    quantised = (values.float() * inverse.unsqueeze(-1)).round().clamp(-127, 127)
+    return quantised.to(torch.int8), scales
+
+
+def landmarks_and_outliers(keys: Tensor, chunk_size: int, num_outliers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What selection needs to know of a block.
+
+    Args:
+        keys: `[block_size, num_kv_heads, head_size]`, post-RoPE.
+        chunk_size: tokens per chunk.
+        num_outliers: chunks per KV head to name.
+
+    Returns:
+        Landmarks `[num_kv_heads, chunks, head_size]` fp32, the mean of a chunk's keys; and the chunks whose keys the
+        landmark describes worst (lowest minimum cosine, ties to the lower chunk), worst first: their numbers in the
+        block `[num_kv_heads, num_outliers]` int32 and minimum cosines, fp32.
+    """
+    chunks = keys.float().unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3)  # [heads, chunks, chunk_size, head_size]
+    landmarks = chunks.mean(2)
+    norms = chunks.norm(dim=-1) * landmarks.norm(dim=-1, keepdim=True)
+    cosines = ((chunks * landmarks.unsqueeze(2)).sum(-1) / norms.clamp_min(1e-12)).amin(-1)
+    worst, ids = cosines.sort(dim=-1, stable=True)
+    return landmarks, ids[:, :num_outliers].int(), worst[:, :num_outliers]
+
+
+def pack_block(
+    block_ids: Tensor,
+    keys: Tensor,
+    mean: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    pages: Tensor,
+    layout: PageLayout,
+) -> None:
+    """Writes blocks' compressed keys to their shadow pages. Arguments: `ops.pack_block`."""
+    for i, block in enumerate(block_ids.tolist()):
+        if not 0 < block < len(pages):
+            continue
+        chunked = keys[i].unflatten(0, (-1, layout.chunk_size)).permute(2, 0, 1, 3)
+        landmarks, outlier_ids, cosines = landmarks_and_outliers(keys[i], layout.chunk_size, layout.num_outliers)
+        parts = dict(zip(("landmarks", "landmark_scales"), quantise(landmarks), strict=True))
+        parts |= {"outlier_ids": outlier_ids, "outlier_cosines": cosines}
+        if layout.rank:
+            parts["coefficients"], parts["coefficient_scales"] = quantise(coefficients[i])
+            rows, parts["basis_scales"] = quantise(basis[i])
+            parts["basis"] = rows.unflatten(1, (layout.num_kv_heads, layout.head_size)).transpose(0, 1)
+            parts["mean"] = mean[i].view(layout.num_kv_heads, layout.head_size)
+            index = outlier_ids.long()[:, :, None, None].expand(-1, -1, *chunked.shape[2:])
+            parts["outlier_keys"] = chunked.gather(1, index)
+        else:
+            parts["exact_keys"] = keys[i].transpose(0, 1)
+        for name, part in parts.items():
+            layout.view(pages, name)[block] = part
+
+
+def store_values(block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout) -> None:
+    """Copies blocks' values from their exact pages to the host pool. Arguments: `ops.store_values`."""
+    pool, scales = layout.value_views(host_pool)
+    for block, pages in zip(block_ids.tolist(), exact_ids.long(), strict=True):
+        if not 0 < block < len(host_pool) or not ((pages > 0) & (pages < len(exact_values))).all():
+            continue
+        values = exact_values[pages].transpose(0, 1).flatten(1, 2)  # [heads, block_size, head_size]
+        values = values.unflatten(1, (-1, layout.chunk_size))
+        if scales is None:
+            pool[block] = values
+        else:
+            pool[block], scales[block] = quantise(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rebuild
+
+
+def rebuild_keys(pages: Tensor, block: int, first_position: int, cos_sin: Tensor, is_neox: bool, layout: PageLayout) -> Tensor:
+    """Keys of a sealed block, post-RoPE, `[block_size, num_kv_heads, head_size]` fp32."""
+    if not layout.rank:
+        return layout.view(pages, "exact_keys")[block].transpose(0, 1).float()
+    coefficients = layout.view(pages, "coefficients")[block] * layout.view(pages, "coefficient_scales")[block][:, None]
+    basis = layout.view(pages, "basis")[block] * layout.view(pages, "basis_scales")[block][:, None]
+    keys = torch.einsum("tr,hrd->thd", coefficients, basis) + layout.view(pages, "mean")[block]
+    positions = first_position + torch.arange(layout.block_size)
+    rotary_dim = cos_sin.shape[-1]
+    keys = apply(Rotary(cos_sin if rotary_dim else None, rotary_dim, is_neox), keys, positions)
+    heads = torch.arange(layout.num_kv_heads)[:, None]
+    by_chunk = keys.unflatten(0, (-1, layout.chunk_size)).permute(2, 0, 1, 3)  # a view: writes reach `keys`
+    outlier_keys = layout.view(pages, "outlier_keys")[block].float()
+    by_chunk[heads, layout.view(pages, "outlier_ids")[block].long()] = outlier_keys
+    return keys
+
+
+def fetch_values(host_pool: Tensor, block: int, layout: PageLayout) -> Tensor:
+    """Values of a sealed block, `[block_size, num_kv_heads, head_size]` fp32."""
+    pool, scales = layout.value_views(host_pool)
+    values = pool[block].float() if scales is None else pool[block] * scales[block].unsqueeze(-1)
+    return values.flatten(1, 2).transpose(0, 1)
+
+
+def expand_blocks(
+    block_ids: Tensor,
+    first_positions: Tensor,
+    pages: Tensor,
+    host_pool: Tensor,
+    cos_sin: Tensor,
+    is_neox: bool,
+    layout: PageLayout,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Rebuilds K and reads V of whole blocks. Arguments: `ops.expand_blocks`."""
+    for i, (block, first) in enumerate(zip(block_ids.tolist(), first_positions.tolist(), strict=True)):
+        if not 0 < block < len(pages):
+            keys[i], values[i] = 0, 0
+            continue
+        keys[i] = rebuild_keys(pages, block, first, cos_sin, is_neox, layout)
+        values[i] = fetch_values(host_pool, block, layout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode
+
+
+def select_chunks(
+    query: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    exact_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    budget_chunks: int,
+    layout: PageLayout,
+    chunk_ids: Tensor,
+) -> None:
+    """Picks the chunks that a decode step attends to. Arguments: `ops.select_chunks`."""
+    chunk_ids.fill_(-1)
+    landmarks, landmark_scales = layout.view(pages, "landmarks"), layout.view(pages, "landmark_scales")
+    outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")
+    most_outliers = chunk_ids.shape[2] - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS
+    group = query.shape[1] // layout.num_kv_heads
+    for row in range(len(query)):
+        num_blocks = min(int(exact_start[row]) // layout.block_size, block_table.shape[1])
+        if num_blocks <= 0 or int(seq_lens[row]) <= 0:
+            continue
+        blocks = block_table[row, :num_blocks].long()
+        valid = (blocks > 0) & (blocks < len(pages))
+        blocks = blocks.where(valid, 0)
+        ids = torch.arange(num_blocks * layout.chunks)
+        usable = valid.repeat_interleave(layout.chunks)
+        newest = (ids + 1) * layout.chunk_size > int(seq_lens[row]) - LOCAL_CHUNKS * layout.chunk_size
+        for head in range(layout.num_kv_heads):
+            marks = (landmarks[blocks, head] * landmark_scales[blocks, head].unsqueeze(-1)).flatten(0, 1)
+            logits = scale * (query[row, head * group : (head + 1) * group].float() @ marks.T)
+            logits[:, ~usable] = -torch.inf
+            scores = (logits - logits.logsumexp(-1, keepdim=True)).amax(0)
+            forced = (ids < SINK_CHUNKS) | newest
+            outliers = (outlier_ids[blocks, head] + torch.arange(num_blocks)[:, None] * layout.chunks)[valid].flatten()
+            cosines = outlier_cosines[blocks, head][valid].flatten()
+            candidates = [
+                (cosine, chunk)
+                for cosine, chunk in zip(cosines.tolist(), outliers.tolist(), strict=True)
+                if not forced[chunk]
+            ]
+            forced[[chunk for _, chunk in sorted(candidates)[:most_outliers]]] = True
+            forced &= usable
+            rest = ids[usable & ~forced]
+            best = rest[scores[rest].argsort(descending=True, stable=True)[:budget_chunks]]
+            chosen = torch.cat((ids[forced], best)).sort().values[: chunk_ids.shape[2]]
+            chunk_ids[row, head, : len(chosen)] = chosen.int()
+
+
+def plan_slots(
+    chunk_ids: Tensor,
+    block_table: Tensor,
+    epochs: Tensor,
+    clock: Tensor,
+    slot_table: Tensor,
+    slot_pages: Tensor,
+    layout: PageLayout,
+    slot_ids: Tensor,
+    misses: Tensor,
+    num_misses: Tensor,
+) -> None:
+    """Gives every selected chunk a slot: the one that holds it, or the least recently used. Arguments: `ops.plan_slots`."""
+    slot_ids.fill_(-1)
+    misses.fill_(-1)
+    num_misses.fill_(0)
+    tags, used = layout.view(slot_pages, "slot_tags"), layout.view(slot_pages, "slot_used")
+    page_epochs = layout.view(slot_pages, "slot_epoch")
+    for row in range(len(chunk_ids)):
+        pages = slot_table[row].long()
+        if not (chunk_ids[row] >= 0).any() or not ((pages > 0) & (pages < len(slot_pages))).all():
+            continue
+        for page in pages.tolist():
+            if int(page_epochs[page]) != int(epochs[page]):  # the page was something else in between
+                tags[page], used[page], page_epochs[page] = 0, 0, int(epochs[page])
+        for head in range(layout.num_kv_heads):
+            row_tags, row_used = tags[pages, head].flatten(), used[pages, head].flatten()
+            missed = []
+            for i, chunk in enumerate(chunk_ids[row, head].tolist()):
+                tag = _tag(chunk, block_table[row], epochs, layout)
+                if tag == 0:
+                    continue
+                hit = (row_tags == tag).nonzero()
+                if len(hit):
+                    slot_ids[row, head, i] = hit[0].int()
+                    row_used[hit[0]] = int(clock)
+                else:
+                    missed.append(i)
+            oldest = row_used.argsort(stable=True)
+            victims = oldest[row_used[oldest] != int(clock)]
+            missed = missed[: len(victims)]  # a chunk beyond the slots is left out
+            for i, slot in zip(missed, victims.tolist(), strict=False):
+                slot_ids[row, head, i] = slot
+                row_tags[slot] = _tag(int(chunk_ids[row, head, i]), block_table[row], epochs, layout)
+                row_used[slot] = int(clock)
+            misses[row, head, : len(missed)] = torch.tensor(missed, dtype=torch.int32)
+            num_misses[row, head] = len(missed)
+            tags[pages, head] = row_tags.unflatten(0, (len(pages), layout.slots_per_page))
+            used[pages, head] = row_used.unflatten(0, (len(pages), layout.slots_per_page))
+
+
+def _tag(chunk: int, block_row: Tensor, epochs: Tensor, layout: PageLayout) -> int:
+    """Names a chunk's content for ever: a block's epoch changes whenever it is written or sealed anew; 0: no such chunk."""
+    column = chunk // layout.chunks
+    block = int(block_row[column]) if 0 <= column < len(block_row) else 0
+    return int(epochs[block]) * layout.chunks + chunk % layout.chunks if 0 < block < len(epochs) else 0
+
+
+def fill_slots(
+    chunk_ids: Tensor,
+    slot_ids: Tensor,
+    misses: Tensor,
+    num_misses: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    host_pool: Tensor,
+    cos_sin: Tensor,
+    is_neox: bool,
+    slot_table: Tensor,
+    slot_pages: Tensor,
+    layout: PageLayout,
+) -> None:
+    """Rebuilds the missing chunks' keys and fetches their values. Arguments: `ops.fill_slots`."""
+    slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
+    for row, head in num_misses.nonzero().tolist():
+        for i in misses[row, head, : int(num_misses[row, head])].tolist():
+            if not 0 <= i < chunk_ids.shape[2]:
+                continue
+            chunk, slot = int(chunk_ids[row, head, i]), int(slot_ids[row, head, i])
+            (index, inside), (column, place) = divmod(chunk, layout.chunks), divmod(slot, layout.slots_per_page)
+            if not (0 <= index < block_table.shape[1] and 0 <= column < slot_table.shape[1]):
+                continue
+            block, page = int(block_table[row, index]), int(slot_table[row, column])
+            if not (0 < block < len(pages) and 0 <= page < len(slot_pages)):
+                continue
+            tokens = slice(inside * layout.chunk_size, (inside + 1) * layout.chunk_size)
+            keys = rebuild_keys(pages, block, index * layout.block_size, cos_sin, is_neox, layout)
+            slot_keys[page, head, place] = keys[tokens, head].to(layout.dtype)
+            slot_values[page, head, place] = fetch_values(host_pool, block, layout)[tokens, head].to(layout.dtype)
+
+
+def sparse_attention(
+    query: Tensor,
+    slot_ids: Tensor,
+    slot_table: Tensor,
+    slot_pages: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    exact_table: Tensor,
+    exact_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    layout: PageLayout,
+    output: Tensor,
+    lse: Tensor,
+) -> None:
+    """Exact attention over the chunks in slots and the tokens in exact pages. Arguments: `ops.sparse_attention`."""
+    slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
+    group = query.shape[1] // layout.num_kv_heads
+    for row in range(len(query)):
+        start = max(int(exact_start[row]), 0)
+        end = min(int(seq_lens[row]), exact_table.shape[1] * layout.exact_tokens)
+        tokens = torch.arange(start, max(end, start))
+        exact = exact_table[row, tokens // layout.exact_tokens].long()
+        valid = (exact > 0) & (exact < len(exact_keys))
+        tokens, exact = tokens[valid], exact[valid]
+        for head in range(layout.num_kv_heads):
+            slots = slot_ids[row, head]
+            slots = slots[(slots >= 0) & (slots < slot_table.shape[1] * layout.slots_per_page)].long()
+            slot_page, place = slot_table[row, slots // layout.slots_per_page].long(), slots % layout.slots_per_page
+            valid = (slot_page > 0) & (slot_page < len(slot_pages))
+            slot_page, place = slot_page[valid], place[valid]
+            keys = torch.cat(
+                (
+                    slot_keys[slot_page, head, place].flatten(0, 1),
+                    exact_keys[exact, head, tokens % layout.exact_tokens],
+                )
+            )
+            values = torch.cat(
+                (
+                    slot_values[slot_page, head, place].flatten(0, 1),
+                    exact_values[exact, head, tokens % layout.exact_tokens],
+                )
+            )
+            heads = slice(head * group, (head + 1) * group)
+            logits = scale * (query[row, heads].float() @ keys.float().T)
+            lse[row, heads] = logits.logsumexp(-1)
+            output[row, heads] = ((logits - lse[row, heads, None]).exp() @ values.float()).to(output.dtype)

@@ -1,0 +1,59 @@
+"""What the worker must remember of every block: whether it is sealed, and when its bytes last changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BlockState:
+    """Per-block facts, keyed by physical block id like everything else.
+
+    A block id is handed out again and again. `sealed` says whether the shadow page and the host pool row hold the tokens
+    of the block's present owner; `epochs` changes whenever a page of the block is written, so that a slot filled from, or
+    lying in, an earlier life of the block is known to be stale.
+
+    Attributes:
+        sealed: bool `[num_blocks]`, on the host.
+        epochs: int64 `[num_blocks]`, positive; no two seals share one.
+        clock: int64 `[1]`, grows with every step.
+    """
+
+    def __init__(self, num_blocks: int, device: torch.device) -> None:
+        self.sealed = torch.zeros(num_blocks, dtype=torch.bool)
+        self.epochs = torch.ones(num_blocks, dtype=torch.int64, device=device)
+        self.clock = torch.ones(1, dtype=torch.int64, device=device)
+
+    def start_step(self) -> None:
+        """Moves the clock."""
+        self.clock += 1
+
+    def write_open(self, block_ids: Tensor) -> None:
+        """Blocks that get new tokens in this step: whatever was sealed there belongs to an earlier owner."""
+        self.sealed[block_ids] = False
+
+    def write_exact(self, block_ids: Tensor) -> None:
+        """Pages that are written as exact pages in this step."""
+        self.epochs[block_ids] = self.clock
+
+    def unsealed(self, block_ids: Tensor) -> Tensor:
+        """Mask of the blocks that are not sealed; the null block counts as sealed."""
+        return ~self.sealed[block_ids] & (block_ids > 0)
+
+    def seal(self, block_ids: Tensor) -> None:
+        """Blocks that were sealed in this step; each gets an epoch of its own.
+
+        Args:
+            block_ids: int64 `[n]`, without repetition.
+        """
+        self.sealed[block_ids] = True
+        count = len(block_ids)
+        self.epochs[block_ids] = self.clock + 1 + torch.arange(count, device=self.epochs.device)
+        self.clock += count + 1
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where an invariant is broken. For tests."""
+        assert (self.epochs > 0).all(), "an epoch is not positive"
+        assert (self.epochs <= self.clock).all(), "an epoch lies in the future"
+        sealed = self.epochs[self.sealed.to(self.epochs.device)]
+        assert len(sealed.unique()) == len(sealed), "two sealed blocks share an epoch"

@@ -1,0 +1,95 @@
+"""The exact boundary: from which token on a request's keys and values are exact.
+
+The manager in the scheduler frees exact pages by it, the metadata builder in the worker reads by it. Both must come to the
+same answer from what each of them knows, so it is one function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vllm_shadowkv.config import ShadowKVConfig
+
+
+@dataclass(frozen=True)
+class ExactBoundary:
+    """The rule of the exact boundary. Lengths are in tokens.
+
+    Attributes:
+        block_size: tokens of a sealed block.
+        exact_tokens: tokens of an exact page.
+        dense_threshold: a request with fewer computed tokens is exact from its prefix hit on.
+        prefill_exact_tokens: newest tokens kept exact while the prompt is computed; None: not yet resolved.
+        decode_exact_tokens: newest tokens kept exact afterwards, beyond those of the open block.
+        max_step_tokens: most tokens that one request can compute in one step.
+        max_model_len: longest request.
+    """
+
+    block_size: int
+    exact_tokens: int
+    dense_threshold: int
+    prefill_exact_tokens: int | None
+    decode_exact_tokens: int
+    max_step_tokens: int
+    max_model_len: int
+
+    @classmethod
+    def of(cls, config: ShadowKVConfig, max_step_tokens: int, max_model_len: int) -> ExactBoundary:
+        """The rule that the settings ask for."""
+        return cls(
+            block_size=config.block_size,
+            exact_tokens=config.exact_tokens_per_page,
+            dense_threshold=config.dense_threshold,
+            prefill_exact_tokens=config.prefill_exact_tokens,
+            decode_exact_tokens=config.decode_exact_tokens,
+            max_step_tokens=min(max_step_tokens, max_model_len),
+            max_model_len=max_model_len,
+        )
+
+    def resolve(self, num_blocks: int) -> ExactBoundary:
+        """Sets a prefill window that was left open to what half of the pool holds.
+
+        Args:
+            num_blocks: blocks of the pool.
+
+        Returns:
+            The rule with `prefill_exact_tokens` set.
+        """
+        if self.prefill_exact_tokens is not None:
+            return self
+        tokens = num_blocks // 2 * self.exact_tokens - self._slack
+        window = min(max(tokens, 0), self.max_model_len)
+        return replace(self, prefill_exact_tokens=window // self.block_size * self.block_size)
+
+    def exact_start(self, computed: int, prefilling: bool, hit: int = 0) -> int:
+        """First exact token of a request.
+
+        Args:
+            computed: tokens computed before this step.
+            prefilling: whether this step still computes the prompt.
+            hit: tokens of the prefix-cache hit, which have no exact pages; a multiple of `block_size`.
+
+        Returns:
+            A multiple of `block_size`, at least `hit` and at most `computed` rounded down to a block.
+        """
+        if computed < self.dense_threshold:
+            return hit
+        assert self.prefill_exact_tokens is not None, "resolve() comes first"
+        window = self.prefill_exact_tokens if prefilling else self.decode_exact_tokens
+        return max((computed - window) // self.block_size * self.block_size, hit)
+
+    def reads_sealed(self, num_tokens: int, hit: int) -> bool:
+        """Whether a request may attend to sealed blocks in a step that ends at `num_tokens`."""
+        return hit > 0 or num_tokens > max(self.dense_threshold, self.block_size)
+
+    @property
+    def max_exact_pages(self) -> int:
+        """Most exact pages that one request can hold, with `prefill_exact_tokens` as low as it may be resolved."""
+        window = max(self.prefill_exact_tokens or 0, self.dense_threshold, self.decode_exact_tokens)
+        tokens = min(window + self._slack, self.max_model_len)
+        return -(-tokens // self.exact_tokens)
+
+    @property
+    def _slack(self) -> int:
+        """Exact tokens beside the window: the step being computed, the one whose freeing lags, and two cut blocks."""
+        return 2 * self.max_step_tokens + 2 * self.block_size

@@ -1,0 +1,129 @@
+"""One decode step of one layer: select, plan, fill, attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_shadowkv import ops
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.page import PageLayout
+from vllm_shadowkv.state.block_state import BlockState
+from vllm_shadowkv.state.layer import LayerMemory
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """The rows of a step that decode one token each. B is their number.
+
+    Attributes:
+        block_table: int32 `[B, max_blocks]`, shadow blocks.
+        exact_table: int32 `[B, max_pages]`.
+        slot_table: int32 `[B, pages_per_request]`.
+        exact_start: int32 `[B]`.
+        seq_lens: int32 `[B]`, the current token included; 0 for a padding row.
+    """
+
+    block_table: Tensor
+    exact_table: Tensor
+    slot_table: Tensor
+    exact_start: Tensor
+    seq_lens: Tensor
+
+
+class DecodeWorkspace:
+    """What the decode kernels pass to one another, for the widest step. One layer after the other uses it."""
+
+    def __init__(self, config: ShadowKVConfig, layout: PageLayout, max_rows: int, max_blocks: int, device: torch.device):
+        """Allocates.
+
+        Args:
+            config: the settings.
+            layout: of the pages.
+            max_rows: most rows of a step.
+            max_blocks: most sealed blocks of a request.
+            device: of the kernels.
+        """
+        self.budget_chunks = config.budget_chunks
+        wanted = config.budget_chunks + config.forced_chunks + config.num_outlier_chunks * max_blocks
+        width = min(wanted, config.slot_chunks)
+        shape = (max_rows, layout.num_kv_heads, width)
+        self._chunk_ids = torch.empty(shape, dtype=torch.int32, device=device)
+        self._slot_ids = torch.empty(shape, dtype=torch.int32, device=device)
+        self._misses = torch.empty(shape, dtype=torch.int32, device=device)
+        self._num_misses = torch.empty(shape[:2], dtype=torch.int32, device=device)
+        self._lse: Tensor | None = None
+
+    def attend(
+        self, memory: LayerMemory, state: BlockState, rows: DecodeRows, query: Tensor, scale: float, output: Tensor
+    ) -> None:
+        """Attention of one token per row over its selected chunks and its exact tokens.
+
+        Args:
+            memory: the layer.
+            state: of the blocks.
+            rows: B rows.
+            query: float `[B, Hq, D]`, post-RoPE.
+            scale: of the logits.
+            output: float `[B, Hq, D]`, written.
+        """
+        count, layout = len(query), memory.layout
+        chunk_ids, slot_ids, misses = self._chunk_ids[:count], self._slot_ids[:count], self._misses[:count]
+        num_misses = self._num_misses[:count]
+        if self._lse is None:
+            self._lse = torch.empty(self._chunk_ids.shape[0], query.shape[1], device=query.device)
+        ops.select_chunks(
+            query,
+            memory.pages,
+            rows.block_table,
+            rows.exact_start,
+            rows.seq_lens,
+            scale,
+            self.budget_chunks,
+            layout,
+            chunk_ids,
+        )
+        ops.plan_slots(
+            chunk_ids,
+            rows.block_table,
+            state.epochs,
+            state.clock,
+            rows.slot_table,
+            memory.slot_pages,
+            layout,
+            slot_ids,
+            misses,
+            num_misses,
+        )
+        ops.fill_slots(
+            chunk_ids,
+            slot_ids,
+            misses,
+            num_misses,
+            memory.pages,
+            rows.block_table,
+            memory.host_pool,
+            memory.cos_sin,
+            memory.rotary.is_neox,
+            rows.slot_table,
+            memory.slot_pages,
+            layout,
+        )
+        exact_keys, exact_values = layout.exact_views(memory.exact_pages)
+        ops.sparse_attention(
+            query,
+            slot_ids,
+            rows.slot_table,
+            memory.slot_pages,
+            exact_keys,
+            exact_values,
+            rows.exact_table,
+            rows.exact_start,
+            rows.seq_lens,
+            scale,
+            layout,
+            output,
+            self._lse[:count],
+        )

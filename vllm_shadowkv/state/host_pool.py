@@ -1,0 +1,68 @@
+"""The host pool: values of sealed blocks in host memory, sized before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+FREE_SHARE = 0.85
+"""Share of the free host memory that the pool takes where the user sets no size."""
+
+
+def max_blocks(host_memory_gib: float | None, row_bytes: int, page_bytes: int, pages_on_host: bool, ranks: int) -> int:
+    """How many blocks the host can back.
+
+    Args:
+        host_memory_gib: the setting; None: `FREE_SHARE` of what is free now.
+        row_bytes: bytes of one block's values, all layers of this rank.
+        page_bytes: bytes of one block's pages, all layers of this rank.
+        pages_on_host: True on the CPU platform, where pages come from the same memory as the pool.
+        ranks: ranks on this machine, which share the memory.
+
+    Returns:
+        Blocks of this rank.
+
+    Raises:
+        ValueError: the setting exceeds the free memory; the sentence names both.
+    """
+    free = psutil.virtual_memory().available
+    if host_memory_gib is None:
+        return int(FREE_SHARE * free) // ranks // (row_bytes + (page_bytes if pages_on_host else 0))
+    wanted = int(host_memory_gib * GIB)
+    if wanted > free:
+        raise ValueError(
+            f"shadowkv: host_memory_gib asks for {host_memory_gib:g} GiB, but {free / GIB:.1f} GiB of host memory are "
+            "free; lower host_memory_gib, or leave it out to take most of what is free."
+        )
+    return wanted // ranks // row_bytes
+
+
+def allocate(num_layers: int, num_blocks: int, row_bytes: int) -> list[Tensor]:
+    """The pool of every layer.
+
+    Args:
+        num_layers: layers of this rank.
+        num_blocks: blocks of the pool; a block's row has its id.
+        row_bytes: bytes of one block's values in one layer.
+
+    Returns:
+        Per layer uint8 `[num_blocks, row_bytes]`. Memory is taken as rows are first written.
+
+    Raises:
+        MemoryError: it does not fit what is free; the sentence names the bytes and the flags.
+    """
+    needed = num_layers * num_blocks * row_bytes
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"shadowkv: the values of {num_blocks} KV cache blocks need {needed / GIB:.1f} GiB of host memory, "
+            f"{free / GIB:.1f} GiB are free; lower --num-gpu-blocks-override, --kv-cache-memory-bytes or "
+            "shadowkv.host_memory_gib."
+        )
+    return [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]

@@ -1,0 +1,33 @@
+"""The memory of one attention layer, as the algorithm sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_shadowkv.page import PageLayout
+from vllm_shadowkv.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's pages and host pool. N is the number of blocks.
+
+    Attributes:
+        layout: of the pages.
+        rotary: the layer's rotation.
+        cos_sin: fp32 `[max_position, rotary_dim]`, the rotation's table as kernels take it; no columns without RoPE.
+        pages: uint8 `[N, page_bytes]`, the shadow group's view of the pool.
+        exact_pages: uint8 `[N, page_bytes]`, the exact group's view.
+        slot_pages: uint8 `[N, page_bytes]`, the slots group's view.
+        host_pool: uint8 `[N, value_row_bytes]`.
+    """
+
+    layout: PageLayout
+    rotary: Rotary
+    cos_sin: Tensor
+    pages: Tensor
+    exact_pages: Tensor
+    slot_pages: Tensor
+    host_pool: Tensor
