@@ -67,7 +67,7 @@ def randint(generator: Generator, low: int, high: int, *shape: int) -> Tensor:
 
 
 def structured_keys(generator: Generator, tokens: int, width: int, directions: int = 12) -> Tensor:
-    """fp32 `[tokens, width]` that look like keys: a mean, a few strong directions that drift slowly, noise, outliers."""
+    """fp32 `[tokens, width]` that look like keys: a mean, a few strong directions that drift, noise, outliers."""
     drift = randn(generator, tokens, directions).cumsum(0)
     drift = drift / (torch.arange(1, tokens + 1)[:, None].sqrt() * torch.arange(1, directions + 1).sqrt())
     keys = drift @ randn(generator, directions, width) + randn(generator, width)
@@ -152,7 +152,8 @@ def make_sealed(
         mine, ids = ids[:count], ids[count:]
         table[row, :count] = torch.tensor(mine, dtype=torch.int32)
         tokens = count * layout.block_size
-        flat = structured_keys(generator, tokens, layout.width) if structured else randn(generator, tokens, layout.width)
+        make = structured_keys if structured else randn
+        flat = make(generator, tokens, layout.width)
         keys = flat.to(layout.dtype).unflatten(-1, (layout.num_kv_heads, layout.head_size))
         values = randn(generator, tokens, layout.num_kv_heads, layout.head_size, dtype=layout.dtype)
         for i, block in enumerate(mine):
@@ -221,11 +222,11 @@ def fill_exact_pages(
         first_token: position of the first of them.
     """
     exact_keys, exact_values = layout.exact_views(pages)
-    for i in range(len(keys)):
-        page, place = page_ids[(first_token + i) // layout.exact_tokens], (first_token + i) % layout.exact_tokens
-        if 0 < page < len(pages):
-            exact_keys[page, :, place] = keys[i].to(layout.dtype)
-            exact_values[page, :, place] = values[i].to(layout.dtype)
+    positions = first_token + torch.arange(len(keys))
+    page, place = torch.tensor(page_ids)[positions // layout.exact_tokens], positions % layout.exact_tokens
+    valid = (page > 0) & (page < len(pages))
+    exact_keys[page[valid], :, place[valid]] = keys[valid].to(layout.dtype)
+    exact_values[page[valid], :, place[valid]] = values[valid].to(layout.dtype)
 
 
 def make_slot_table(generator: Generator, free: list[int], rows: int, pages_per_row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keys and values of a sealed block in fp64, by another road than `reference.py`: what rebuilding is measured against."""
+"""Keys and values of a sealed block in fp64, by another road than `reference.py`: the measure of rebuilding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ every_rotary = pytest.mark.parametrize(
 )
 
 
-def keys64(pages: Tensor, block: int, first_position: int, cos_sin: Tensor, is_neox: bool, layout: PageLayout) -> Tensor:
+def keys64(
+    pages: Tensor, block: int, first_position: int, cos_sin: Tensor, is_neox: bool, layout: PageLayout
+) -> Tensor:
     """fp64 `[block_size, Hkv, D]`, post-RoPE; pairs turn as complex numbers do."""
     if not layout.rank:
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).double()

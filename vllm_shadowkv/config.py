@@ -24,12 +24,8 @@ class ShadowKVConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     block_size: int = Field(1024, description="Tokens in one sealed block.")
-    compression: Literal[1, 2, 4, 8, 16] = Field(
-        8, description="Sealed tokens per exact token in equal device bytes."
-    )
-    rank: int | None = Field(
-        None, ge=16, description="Cap on the rank of a block's keys; default: what fits the page."
-    )
+    compression: Literal[1, 2, 4, 8, 16] = Field(8, description="Sealed tokens per exact token in equal device bytes.")
+    rank: int | None = Field(None, ge=16, description="Cap on the rank of a block's keys; default: what fits the page.")
     chunk_size: Literal[8, 16] = Field(8, description="Consecutive tokens selected together.")
     sparse_budget: int = Field(2048, ge=1, description="Tokens selected per KV head and decode step.")
     num_outlier_chunks: int = Field(
@@ -46,9 +42,14 @@ class ShadowKVConfig(BaseModel):
         0, ge=0, description="Newest tokens kept exact in decode, beyond those of the open block."
     )
     key_codec: Literal["int8", "none"] = Field("int8", description="int8 low-rank factors, or exact keys.")
-    value_dtype: Literal["auto", "int8"] = Field("auto", description="Values in the host pool: the model's dtype, or int8.")
+    value_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="Values in the host pool: the model's dtype, or int8."
+    )
     host_memory_gib: float | None = Field(
-        None, gt=0, description="Size of the host pool of all ranks of this machine; default: most of the free memory."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Size of the host pool of all ranks of this machine; default: most of the free memory.",
     )
 
     @model_validator(mode="after")

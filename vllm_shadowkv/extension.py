@@ -29,8 +29,7 @@ def load() -> Any:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise ImportError(
-            f"the compiled extension {LIBRARY} does not load with torch {torch.__version__} "
-            f"({error}); {FIX}"
+            f"the compiled extension {LIBRARY} does not load with torch {torch.__version__} ({error}); {FIX}"
         ) from error
     torch.ops.shadowkv.cpu_isa()  # A wrong SHADOWKV_CPU_ISA fails here, not inside a model.
     return torch.ops.shadowkv

@@ -1,10 +1,10 @@
 """The only door to the compiled kernels, `torch.ops.shadowkv`.
 
 Every op writes tensors that the caller passes in and returns nothing; `reference.py` defines what it writes. Shapes use
-B rows (requests of a step), N blocks of the pool, P bytes of a page, Hq query heads, Hkv KV heads, D the head size, K the
-chunks per row and KV head, C `layout.chunks`, T `layout.exact_tokens`. `float` is float32, float16 or bfloat16, the
-layout's dtype; all tensors of a call are on one device. A block id outside (0, N) is invalid; id 0 is vLLM's null block.
-An op raises RuntimeError naming the argument, what was expected and what came; empty input is a no-op.
+B rows (requests of a step), N blocks of the pool, P bytes of a page, Hq query heads, Hkv KV heads, D the head size, K
+the chunks per row and KV head, C `layout.chunks`, T `layout.exact_tokens`. `float` is float32, float16 or bfloat16, the
+layout's dtype; all tensors of a call are on one device. A block id outside (0, N) is invalid; id 0 is vLLM's null
+block. An op raises RuntimeError naming the argument, what was expected and what came; empty input is a no-op.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ _ops = extension.load()
 
 
 def pack_block(
-    block_ids: Tensor, keys: Tensor, mean: Tensor, coefficients: Tensor, basis: Tensor, pages: Tensor, layout: PageLayout
+    block_ids: Tensor,
+    keys: Tensor,
+    mean: Tensor,
+    coefficients: Tensor,
+    basis: Tensor,
+    pages: Tensor,
+    layout: PageLayout,
 ) -> None:
     """Writes blocks' compressed keys to their shadow pages: int8 factors, landmarks, outliers.
 
@@ -35,15 +41,17 @@ def pack_block(
     _ops.pack_block(block_ids, keys, mean, coefficients, basis, pages, layout.to_ints())
 
 
-def store_values(block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout) -> None:
+def store_values(
+    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout
+) -> None:
     """Copies blocks' values from their exact pages to the host pool.
 
     Args:
         block_ids: int32 `[n]`, rows of the host pool.
         exact_ids: int32 `[n, block_size / T]`, the blocks' exact pages in token order; a block with an invalid id here
             or in `block_ids` is skipped.
-        exact_values: float `[N, Hkv, T, D]`, a view of the pages (`PageLayout.exact_views`), any strides with the last 1.
-        host_pool: uint8 `[N, layout.value_row_bytes]`, written.
+        exact_values: float `[N, Hkv, T, D]`, a view of the pages (`PageLayout.exact_views`), any strides with the last
+        1. host_pool: uint8 `[N, layout.value_row_bytes]`, written.
         layout: of the pages.
     """
     _ops.store_values(block_ids, exact_ids, exact_values, host_pool, layout.to_ints())

@@ -287,6 +287,8 @@ def _aligned(num_bytes: int) -> int:
 def _strided_view(pages: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """`[num_blocks, *shape]` at a byte offset of every page."""
     num_bytes = prod(shape) * dtype.itemsize
-    return pages[:, offset : offset + num_bytes].view(dtype).view(pages.shape[0], *shape) if shape else (
-        pages[:, offset : offset + num_bytes].view(dtype)[:, 0]
+    return (
+        pages[:, offset : offset + num_bytes].view(dtype).view(pages.shape[0], *shape)
+        if shape
+        else (pages[:, offset : offset + num_bytes].view(dtype)[:, 0])
     )

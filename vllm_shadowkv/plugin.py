@@ -1,8 +1,8 @@
 """The entry point that vLLM calls in every process (`vllm.general_plugins`, `vllm/plugins/__init__.py`).
 
-It only tells vLLM names: nothing is imported that is not used, no extension is loaded, no device is touched. Whatever may
-be missing is found, and said, where the backend is resolved (`integration/backend.py`), because vLLM merely logs a plugin
-that raises.
+It only tells vLLM names: nothing is imported that is not used, no extension is loaded, no device is touched. Whatever
+may be missing is found, and said, where the backend is resolved (`integration/backend.py`), because vLLM merely logs a
+plugin that raises.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def register() -> None:
     if NAME in AttentionBackendEnum.__members__:
         return
     register_backend(NAME, BACKEND)
-    # A spawned process unpickles the engine's configuration before it loads plugins, and an enum member pickles by a value
-    # that the process does not know yet. So our member says how to get itself.
+    # A spawned process unpickles the engine's configuration before it loads plugins, and an enum member pickles by a
+    # value that the process does not know yet. So our member says how to get itself.
     AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_member, ())
     # vLLM's CPU platform takes no backend but its own; it does honour an override of them.
     for cpu_backend in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):

@@ -1,12 +1,13 @@
 """The whole algorithm in fp32 PyTorch: the oracle of every test, and the explanation. It is slow and obvious.
 
 ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
-KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in least-recently-used
-slots. Every function after `seal` has the name, the arguments and the results of the kernel in `ops.py` that it defines.
+KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in
+least-recently-used slots. Every function after `seal` has the name, the arguments and the results of the kernel in
+`ops.py` that it defines.
 
-Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once per
-decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; and `expand_blocks` for a prefill over sealed
-context.
+Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once
+per decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; and `expand_blocks` for a prefill over
+sealed context.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def factorise(keys: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         mean `[width]`, coefficients `[block_size, rank]` with columns of unit RMS, and basis `[rank, width]`, fp32;
-        `keys ≈ mean + coefficients @ basis`. The columns' scale is in the basis, so that int8 coefficients lose the same
-        share of every column.
+        `keys ≈ mean + coefficients @ basis`. The columns' scale is in the basis, so that int8 coefficients lose the
+        same share of every column.
     """
     mean = keys.double().mean(0)
     left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
@@ -100,7 +101,9 @@ def pack_block(
             layout.view(pages, name)[block] = part
 
 
-def store_values(block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout) -> None:
+def store_values(
+    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout
+) -> None:
     """Copies blocks' values from their exact pages to the host pool. Arguments: `ops.store_values`."""
     pool, scales = layout.value_views(host_pool)
     for block, pages in zip(block_ids.tolist(), exact_ids.long(), strict=True):
@@ -118,7 +121,9 @@ def store_values(block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, hos
 # Rebuild
 
 
-def rebuild_keys(pages: Tensor, block: int, first_position: int, cos_sin: Tensor, is_neox: bool, layout: PageLayout) -> Tensor:
+def rebuild_keys(
+    pages: Tensor, block: int, first_position: int, cos_sin: Tensor, is_neox: bool, layout: PageLayout
+) -> Tensor:
     """Keys of a sealed block, post-RoPE, `[block_size, num_kv_heads, head_size]` fp32."""
     if not layout.rank:
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).float()
@@ -226,7 +231,9 @@ def plan_slots(
     misses: Tensor,
     num_misses: Tensor,
 ) -> None:
-    """Gives every selected chunk a slot: the one that holds it, or the least recently used. Arguments: `ops.plan_slots`."""
+    """Gives every selected chunk a slot: the one that holds it, or the least recently used. Arguments:
+    `ops.plan_slots`.
+    """
     slot_ids.fill_(-1)
     misses.fill_(-1)
     num_misses.fill_(0)
@@ -266,7 +273,9 @@ def plan_slots(
 
 
 def _tag(chunk: int, block_row: Tensor, epochs: Tensor, layout: PageLayout) -> int:
-    """Names a chunk's content for ever: a block's epoch changes whenever it is written or sealed anew; 0: no such chunk."""
+    """Names a chunk's content for ever: a block's epoch changes whenever it is written or sealed anew; 0: no such
+    chunk.
+    """
     column = chunk // layout.chunks
     block = int(block_row[column]) if 0 <= column < len(block_row) else 0
     return int(epochs[block]) * layout.chunks + chunk % layout.chunks if 0 < block < len(epochs) else 0

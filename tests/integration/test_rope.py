@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -331,13 +332,26 @@ def test_linear_scaling_with_several_factors_reads_the_first(factor: float) -> N
     torch.testing.assert_close(undo(rotary, rotated, last), keys, rtol=0, atol=1e-5)
 
 
-def test_table_moves_to_another_device_once() -> None:
-    module = make_rope("neox", 64, torch.float32)
-    device = torch.device("meta")
-    tables = [rope.rotary_of(make_parent(module, torch.float32), LAYER, 64, device=device).cos_sin for _ in range(2)]
-    assert tables[0] is not None
-    assert tables[0].device == device
-    assert tables[0] is tables[1] or tables[0]._base is tables[1]._base  # type: ignore[union-attr]
+def test_layers_share_one_rotary_per_rotary_module_and_device() -> None:
+    for variant in VARIANTS:
+        module = make_rope(variant, 64, torch.float32)
+        first, second = (rope.rotary_of(make_parent(module, torch.float32), LAYER, 64) for _ in range(2))
+        assert first is second
+        moved = rope.rotary_of(make_parent(module, torch.float32), LAYER, 64, device=torch.device("meta"))
+        assert moved.cos_sin is not None
+        assert moved.cos_sin.device == torch.device("meta")
+        assert rope.rotary_of(make_parent(module, torch.float32), LAYER, 64) is first
+
+
+def test_a_rotary_module_is_forgotten_with_its_model() -> None:
+    module = make_rope("longrope long", 64, torch.float32)
+    rope.rotary_of(make_parent(module, torch.float32), LAYER, 64)
+    assert module in rope._known
+    count = len(rope._known)
+    rotary_embedding._ROPE_DICT.clear()
+    del module
+    gc.collect()
+    assert len(rope._known) < count
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -111,15 +111,14 @@ def test_fill_slots(layout: PageLayout, rotary_share: float, is_neox: bool) -> N
         assert exact.any() or not layout.num_outliers
     got, same = (layout.view(pool, "slot_keys")[where] for pool in (actual, same_maths))
     assert_bytes_equal(got[exact], same[exact], "copied keys")
-    expected = [_chunk(sealed[physical][0], layout, *at) for physical, *at in zip(block.tolist(), chunk, head, strict=True)]
+    places = list(zip(block.tolist(), chunk, head, strict=True))
+    expected = [_chunk(sealed[physical][0], layout, *at) for physical, *at in places]
     assert_close(got, torch.stack(expected), same, "keys")
     layout.view(same_maths, "slot_keys")[where] = got
 
     if layout.value_int8:
         got, same = (layout.view(pool, "slot_values")[where] for pool in (actual, same_maths))
-        expected = [
-            _chunk(sealed[physical][1], layout, *at) for physical, *at in zip(block.tolist(), chunk, head, strict=True)
-        ]
+        expected = [_chunk(sealed[physical][1], layout, *at) for physical, *at in places]
         assert_close(got, torch.stack(expected), same, "values")
         layout.view(same_maths, "slot_values")[where] = got
     assert_bytes_equal(actual, same_maths, "all other bytes of the pool")
@@ -290,7 +289,7 @@ def test_opcheck() -> None:
         ("cos_sin", lambda t: t[:, :7].contiguous(), "cos_sin: expected an even rotary_dim"),
         ("slot_table", lambda t: t.float(), "slot_table: expected dtype Int, got Float"),
         ("slot_pages", lambda t: t[:, 1:], "slot_pages: expected shape"),
-        ("slot_pages", lambda t: t.flatten()[4:-(t.shape[1] - 4)].view(-1, t.shape[1]), "slot_pages: expected rows aligned"),
+        ("slot_pages", lambda t: t.flatten()[4 : 4 - t.shape[1]].view(-1, t.shape[1]), "slot_pages: expected rows al"),
     ],
 )
 def test_errors(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:

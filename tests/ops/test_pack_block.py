@@ -59,8 +59,8 @@ def test_pack_block(layout: PageLayout) -> None:
 
     # Landmarks are sums, in an order of their own: a code may differ where the mean lies between two.
     means = chunk_means(arguments)
-    scales = layout.view(actual, "landmark_scales")[blocks]
-    assert_close(scales, means.abs().amax(-1) / 127, layout.view(expected, "landmark_scales")[blocks], "landmark_scales")
+    scales, wanted = (layout.view(pages, "landmark_scales")[blocks] for pages in (actual, expected))
+    assert_close(scales, means.abs().amax(-1) / 127, wanted, "landmark_scales")
     exact = means * 127 / means.abs().amax(-1, keepdim=True)
     codes, wanted = (layout.view(pages, "landmarks")[blocks].int() for pages in (actual, expected))
     on_boundary = (exact - exact.floor() - 0.5).abs() < 1e-4
@@ -168,7 +168,8 @@ def test_nan_and_infinity(layout: PageLayout) -> None:
         assert layout.view(pages, "coefficient_scales")[2, 9].isnan()
         assert layout.view(pages, "basis_scales")[2, 5].isinf()
         for name in ("coefficient_scales", "basis_scales"):
-            assert_bytes_equal(layout.view(pages, name)[2].nan_to_num(), layout.view(expected, name)[2].nan_to_num(), name)
+            got, wanted = (layout.view(each, name)[2].nan_to_num() for each in (pages, expected))
+            assert_bytes_equal(got, wanted, name)
     untouched = [chunk for chunk in range(layout.chunks) if chunk not in (1, 4)]
     codes, wanted = (layout.view(each, "landmarks")[2, 0, untouched] for each in (pages, before))
     assert_bytes_equal(codes, wanted)

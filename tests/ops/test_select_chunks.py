@@ -99,7 +99,7 @@ def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype) -> None:
     make_case((head_size, dtype), layout, group=4).check()
 
 
-@pytest.mark.parametrize("chunk_size", (8, 16))
+@pytest.mark.parametrize("chunk_size", [8, 16])
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups_and_chunk_sizes(group: int, chunk_size: int) -> None:
     layout = generators.make_layout(3, 64, torch.bfloat16, chunk_size=chunk_size, num_outliers=2)
@@ -116,7 +116,7 @@ def test_smallest_blocks() -> None:
     make_case("small", layout, blocks=(9, 1, 3), budget=5).check()
 
 
-@pytest.mark.parametrize("rows", (1, 2, 9))
+@pytest.mark.parametrize("rows", [1, 2, 9])
 def test_threads_do_not_change_the_choice(rows: int) -> None:
     layout = generators.make_layout(1, 64, torch.bfloat16)
     case = make_case(rows, layout, blocks=(19,) + (3,) * (rows - 1), budget=40)
@@ -132,7 +132,7 @@ def test_threads_do_not_change_the_choice(rows: int) -> None:
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("budget", (0, 1, 63, 64, 500))
+@pytest.mark.parametrize("budget", [0, 1, 63, 64, 500])
 def test_budgets_up_to_more_than_the_context(budget: int) -> None:
     layout = generators.make_layout(2, 64)
     actual = make_case(budget, layout, blocks=(2, 3), budget=budget).check()
@@ -140,7 +140,7 @@ def test_budgets_up_to_more_than_the_context(budget: int) -> None:
         assert (actual[0] >= 0).sum(-1).tolist() == [2 * layout.chunks] * 2, "not the whole context"
 
 
-@pytest.mark.parametrize("room", (0, 1, 4, 9, 50))
+@pytest.mark.parametrize("room", [0, 1, 4, 9, 50])
 def test_outliers_up_to_the_room(room: int) -> None:
     layout = generators.make_layout(2, 64, num_outliers=3)
     case = make_case(room, layout, blocks=(3, 4), budget=2, outliers=room, structured=True)
@@ -160,7 +160,7 @@ def test_outliers_of_a_page_of_garbage_stay_in_bounds() -> None:
     assert forced[0, 0].tolist() == [0, newest - 3, newest - 2, newest - 1, -1, -1, -1, -1]
 
 
-@pytest.mark.parametrize("open_tokens", (0, 1, 7, 8, 9, 31, 32, 33, 200))
+@pytest.mark.parametrize("open_tokens", [0, 1, 7, 8, 9, 31, 32, 33, 200])
 def test_newest_sealed_chunks_are_forced(open_tokens: int) -> None:
     layout = generators.make_layout(1, 64)
     case = make_case("local", layout, blocks=(2,), budget=1, outliers=0)
@@ -248,7 +248,7 @@ def test_strided_query_and_table() -> None:
     assert torch.equal(replace(case, pages=spread[:, : layout.page_bytes]).run(), expected)
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout, blocks=(3, 3))

@@ -43,8 +43,8 @@ class Case:
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """The reference in fp32: of the same inputs, not rounded to the dtype."""
-        fresh = replace(self, output=torch.full_like(self.query, NAN, dtype=torch.float32), lse=torch.zeros_like(self.lse))
-        return fresh.run(reference.sparse_attention)
+        output = torch.full_like(self.query, NAN, dtype=torch.float32)
+        return replace(self, output=output, lse=torch.zeros_like(self.lse)).run(reference.sparse_attention)
 
     def check(self) -> tuple[Tensor, Tensor]:
         self.output.fill_(NAN)
@@ -91,7 +91,7 @@ def make_case(
         first = start // layout.exact_tokens
         for column in range(first, -(-end // layout.exact_tokens)):
             exact_table[row, column] = free.pop()
-        shape = end - start, heads, layout.head_size
+        shape = max(end - start, 0), heads, layout.head_size
         generators.fill_exact_pages(
             layout, pages, exact_table[row].tolist(),
             generators.randn(generator, *shape), generators.randn(generator, *shape), start,
@@ -112,7 +112,7 @@ def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype) -> None:
     make_case((head_size, dtype), generators.make_layout(2, head_size, dtype)).check()
 
 
-@pytest.mark.parametrize("chunk_size", (8, 16))
+@pytest.mark.parametrize("chunk_size", [8, 16])
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups_and_chunk_sizes(group: int, chunk_size: int) -> None:
     layout = generators.make_layout(3, 80, torch.bfloat16, chunk_size=chunk_size)
@@ -120,17 +120,18 @@ def test_groups_and_chunk_sizes(group: int, chunk_size: int) -> None:
     make_case((group, chunk_size), layout, group=group, slots=slots).check()
 
 
-@pytest.mark.parametrize("block_size", (64, 128, 512, 1024))
+@pytest.mark.parametrize("block_size", [64, 128, 512, 1024])
 def test_page_sizes(block_size: int) -> None:
     layout = generators.make_layout(2, 64, torch.float16, block_size=block_size, rank=16)
     slots = layout.slots_per_page
-    make_case(block_size, layout, slots=(slots, 0, 1), exact=((3, 700), (0, 1), (129, 1100)), pages_per_row=1).check()
+    exact = (3, 700), (0, 1), (129, 1100)
+    make_case(block_size, layout, slots=(slots, 0, 1), exact=exact, columns=slots + 3, pages_per_row=1).check()
 
 
-@pytest.mark.parametrize("start", (0, 1, 7, 15, 16, 17, 63, 64, 65, 127))
+@pytest.mark.parametrize("start", [0, 1, 7, 15, 16, 17, 63, 64, 65, 127])
 def test_every_edge_of_the_exact_range(start: int) -> None:
     layout = generators.make_layout(1, 64, torch.float32)
-    ends = tuple(range(start, start + 20)) + (start + 63, start + 64, start + 65, 191, 192, 193)
+    ends = (*tuple(range(start, start + 20)), start + 63, start + 64, start + 65, 191, 192, 193)
     exact = tuple((start, end) for end in ends)
     make_case(start, layout, group=2, slots=(0,) * len(exact), exact=exact).check()
 
@@ -148,7 +149,9 @@ def test_dense_decode_agrees_with_sdpa(dtype: torch.dtype) -> None:
     for row, length in enumerate((1500, 321)):
         tokens = torch.arange(length)
         page, place = case.exact_table[row, tokens // layout.exact_tokens].long(), tokens % layout.exact_tokens
-        keys, values = (x[page, :, place].transpose(0, 1).repeat_interleave(4, 0) for x in (case.exact_keys, case.exact_values))
+        keys, values = (
+            x[page, :, place].transpose(0, 1).repeat_interleave(4, 0) for x in (case.exact_keys, case.exact_values)
+        )
         query = case.query[row, :, None]
         same = scaled_dot_product_attention(query, keys, values)[:, 0]
         exact = scaled_dot_product_attention(query.double(), keys.double(), values.double())[:, 0]
@@ -166,14 +169,15 @@ def test_large_logits_stay_finite() -> None:
     case.check()
 
 
-@pytest.mark.parametrize("order", ("dim", "token", "head", "page", "apart"))
+@pytest.mark.parametrize("order", ["dim", "token", "head", "page", "apart"])
 def test_exact_pages_in_any_memory_order(order: str) -> None:
     layout = generators.make_layout(3, 80, torch.bfloat16)
     case = make_case("order", layout)
     expected, expected_lse = (x.clone() for x in case.check())
     if order == "apart":  # nothing has stride 1
-        wide = [torch.full((*x.shape, 2), NAN, dtype=x.dtype) for x in (case.exact_keys, case.exact_values)]
-        case.exact_keys, case.exact_values = (w[..., 0].copy_(x) for w, x in zip(wide, (case.exact_keys, case.exact_values), strict=True))
+        case.exact_keys, case.exact_values = (
+            torch.full((*x.shape, 2), NAN, dtype=x.dtype)[..., 0].copy_(x) for x in (case.exact_keys, case.exact_values)
+        )
     else:
         last = {"page": 0, "head": 1, "token": 2, "dim": 3}[order]
         case.exact_keys, case.exact_values = (
@@ -193,7 +197,7 @@ def test_cuda_order_of_exact_pages() -> None:
     case.check()
 
 
-@pytest.mark.parametrize("rows", (1, 2, 7))
+@pytest.mark.parametrize("rows", [1, 2, 7])
 def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
     layout = generators.make_layout(1, 64, torch.bfloat16)
     case = make_case("batch", layout, slots=(20,) * 7, exact=((256, 2000),) * 7)
@@ -298,8 +302,8 @@ def test_strided_rows() -> None:
     assert (room == 7.0).all(), "wrote outside the output"
 
 
-@pytest.mark.parametrize("value", (NAN, float("inf"), -float("inf")))
-@pytest.mark.parametrize("name", ("query", "slot_keys", "slot_values", "exact_keys", "exact_values"))
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["query", "slot_keys", "slot_values", "exact_keys", "exact_values"])
 def test_nan_and_inf_go_where_the_reference_has_them(name: str, value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout)
@@ -371,11 +375,4 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
     case.run()  # the control
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(RuntimeError, match=message):
-        case.run()
-
-
-def test_a_tensor_on_another_device_is_refused() -> None:
-    case = make_case("device", generators.make_layout(2, 64))
-    case.query = case.query.to("meta")
-    with pytest.raises((RuntimeError, NotImplementedError)):
         case.run()

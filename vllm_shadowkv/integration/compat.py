@@ -45,9 +45,9 @@ def bound_kv_cache_memory(bound: Bound) -> None:
     """Patches `determine_available_memory` of vLLM's workers, so that the pool never outgrows the host pool.
 
     What: the bytes that a worker reports for its KV cache go through `bound(vllm_config, available_bytes)`.
-    Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that bounds
-    the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a platform.
-    Upstream: none yet. Remove when a backend or a KV cache spec can bound the number of blocks.
+    Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that
+    bounds the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a
+    platform. Upstream: none yet. Remove when a backend or a KV cache spec can bound the number of blocks.
 
     Args:
         bound: returns at most the bytes it is given; the latest one counts.

@@ -37,7 +37,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
         sinks: Tensor | None = None,
         **unknown: Any,
     ) -> None:
-        """vLLM constructs it; `vllm/model_executor/layers/attention/attention.py`.
+        """VLLM constructs it; `vllm/model_executor/layers/attention/attention.py`.
 
         Raises:
             ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.

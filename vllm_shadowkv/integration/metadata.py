@@ -5,6 +5,7 @@ Between steps is also when blocks are sealed: every block that an earlier step c
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from vllm_shadowkv.state.decode import DecodeRows
 from vllm_shadowkv.state.seal import seal_blocks
+
+logger = logging.getLogger("vllm.shadowkv")
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,7 +94,9 @@ class _Builder(AttentionMetadataBuilder[Step]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     group: str
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layer: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.runtime: Runtime = layer.impl.runtime
@@ -180,9 +185,7 @@ class Planner:
         else:
             self._sort(step, rows, everything, shadow.query_start_loc)
 
-    def _read_rows(
-        self, bound: Bound, shadow: CommonAttentionMetadata, exact: CommonAttentionMetadata
-    ) -> list[_Row]:
+    def _read_rows(self, bound: Bound, shadow: CommonAttentionMetadata, exact: CommonAttentionMetadata) -> list[_Row]:
         """The rows that compute tokens, with their exact boundary; dummy rows, whose table is null, are left out."""
         starts = shadow.query_start_loc_cpu[: shadow.num_reqs + 1].tolist()
         seq_lens = shadow.seq_lens[: shadow.num_reqs].tolist()
@@ -228,6 +231,7 @@ class Planner:
         for memory in bound.memories.values():
             seal_blocks(memory, block_ids, exact_ids, first_positions)
         bound.state.seal(block_ids.long())
+        logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
     def _note_writes(self, bound: Bound, rows: list[_Row], block_table: Tensor, slot_mapping: Tensor) -> None:
         """Tells the block state what this step's forward pass will write."""
@@ -244,7 +248,9 @@ class Planner:
         dense = [row for row in rows if not row.exact_start]
         decode = [row for row in rows if row.exact_start and not row.prefilling]
         if dense:
-            step.dense = self._dense_batch(dense, all_rows=len(dense) == len(everything.seq_lens), of=everything, starts=query_start_loc)
+            step.dense = self._dense_batch(
+                dense, all_rows=len(dense) == len(everything.seq_lens), of=everything, starts=query_start_loc
+            )
         if decode:
             index = torch.tensor([row.index for row in decode])
             tokens = torch.tensor([row.tokens.start for row in decode])
@@ -259,7 +265,9 @@ class Planner:
                 ),
             )
             if not (step.decode.rows.slot_table > 0).all():
-                raise RuntimeError("shadowkv: a row attends to sealed blocks but has no slots; this is a bug, please report it.")
+                raise RuntimeError(
+                    "shadowkv: a row attends to sealed blocks but has no slots; this is a bug, please report it."
+                )
         step.prefills = [
             PrefillRow(
                 row.tokens,

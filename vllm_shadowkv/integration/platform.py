@@ -23,5 +23,7 @@ def __getattr__(name: str) -> Any:
     if selected is None or selected.name != NAME:
         return resolve_obj_by_qualname(AttentionBackendEnum[name].value)
     if name != "CPU_ATTN":
-        raise ValueError("shadowkv does not support MLA models, whose keys are compressed already; use another --attention-backend.")
+        raise ValueError(
+            "shadowkv does not support MLA models, whose keys are compressed already; use another --attention-backend."
+        )
     return AttentionBackendEnum[NAME].get_class()

@@ -30,7 +30,9 @@ def check_process() -> None:
     if current_platform.is_cpu():
         return
     if not current_platform.is_cuda():
-        raise RuntimeError(f"shadowkv runs on CUDA and on the CPU, not on {current_platform.device_name}; {OTHER_BACKEND}.")
+        raise RuntimeError(
+            f"shadowkv runs on CUDA and on the CPU, not on {current_platform.device_name}; {OTHER_BACKEND}."
+        )
     if not built_with_cuda:
         raise RuntimeError(
             "shadowkv's extension was built without CUDA kernels; build it with CUDA_HOME set "

@@ -19,10 +19,10 @@ the cosine; turning back and forth with one table stays the identity all the sam
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKAlphaRotaryEmbedding,
     DynamicNTKScalingRotaryEmbedding,
@@ -230,6 +230,10 @@ _ATTENTION_CLASSES: dict[str, Callable[[Any], bool]] = {
 }
 
 
+# By dtype and device of the table, so that layers that share a rotary module share its table.
+_known: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Rotary]] = WeakKeyDictionary()
+
+
 def rotary_of(
     parent: nn.Module | None,
     layer_name: str,
@@ -238,9 +242,8 @@ def rotary_of(
 ) -> Rotary:
     """Return the rotation that the model applies to one layer's keys before attention.
 
-    Cheap and without side effects: the table is the model's own buffer, or a view of it, shared by
-    all layers that share a rotary module. Only a cache in another dtype or on another device is
-    copied, once per cache.
+    Layers that share a rotary module get the same `Rotary`, whose table is a view of the model's own
+    buffer. Only a cache in another dtype or on another device is copied, once.
 
     Args:
         parent: the module that holds the attention layer (`LlamaAttention`, ...), constructed;
@@ -304,9 +307,13 @@ def _rotary(parent: nn.Module, layer_name: str, head_size: int, device: torch.de
     cache, rows = read_rows(module)
     rounds_again = isinstance(module, RotaryEmbedding)
     dtype = _layer_dtype(parent, layer_name) if rounds_again else cache.dtype
-    table = _as(cache, dtype, cache.device if device is None else device)[rows]
-    is_neox = module.is_neox_style if rounds_again else True  # LongRoPE has no other style
-    return Rotary(cos_sin=table, rotary_dim=module.rotary_dim, is_neox=is_neox)
+    key = dtype, cache.device if device is None else torch.empty(0, device=device).device
+    known = _known.setdefault(module, {})
+    if key not in known:
+        is_neox = module.is_neox_style if rounds_again else True  # LongRoPE has no other style
+        table = cache[rows].to(device=key[1], dtype=dtype)
+        known[key] = Rotary(cos_sin=table, rotary_dim=module.rotary_dim, is_neox=is_neox)
+    return known[key]
 
 
 def _layer_dtype(parent: nn.Module, layer_name: str) -> torch.dtype:
@@ -318,18 +325,3 @@ def _layer_dtype(parent: nn.Module, layer_name: str) -> torch.dtype:
                 raise _Unsupported(f"has a layer of dtype {dtype!r}")
             return dtype
     raise _Unsupported("has no attention layer of this name")
-
-
-# Copies of caches that had to be rounded or moved: layers that share a cache share its copy.
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _as(cache: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the cache in this dtype on this device: the cache itself, or its one copy."""
-    copies: dict[tuple[torch.dtype, torch.device], Tensor] = _copies.get(cache, {})
-    if (dtype, device) in copies:
-        return copies[dtype, device]
-    moved = cache.to(device=device, dtype=dtype)
-    if moved is not cache:  # a value that is its own key would never be dropped
-        _copies[cache] = {**copies, (dtype, device): moved}
-    return moved

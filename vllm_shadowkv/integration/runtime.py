@@ -102,7 +102,8 @@ class Runtime:
             raise RuntimeError("shadowkv: a KV cache spec was asked for before any attention layer was built.")
         return cls._latest
 
-    # -- Layers ---------------------------------------------------------------------------------------------------------
+    # -- Layers
+    # ---------------------------------------------------------------------------------------------------------
 
     @property
     def layout(self) -> PageLayout:
@@ -160,7 +161,9 @@ class Runtime:
         assert parent is not None
         layer.rotary = rotary_of(parent, name, self.layout.head_size)
         table = layer.rotary.cos_sin
-        same = next((other for other in self._layers.values() if other.rotary.cos_sin is table and other is not layer), None)
+        same = next(
+            (other for other in self._layers.values() if other.rotary.cos_sin is table and other is not layer), None
+        )
         if table is not None:
             layer.cos_sin = same.cos_sin if same and same.cos_sin.numel() else table.float().contiguous()
 
@@ -170,7 +173,8 @@ class Runtime:
         fields["block_size"] = self.layout.block_size
         return ShadowSpec(**fields, shadow_page_bytes=self.layout.page_bytes)
 
-    # -- Memory ---------------------------------------------------------------------------------------------------------
+    # -- Memory
+    # ---------------------------------------------------------------------------------------------------------
 
     def bound_bytes(self, available: int) -> int:
         """Bounds the bytes of the KV cache by what the host pool can back.
@@ -258,7 +262,7 @@ class Runtime:
 
 
 def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:
-    """vLLM's view of a layer's cache as uint8 `[num_blocks, page_bytes]`."""
+    """VLLM's view of a layer's cache as uint8 `[num_blocks, page_bytes]`."""
     return kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.page_bytes)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 class BlockState:
     """Per-block facts, keyed by physical block id like everything else.
 
-    A block id is handed out again and again. `sealed` says whether the shadow page and the host pool row hold the tokens
-    of the block's present owner; `epochs` changes whenever a page of the block is written, so that a slot filled from, or
-    lying in, an earlier life of the block is known to be stale.
+    A block id is handed out again and again. `sealed` says whether the shadow page and the host pool row hold the
+    tokens of the block's present owner; `epochs` changes whenever a page of the block is written, so that a slot filled
+    from, or lying in, an earlier life of the block is known to be stale.
 
     Attributes:
         sealed: bool `[num_blocks]`, on the host.

@@ -1,7 +1,7 @@
 """The exact boundary: from which token on a request's keys and values are exact.
 
-The manager in the scheduler frees exact pages by it, the metadata builder in the worker reads by it. Both must come to the
-same answer from what each of them knows, so it is one function.
+The manager in the scheduler frees exact pages by it, the metadata builder in the worker reads by it. Both must come to
+the same answer from what each of them knows, so it is one function.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ class DecodeRows:
 class DecodeWorkspace:
     """What the decode kernels pass to one another, for the widest step. One layer after the other uses it."""
 
-    def __init__(self, config: ShadowKVConfig, layout: PageLayout, max_rows: int, max_blocks: int, device: torch.device):
+    def __init__(
+        self, config: ShadowKVConfig, layout: PageLayout, max_rows: int, max_blocks: int, device: torch.device
+    ):
         """Allocates.
 
         Args:

@@ -90,8 +90,8 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
     Raises:
         ValueError: `keys` is not fp32 or not three-dimensional, or `rank` is out of range.
 
-    Deterministic: the start is a fixed pattern of signs. A block gives the same reconstruction alone or in a batch up to
-    fp32 rounding, not bit by bit, because matrix products choose their kernels by batch size. Needs true fp32 matrix
+    Deterministic: the start is a fixed pattern of signs. A block gives the same reconstruction alone or in a batch up
+    to fp32 rounding, not bit by bit, because matrix products choose their kernels by batch size. Needs true fp32 matrix
     products: TF32 is too coarse for the Cholesky factorisations.
     """
     if keys.dim() != 3:
@@ -100,9 +100,7 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
         raise ValueError(f"keys: expected torch.float32, got {keys.dtype}")
     n, block_size, width = keys.shape
     if not 1 <= rank <= min(block_size, width):
-        raise ValueError(
-            f"rank: expected 1 to min(block_size, width) = {min(block_size, width)}, got {rank}"
-        )
+        raise ValueError(f"rank: expected 1 to min(block_size, width) = {min(block_size, width)}, got {rank}")
 
     mean = keys.mean(dim=1)
     centred = keys - mean.unsqueeze(1)
@@ -128,7 +126,8 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
 def equalise(low_rank: LowRank) -> LowRank:
     """Rescales coefficient columns to unit RMS and folds their scale into the basis rows.
 
-    `quantised_factors` does not need it, its mixing spreads the scale of the columns too. It is for code that keeps the order of columns.
+    `quantised_factors` does not need it, its mixing spreads the scale of the columns too. It is for code that keeps the
+    order of columns.
 
     Args:
         low_rank: factors, fp32.

@@ -68,7 +68,9 @@ def _sealed_tiles(memory: LayerMemory, block_row: Tensor, end: int) -> Iterator[
     values = torch.empty_like(keys)
     for first in range(0, num_blocks, TILE_BLOCKS):
         blocks = block_row[first : min(first + TILE_BLOCKS, num_blocks)]
-        positions = torch.arange(first, first + len(blocks), dtype=torch.int32, device=blocks.device) * layout.block_size
+        positions = (
+            torch.arange(first, first + len(blocks), dtype=torch.int32, device=blocks.device) * layout.block_size
+        )
         count = len(blocks)
         ops.expand_blocks(
             blocks,

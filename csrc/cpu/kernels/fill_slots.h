@@ -16,8 +16,8 @@ struct FillSlotsParams {
   const int32_t* chunk_ids;  // [rows, num_kv_heads, places]
   const int32_t* slot_ids;   // [rows, num_kv_heads, places]
   const int32_t* misses;     // [rows, num_kv_heads, places]
-  const int64_t*
-      first_miss;        // [rows * num_kv_heads + 1], misses before each (row, head); the last: all
+  // [rows * num_kv_heads + 1]: misses before each (row, head), and at the end all of them
+  const int64_t* first_miss;
   const uint8_t* pages;  // [num_blocks, page_bytes], page_stride bytes apart
   int64_t num_blocks;
   int64_t page_stride;

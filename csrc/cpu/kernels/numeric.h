@@ -34,6 +34,7 @@ typedef int32_t IntV __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintV __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Uint16V __attribute__((vector_size(kLanes * 2)));
 typedef int8_t Int8V __attribute__((vector_size(kLanes)));
+typedef int16_t Int16V __attribute__((vector_size(kLanes * 4)));  // 2 * kLanes elements
 
 struct Half {
   uint16_t bits;
@@ -189,8 +190,9 @@ SHADOWKV_INLINE FloatV exp_negative(FloatV x) {
   return x < -87.0f ? FloatV{} : p * (FloatV)(exponent << 23);
 }
 
-// Within each 128-bit part: the low (high) halves of x and y, interleaved.
-SHADOWKV_INLINE FloatV interleave_low(FloatV x, FloatV y) {
+// Within each 128-bit part: the low (high) halves of x and y, interleaved. V: FloatV or IntV.
+template <typename V>
+SHADOWKV_INLINE V interleave_low(V x, V y) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 #elif defined(__AVX2__)
@@ -199,7 +201,8 @@ SHADOWKV_INLINE FloatV interleave_low(FloatV x, FloatV y) {
   return __builtin_shufflevector(x, y, 0, 4, 1, 5);
 #endif
 }
-SHADOWKV_INLINE FloatV interleave_high(FloatV x, FloatV y) {
+template <typename V>
+SHADOWKV_INLINE V interleave_high(V x, V y) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 #elif defined(__AVX2__)
@@ -208,38 +211,90 @@ SHADOWKV_INLINE FloatV interleave_high(FloatV x, FloatV y) {
   return __builtin_shufflevector(x, y, 2, 6, 3, 7);
 #endif
 }
+#if defined(__AVX512F__)
+// Of each pair of neighbouring 128-bit parts, the first (the second): x's, then y's.
+template <typename V>
+SHADOWKV_INLINE V even_parts(V x, V y) {
+  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+template <typename V>
+SHADOWKV_INLINE V odd_parts(V x, V y) {
+  return __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+#elif defined(__AVX2__)
+template <typename V>
+SHADOWKV_INLINE V even_parts(V x, V y) {
+  return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11);
+}
+template <typename V>
+SHADOWKV_INLINE V odd_parts(V x, V y) {
+  return __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
 
-// Lane i of the result is the sum of x[i]'s lanes.
-SHADOWKV_INLINE FloatV sum_each(const FloatV (&x)[kLanes]) {
-  FloatV four[kLanes / 4];  // in each 128-bit part, that part's sums of four vectors
+// Lane i of the result is the sum of x[i]'s lanes. V: FloatV or IntV.
+template <typename V>
+SHADOWKV_INLINE V sum_each(const V (&x)[kLanes]) {
+  V four[kLanes / 4];  // in each 128-bit part, that part's sums of four vectors
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes / 4; ++i) {
-    const FloatV a = x[4 * i], b = x[4 * i + 1], c = x[4 * i + 2], d = x[4 * i + 3];
-    const FloatV ac = interleave_low(a, c) + interleave_high(a, c);
-    const FloatV bd = interleave_low(b, d) + interleave_high(b, d);
+    const V a = x[4 * i], b = x[4 * i + 1], c = x[4 * i + 2], d = x[4 * i + 3];
+    const V ac = interleave_low(a, c) + interleave_high(a, c);
+    const V bd = interleave_low(b, d) + interleave_high(b, d);
     four[i] = interleave_low(ac, bd) + interleave_high(ac, bd);
   }
 #if defined(__AVX512F__)
-  const auto even = [](FloatV p, FloatV q) SHADOWKV_INLINE_LAMBDA {
-    return __builtin_shufflevector(p, q, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  };
-  const auto odd = [](FloatV p, FloatV q) SHADOWKV_INLINE_LAMBDA {
-    return __builtin_shufflevector(p, q, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30,
-                                   31);
-  };
-  const FloatV ab = even(four[0], four[1]) + odd(four[0], four[1]);
-  const FloatV cd = even(four[2], four[3]) + odd(four[2], four[3]);
-  return even(ab, cd) + odd(ab, cd);
+  const V ab = even_parts(four[0], four[1]) + odd_parts(four[0], four[1]);
+  const V cd = even_parts(four[2], four[3]) + odd_parts(four[2], four[3]);
+  return even_parts(ab, cd) + odd_parts(ab, cd);
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(four[0], four[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(four[0], four[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  return even_parts(four[0], four[1]) + odd_parts(four[0], four[1]);
 #else
   return four[0];
 #endif
 }
 
-// kQueries queries with kLanes / kQueries rows: a row is read once, all sums stay in registers. Of
-// the rows the first num_rows are there; the last of them stands in for the missing.
+// Covers num_queries x num_rows with calls of tile.operator()<kQueries>(query, row, rows_left); a
+// tile takes kQueries queries and kLanes / kQueries rows, or the rows_left that there are. Rows go
+// in strips that stay in the first-level cache while the queries pass over them.
+template <typename Tile>
+SHADOWKV_INLINE void for_each_tile(int64_t num_queries, int64_t num_rows, const Tile& tile) {
+  for (int64_t first = 0; first < num_rows; first += kLanes) {
+    const int64_t end = num_rows - first < kLanes ? num_rows : first + kLanes;
+    int64_t q = 0;
+    const auto queries = [&]<int kQueries>() {
+      for (; q + kQueries <= num_queries; q += kQueries) {
+        for (int64_t r = first; r < end; r += kLanes / kQueries) {
+          tile.template operator()<kQueries>(q, r, end - r);
+        }
+      }
+    };
+    queries.template operator()<4>();
+    queries.template operator()<2>();
+    queries.template operator()<1>();
+  }
+}
+
+// out[q * out_stride + r] = totals[q * kRows + r], of the rows that are there.
+template <int kQueries, typename V>
+SHADOWKV_INLINE void store_tile(V totals, int64_t num_rows, float* out, int64_t out_stride) {
+  constexpr int kRows = kLanes / kQueries;
+  float flat[kLanes];
+  store(flat, __builtin_convertvector(totals, FloatV));
+  if (num_rows >= kRows) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      std::memcpy(out + q * out_stride, flat + q * kRows, sizeof(float) * kRows);
+    }
+  } else {
+    for (int q = 0; q < kQueries; ++q) {
+      for (int r = 0; r < num_rows; ++r) out[q * out_stride + r] = flat[q * kRows + r];
+    }
+  }
+}
+
+// A tile of dot_products: a row is read once, all sums stay in registers. Where rows are missing,
+// the last one stands in for them.
 template <int kQueries, typename T>
 SHADOWKV_INLINE void dot_tile(const float* queries, int64_t query_stride, const T* rows,
                               int64_t num_rows, int64_t row_stride, int64_t size, float* out,
@@ -259,13 +314,7 @@ SHADOWKV_INLINE void dot_tile(const float* queries, int64_t query_stride, const 
       for (int q = 0; q < kQueries; ++q) sums[q * kRows + r] += query[q] * x;
     }
   }
-  float totals[kLanes];
-  store(totals, sum_each(sums));
-  for (int q = 0; q < kQueries; ++q) {
-    for (int r = 0; r < kRows && r < num_rows; ++r) {
-      out[q * out_stride + r] = totals[q * kRows + r];
-    }
-  }
+  store_tile<kQueries>(sum_each(sums), num_rows, out, out_stride);
 }
 
 // out[q * out_stride + r] = dot(queries + q * query_stride, rows + r * row_stride), in fp32.
@@ -274,22 +323,40 @@ template <typename T>
 inline void dot_products(const float* queries, int64_t num_queries, int64_t query_stride,
                          const T* rows, int64_t num_rows, int64_t row_stride, int64_t size,
                          float* out, int64_t out_stride) {
-  // Rows go in strips that stay in the first-level cache while the queries pass over them.
-  for (int64_t first = 0; first < num_rows; first += kLanes) {
-    const int64_t end = num_rows - first < kLanes ? num_rows : first + kLanes;
-    int64_t q = 0;
-    const auto tiles = [&]<int kQueries>() {
-      for (; q + kQueries <= num_queries; q += kQueries) {
-        for (int64_t r = first; r < end; r += kLanes / kQueries) {
-          dot_tile<kQueries>(queries + q * query_stride, query_stride, rows + r * row_stride,
-                             end - r, row_stride, size, out + q * out_stride + r, out_stride);
-        }
-      }
-    };
-    tiles.template operator()<4>();
-    tiles.template operator()<2>();
-    tiles.template operator()<1>();
-  }
+  for_each_tile(num_queries, num_rows, [&]<int kQueries>(int64_t q, int64_t r, int64_t rows_left) {
+    dot_tile<kQueries>(queries + q * query_stride, query_stride, rows + r * row_stride, rows_left,
+                       row_stride, size, out + q * out_stride + r, out_stride);
+  });
+}
+
+// 2 * kLanes int8 as int16.
+SHADOWKV_INLINE Int16V load_int16(const int8_t* p) {
+#if defined(__AVX512BW__)
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Int16V)_mm512_maskz_cvtepi8_epi16(0xffffffff, x);
+#elif defined(__AVX2__)
+  return (Int16V)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__SSE4_1__)
+  return (Int16V)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  Int16V x;
+  for (int i = 0; i < 2 * kLanes; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+
+// Lane i is x[2i] * y[2i] + x[2i + 1] * y[2i + 1].
+SHADOWKV_INLINE IntV multiply_pairs(Int16V x, Int16V y) {
+#if defined(__AVX512BW__)
+  return (IntV)_mm512_madd_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+  return (IntV)_mm256_madd_epi16((__m256i)x, (__m256i)y);
+#elif defined(__SSE4_1__)
+  return (IntV)_mm_madd_epi16((__m128i)x, (__m128i)y);
+#else
+  const IntV a = (IntV)x, b = (IntV)y;  // two elements in each lane
+  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
 }
 
 // to[i] = from[i * stride] as fp32, for i < size (a multiple of kMaxLanes).

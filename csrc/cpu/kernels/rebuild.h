@@ -55,7 +55,8 @@ inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, i
          head * layout.rank * layout.head_size;
 }
 
-// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE.
+// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE. `next` is the basis that the
+// next call will need if it is another one, or null.
 template <int kHeadSize>
 inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
                           int64_t token, const int8_t* next, float* keys) {
@@ -133,7 +134,7 @@ inline int64_t outlier_of(const PageLayout& layout, const uint8_t* page, int64_t
 }
 
 // Writes one chunk's keys, `position` its first token's: T [chunk_size, kHeadSize], token rows
-// `stride` elements apart. Keys that a page holds exactly are copied.
+// `stride` elements apart. Keys that a page holds exactly are copied. `next`: see low_rank_keys.
 template <typename T, int kHeadSize>
 inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t head,
                           int64_t chunk, int64_t position, const RotaryTable& rotary,
@@ -146,8 +147,9 @@ inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t
                                (head * layout.chunks() + chunk) * size * kHeadSize
                          : reinterpret_cast<const T*>(page + layout.outlier_keys) +
                                (head * layout.num_outliers + outlier) * size * kHeadSize;
-    for (int64_t t = 0; t < size; ++t)
+    for (int64_t t = 0; t < size; ++t) {
       std::copy_n(exact + t * kHeadSize, kHeadSize, out + t * stride);
+    }
     return;
   }
   for (int64_t first = 0; first < size; first += kRebuildTokens) {
@@ -168,8 +170,9 @@ inline void fetch_chunk(const PageLayout& layout, const uint8_t* record, T* out,
   const int64_t size = layout.chunk_size;
   if (!layout.value_int8) {
     const T* values = reinterpret_cast<const T*>(record);
-    for (int64_t t = 0; t < size; ++t)
+    for (int64_t t = 0; t < size; ++t) {
       std::copy_n(values + t * kHeadSize, kHeadSize, out + t * stride);
+    }
     return;
   }
   const auto* scales = reinterpret_cast<const float*>(record);

@@ -1,7 +1,9 @@
 // Scores the landmarks of one row and KV head and picks its chunks, in two passes.
 //
 // Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
-// query heads of the group; this is what the op costs. Writes group fp32 logits per chunk.
+// query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query
+// head is rounded to int16 with one scale, an error of 2^-16 of its largest element (a landmark has
+// 2^-8), so that the int8 landmarks need no conversion to fp32: twice as fast, and exact sums.
 // Pick: reads the logits three times (they fit the second-level cache) and the outliers of each
 // block, writes `columns` ids. The k-th best score is found through a histogram of the scores'
 // upper bits and a partial sort of the bin it falls into; one more pass then emits ids in ascending
@@ -27,6 +29,71 @@ constexpr int kBinBits = 11;
 template <typename T>
 const T* section(const SelectChunksParams& p, int64_t block, int64_t offset, int64_t index) {
   return reinterpret_cast<const T*>(p.pages + block * p.page_stride + offset) + index;
+}
+
+// A query head as int16: its values are scale * element. A head that is not finite has scale NaN.
+struct QueryHeads {
+  std::vector<int16_t> elements;  // [group, stride], zeros from head_size on
+  std::vector<float> scales;      // [group]
+  int64_t stride;
+
+  template <typename T>
+  void read(const T* rows, int64_t group, int64_t row_stride, int64_t size) {
+    stride = (size + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+    elements.assign(group * stride, 0);
+    scales.resize(group);
+    for (int64_t g = 0; g < group; ++g) {
+      FloatV largest{};
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const FloatV x = load(rows + g * row_stride + i);
+        largest = max_or_nan(largest, max_or_nan(x, -x));
+      }
+      const float top = max_or_nan(largest);
+      const bool finite = top < kInfinity;
+      scales[g] = finite ? top / 32767 : std::nanf("");
+      const float inverse = finite && top > 0 ? 32767 / top : 0.0f;
+      if (!std::isfinite(inverse) || inverse == 0.0f) continue;  // zeros, and the subnormal
+      for (int64_t i = 0; i < size; ++i) {
+        const float x = to_float(rows[g * row_stride + i]) * inverse;
+        elements[g * stride + i] = static_cast<int16_t>(std::nearbyint(x));
+      }
+    }
+  }
+};
+
+// One tile of for_each_tile: integer dot products of int8 rows, `size` bytes apart.
+template <int kQueries>
+SHADOWKV_INLINE void landmark_tile(const int16_t* queries, int64_t query_stride, const int8_t* rows,
+                                   int64_t num_rows, int64_t size, float* out, int64_t out_stride) {
+  constexpr int kRows = kLanes / kQueries;
+  IntV sums[kLanes] = {};  // at most 256 * 128 * 32767 each
+  const int8_t* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = rows + (r < num_rows ? r : num_rows - 1) * size;
+  const auto add = [&](int64_t i, const auto& load_row) SHADOWKV_INLINE_LAMBDA {
+    Int16V query[kQueries];
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) {
+      std::memcpy(&query[q], queries + q * query_stride + i, sizeof query[q]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Int16V x = load_row(row[r] + i);
+#pragma GCC unroll 16
+      for (int q = 0; q < kQueries; ++q) sums[q * kRows + r] += multiply_pairs(query[q], x);
+    }
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    add(i, [](const int8_t* p) SHADOWKV_INLINE_LAMBDA { return load_int16(p); });
+  }
+  if (i < size) {  // head size 80 with 16 lanes: half a vector is left
+    add(i, [](const int8_t* p) SHADOWKV_INLINE_LAMBDA {
+      int8_t bytes[2 * kLanes] = {};
+      std::memcpy(bytes, p, kLanes);
+      return load_int16(bytes);
+    });
+  }
+  store_tile<kQueries>(sum_each(sums), num_rows, out, out_stride);
 }
 
 // The physical id in a column of a row's block table, 0 where it is invalid.
@@ -148,14 +215,11 @@ void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head
                           int64_t end, float* logits) {
   const int64_t chunks = p.layout.chunks(), size = p.layout.head_size;
   const int64_t stride = logits_stride(p, select_num_blocks(p, row));
-  thread_local std::vector<float> query;
-  query.resize(p.group * size);
+  thread_local QueryHeads query;
   dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
     const T* rows = static_cast<const T*>(p.query) + row * p.query_row_stride +
                     head * p.group * p.query_head_stride;
-    for (int64_t g = 0; g < p.group; ++g) {
-      widen(rows + g * p.query_head_stride, 1, size, query.data() + g * size);
-    }
+    query.read(rows, p.group, p.query_head_stride, size);
   });
   for (int64_t i = begin; i < end; ++i) {
     const int64_t block = block_at(p, row, i);
@@ -164,11 +228,15 @@ void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head
       for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
       continue;
     }
-    const auto* landmarks = section<int8_t>(p, block, p.layout.landmarks, head * chunks * size);
-    dot_products(query.data(), p.group, size, landmarks, chunks, size, size, out, stride);
+    const int8_t* landmarks = section<int8_t>(p, block, p.layout.landmarks, head * chunks * size);
+    for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
+      landmark_tile<kQueries>(query.elements.data() + g * query.stride, query.stride,
+                              landmarks + r * size, rows_left, size, out + g * stride + r, stride);
+    });
     const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
     for (int64_t g = 0; g < p.group; ++g) {
-      for (int64_t c = 0; c < chunks; ++c) out[g * stride + c] *= scales[c] * p.scale;
+      const float scale = query.scales[g] * p.scale;
+      for (int64_t c = 0; c < chunks; ++c) out[g * stride + c] *= scales[c] * scale;
     }
   }
 }

@@ -276,14 +276,11 @@ class Split {
     const int64_t end = round_up(skipped + tokens, kLanes);
     for (int64_t g = 0; g < p_.group; ++g) {
       float* logits = logits_ + g * kTile;
+      for (int64_t t = 0; t < end; t += kLanes) store(logits + t, load(logits + t) * p_.scale);
       std::fill_n(logits, skipped, -kInfinity);
       std::fill(logits + skipped + tokens, logits + end, -kInfinity);
       FloatV largest = splat(partial_.largest[g]);
-      for (int64_t t = 0; t < end; t += kLanes) {
-        const FloatV scaled = load(logits + t) * p_.scale;
-        store(logits + t, scaled);
-        largest = max_or_nan(largest, scaled);
-      }
+      for (int64_t t = 0; t < end; t += kLanes) largest = max_or_nan(largest, load(logits + t));
       const float top = max_or_nan(largest);
       // While no logit is above -inf, exp(-inf - 0) = 0 is wanted and not exp(-inf + inf) = NaN.
       const float base = top == -kInfinity ? 0.0f : top;

@@ -1,0 +1,160 @@
+"""`make demo`: two vLLM servers answer the same questions about long prompts, ours and the stock one.
+
+The model is the needle model that ships with the repository: it finds facts in word-level prompts. It proves that
+selection, rebuilding and positions are right; of the accuracy of ordinary models it says nothing (benchmarks/needle).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompt
+from benchmarks.server import Server, ServerError
+
+LENGTHS = (4608, 16384)
+"""Tokens of the prompts. Both lie beyond the dense threshold, so their answers are read from sealed blocks."""
+
+SETTINGS = {"sparse_budget": 512}
+FIRST_SEED = 1_000_000
+"""Beyond the seeds of training and evaluation."""
+
+
+@dataclass
+class Report:
+    """What one backend did.
+
+    Attributes:
+        right: per (length, family), how many answers were right.
+        token_seconds: per length, seconds of every decoded token.
+        num_blocks, block_size: of the KV cache, as the server reports them.
+        sealed_tokens: as the server's log says; 0 for the stock backend.
+    """
+
+    right: dict[tuple[int, str], int] = field(default_factory=dict)
+    token_seconds: dict[int, list[float]] = field(default_factory=dict)
+    num_blocks: int = 0
+    block_size: int = 0
+    sealed_tokens: int = 0
+
+
+def main() -> int:
+    """Runs both servers and prints the table; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--prompts", type=int, default=5, help="prompts per task family and length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the prompts")
+    parser.add_argument("--kv-cache-mib", type=int, default=256, help="device bytes of the KV cache, either backend")
+    arguments = parser.parse_args()
+    console = Console()
+    questions = [
+        (length, family, make_prompt(family, length, FIRST_SEED + i))
+        for length in arguments.lengths
+        for family in FAMILIES
+        for i in range(arguments.prompts)
+    ]
+    reports = {}
+    try:
+        for name, extra in _backends().items():
+            console.print(f"Starting `vllm serve {CHECKPOINT.name} {' '.join(extra)}` …")
+            reports[name] = _ask(name, extra, questions, arguments.kv_cache_mib, console)
+    except ServerError as error:
+        console.print(f"[red]{error}")
+        return 1
+    _print_tables(console, reports, arguments)
+    return 0
+
+
+def _backends() -> dict[str, list[str]]:
+    settings = json.dumps({"shadowkv": SETTINGS})
+    return {"shadowkv": ["--attention-backend", "shadowkv", "--additional-config", settings], "stock": []}
+
+
+def _ask(
+    name: str, extra: list[str], questions: list[tuple[int, str, Prompt]], cache_mib: int, console: Console
+) -> Report:
+    """Serves the model with one backend and asks it everything."""
+    report = Report()
+    longest = max(length for length, _, _ in questions)
+    arguments = [
+        "--max-model-len",
+        str(longest + 64),
+        "--kv-cache-memory-bytes",
+        str(cache_mib * 2**20),
+        "--no-enable-prefix-caching",
+        "--enforce-eager",
+        *extra,
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "server.log"
+        with (
+            Server(CHECKPOINT, log, arguments, {"VLLM_LOGGING_LEVEL": "DEBUG"}) as server,
+            Progress(
+                TextColumn(f"{name:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            ) as progress,
+        ):
+            for length, family, prompt in progress.track(questions):
+                answer = server.complete(prompt.text, max_tokens=len(prompt.answer_ids))
+                key = (length, family)
+                report.right[key] = report.right.get(key, 0) + (answer.text == prompt.answer)
+                report.token_seconds.setdefault(length, []).extend(answer.token_seconds)
+            cache = server.cache_config()
+            report.num_blocks, report.block_size = int(cache["num_gpu_blocks"]), int(cache["block_size"])
+            sealed = re.findall(r"shadowkv: sealed \d+ blocks, (\d+) tokens", server.log_text())
+            report.sealed_tokens = sum(map(int, sealed))
+    return report
+
+
+def _print_tables(console: Console, reports: dict[str, Report], arguments: argparse.Namespace) -> None:
+    answers = Table(title=f"Answers right, of {arguments.prompts} prompts each", title_justify="left")
+    answers.add_column("family")
+    for length in arguments.lengths:
+        for name in reports:
+            answers.add_column(f"{name}\n{length} tokens", justify="right")
+    for family in FAMILIES:
+        cells = [str(report.right[length, family]) for length in arguments.lengths for report in reports.values()]
+        answers.add_row(family, *cells)
+    console.print(answers)
+
+    table = Table(title=f"Both with {arguments.kv_cache_mib} MiB of KV cache on the device", title_justify="left")
+    table.add_column("")
+    for name in reports:
+        table.add_column(name, justify="right")
+    cache_bytes = arguments.kv_cache_mib * 2**20
+    for length in arguments.lengths:
+        rights = [sum(n for (at, _), n in report.right.items() if at == length) for report in reports.values()]
+        asked = arguments.prompts * len(FAMILIES)
+        table.add_row(f"answers right at {length} tokens", *(f"{right} of {asked}" for right in rights))
+    table.add_row("tokens sealed", *(f"{report.sealed_tokens:,}" for report in reports.values()))
+    table.add_row(
+        "device bytes per cached token",
+        *(f"{cache_bytes / (report.num_blocks * report.block_size):,.0f}" for report in reports.values()),
+    )
+    table.add_row(
+        "blocks that fit",
+        *(f"{report.num_blocks:,} of {report.block_size:,} tokens" for report in reports.values()),
+    )
+    for length in arguments.lengths:
+        medians = [1000 * statistics.median(report.token_seconds[length]) for report in reports.values()]
+        table.add_row(f"ms per decoded token at {length}", *(f"{median:.1f}" for median in medians))
+    console.print(table)
+    budget = SETTINGS["sparse_budget"]
+    shares = ", ".join(f"{budget / length:.0%} of {length}" for length in arguments.lengths)
+    console.print(
+        f"shadowkv attends to {budget} selected tokens per KV head and step ({shares}), the first and the newest "
+        "chunks, outliers, and the open block. At a length where the stock backend's answers are wrong too, it is the "
+        "model that cannot answer. A model this small spends its step outside attention: see docs/performance.md for speed."
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""Starts `vllm serve`, asks it through its OpenAI API, and reads what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_SECONDS = 300
+
+
+class ServerError(Exception):
+    """The server did not start, or died; the message ends with the end of its log."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer: its text, and the seconds between its tokens, the first one's not counted."""
+
+    text: str
+    token_seconds: list[float]
+
+
+class Server:
+    """`vllm serve` in a process group of its own. Use it as a context manager."""
+
+    def __init__(self, model: Path, log: Path, arguments: list[str], environment: dict[str, str]) -> None:
+        """Describes a server.
+
+        Args:
+            model: directory of the checkpoint.
+            log: file that takes the server's output.
+            arguments: of `vllm serve`, beyond model and port.
+            environment: variables beyond this process's own.
+        """
+        self._log, self._arguments, self._environment = log, arguments, environment
+        self._model = str(model)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        """Starts the server and waits until it answers."""
+        vllm = Path(sys.executable).with_name("vllm")
+        command = [str(vllm), "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | self._environment,
+                start_new_session=True,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops the server and everything that it started."""
+        self._stop()
+
+    def complete(self, prompt: str, max_tokens: int) -> Completion:
+        """Asks for a greedy completion, streamed so that every token can be timed."""
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        text, times = "", []
+        for line in self._get("/v1/completions", body):
+            if line.startswith(b"data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+                times.append(time.perf_counter())
+        return Completion(text.strip(), [later - earlier for earlier, later in pairwise(times)])
+
+    def cache_config(self) -> dict[str, str]:
+        """What the server reports of its KV cache in Prometheus' `vllm:cache_config_info`."""
+        for line in self._get("/metrics"):
+            if line.startswith(b"vllm:cache_config_info{"):
+                return dict(re.findall(r'(\w+)="([^"]*)"', line.decode()))
+        raise ServerError("the server reports no vllm:cache_config_info")
+
+    def log_text(self) -> str:
+        """The server's output up to now."""
+        return self._log.read_text(errors="replace")
+
+    def _get(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=START_SECONDS) as response:
+            yield from response
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ServerError(f"vllm serve ended with code {self._process.returncode}:\n{self._end_of_log()}")
+            try:
+                for _ in self._get("/health"):
+                    pass
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        raise ServerError(f"vllm serve did not answer within {START_SECONDS} s:\n{self._end_of_log()}")
+
+    def _end_of_log(self) -> str:
+        return "\n".join(self.log_text().splitlines()[-30:])
+
+    def _stop(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vllm_shadowkv.state.block_state import BlockState
+
+NUM_BLOCKS = 8
+BLOCKS = st.lists(st.integers(1, NUM_BLOCKS - 1), unique=True)
+
+
+def ids(blocks: list[int]) -> torch.Tensor:
+    return torch.tensor(blocks, dtype=torch.int64)
+
+
+class Lives(RuleBasedStateMachine):
+    """Blocks are written, sealed and written again in any order; a model keeps every block's story."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = BlockState(NUM_BLOCKS, torch.device("cpu"))
+        self.sealed: set[int] = set()
+        self.seen: dict[int, set[int]] = {block: {1} for block in range(NUM_BLOCKS)}
+
+    def changed(self, blocks: list[int]) -> None:
+        for block in blocks:
+            epoch = int(self.state.epochs[block])
+            assert epoch not in self.seen[block], "a slot of an earlier life would pass for a fresh one"
+            self.seen[block].add(epoch)
+
+    @rule()
+    def start_step(self) -> None:
+        before = int(self.state.clock)
+        self.state.start_step()
+        assert self.state.clock > before
+
+    @rule(blocks=BLOCKS)
+    def write_open(self, blocks: list[int]) -> None:
+        self.state.write_open(ids(blocks))
+        self.sealed -= set(blocks)
+
+    @rule(blocks=BLOCKS)
+    def write_exact(self, blocks: list[int]) -> None:
+        # As the planner does: at most once in a step.
+        self.state.start_step()
+        self.state.write_open(ids(blocks))
+        self.state.write_exact(ids(blocks))
+        self.sealed -= set(blocks)
+        self.changed(blocks)
+
+    @rule(blocks=BLOCKS)
+    def seal(self, blocks: list[int]) -> None:
+        self.state.seal(ids(blocks))
+        self.sealed |= set(blocks)
+        self.changed(blocks)
+
+    @precondition(lambda self: self.sealed)
+    @rule()
+    def nothing_but_time(self) -> None:
+        epochs = self.state.epochs.clone()
+        self.state.start_step()
+        assert torch.equal(self.state.epochs, epochs), "time alone makes no slot stale"
+
+    @invariant()
+    def keeps_its_word(self) -> None:
+        self.state.check_integrity()
+        unsealed = self.state.unsealed(torch.arange(NUM_BLOCKS))
+        assert unsealed.nonzero().flatten().tolist() == [b for b in range(1, NUM_BLOCKS) if b not in self.sealed]
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(deadline=None, max_examples=50, stateful_step_count=20)
+
+
+def test_the_null_block_counts_as_sealed() -> None:
+    state = BlockState(4, torch.device("cpu"))
+    assert state.unsealed(ids([0, 1, 0, 3])).tolist() == [False, True, False, True]
+
+
+def test_sealing_nothing_changes_nothing_but_the_clock() -> None:
+    state = BlockState(4, torch.device("cpu"))
+    state.seal(ids([]))
+    assert not state.sealed.any()
+    assert state.epochs.tolist() == [1] * 4
+    state.check_integrity()
+
+
+def future(state: BlockState) -> None:
+    state.epochs[2] = state.clock + 1
+
+
+def zero(state: BlockState) -> None:
+    state.epochs[3] = 0
+
+
+def twins(state: BlockState) -> None:
+    state.epochs[1] = state.epochs[2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [(future, "lies in the future"), (zero, "is not positive"), (twins, "two sealed blocks share an epoch")],
+)
+def test_check_integrity_finds_damage(damage: Callable[[BlockState], None], what: str) -> None:
+    state = BlockState(4, torch.device("cpu"))
+    state.seal(ids([1, 2]))
+    state.check_integrity()
+    damage(state)
+    with pytest.raises(AssertionError, match=what):
+        state.check_integrity()

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
+
+
+def read(**settings: Any) -> ShadowKVConfig:
+    return ShadowKVConfig.from_vllm({"shadowkv": settings})
+
+
+def refusal(settings: Any) -> str:
+    with pytest.raises(ValueError, match=r"^--additional-config") as caught:
+        ShadowKVConfig.from_vllm({"shadowkv": settings})
+    assert not isinstance(caught.value, ValidationError), "pydantic's own report is several lines"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"shadowkv": {}}, {"another plugin": {"rank": "many"}}])
+def test_defaults_are_used_where_nothing_is_set(entry: dict[str, Any] | None) -> None:
+    assert ShadowKVConfig.from_vllm(entry) == ShadowKVConfig()
+
+
+def test_the_defaults() -> None:
+    assert ShadowKVConfig().model_dump() == {
+        "block_size": 1024,
+        "compression": 8,
+        "rank": None,
+        "chunk_size": 8,
+        "sparse_budget": 2048,
+        "num_outlier_chunks": 1,
+        "slot_chunks": 384,
+        "dense_threshold": 4096,
+        "prefill_exact_tokens": None,
+        "decode_exact_tokens": 0,
+        "key_codec": "int8",
+        "value_dtype": "auto",
+        "host_memory_gib": None,
+    }
+
+
+def test_derived_sizes() -> None:
+    config = read(block_size=512, compression=4, chunk_size=16, sparse_budget=1024)
+    assert config.exact_tokens_per_page == 128
+    assert config.chunks_per_block == 32
+    assert config.budget_chunks == 64
+    assert config.forced_chunks == SINK_CHUNKS + LOCAL_CHUNKS == 5
+
+
+# Values that differ from the default, with what else they need.
+VALID: list[dict[str, Any]] = [
+    {"block_size": 2048},
+    {"block_size": 64, "compression": 4},
+    {"compression": 1},
+    {"compression": 16},
+    {"rank": 16},
+    {"rank": None},
+    {"chunk_size": 16},
+    {"sparse_budget": 8},
+    {"num_outlier_chunks": 0},
+    {"num_outlier_chunks": 128},
+    {"slot_chunks": 261},
+    {"dense_threshold": 0},
+    {"prefill_exact_tokens": 0},
+    {"prefill_exact_tokens": 100_000},
+    {"decode_exact_tokens": 4096},
+    {"key_codec": "none"},
+    {"value_dtype": "int8"},
+    {"host_memory_gib": 0.5},
+    {"host_memory_gib": 64},
+]
+
+
+@pytest.mark.parametrize("settings", VALID, ids=str)
+def test_every_key_can_be_set(settings: dict[str, Any]) -> None:
+    config = read(**settings)
+    assert {key: getattr(config, key) for key in settings} == settings
+
+
+def test_the_list_above_is_complete() -> None:
+    assert set().union(*VALID) == set(ShadowKVConfig.model_fields)
+
+
+# Settings, and what the one sentence must name: the key, what is allowed, and what was given.
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"sparse_buget": 1024}, ["unknown key 'sparse_buget'", "known: block_size, compression,", "sparse_budget"]),
+    ({"block_size": "1024"}, ["'block_size'", "integer", "'1024'"]),
+    ({"block_size": 1024.0}, ["'block_size'", "integer", "1024.0"]),
+    ({"block_size": True}, ["'block_size'", "integer", "True"]),
+    ({"block_size": 0}, ["block_size", "positive multiple of 64", "got 0"]),
+    ({"block_size": -64}, ["block_size", "positive multiple of 64", "got -64"]),
+    ({"block_size": 1000}, ["block_size", "multiple of 64", "got 1000"]),
+    ({"block_size": 64}, ["block_size / compression", "multiple of 16", "got 64 / 8"]),
+    ({"compression": 3}, ["'compression'", "1, 2, 4, 8 or 16", "got 3"]),
+    ({"compression": None}, ["'compression'", "got None"]),
+    ({"rank": 8}, ["'rank'", "16", "got 8"]),
+    ({"rank": 100}, ["rank", "multiple of 16", "got 100"]),
+    ({"chunk_size": 4}, ["'chunk_size'", "8 or 16", "got 4"]),
+    ({"sparse_budget": 0}, ["'sparse_budget'", "got 0"]),
+    ({"sparse_budget": 1001}, ["sparse_budget", "multiple of chunk_size 8", "got 1001"]),
+    ({"num_outlier_chunks": -1}, ["'num_outlier_chunks'", "got -1"]),
+    ({"num_outlier_chunks": 129}, ["num_outlier_chunks", "at most the 128 chunks of a block", "got 129"]),
+    ({"slot_chunks": 0}, ["'slot_chunks'", "got 0"]),
+    ({"slot_chunks": 260}, ["slot_chunks", "at least 261", "sparse_budget of 2048", "got 260"]),
+    ({"sparse_budget": 4096}, ["slot_chunks", "at least 517", "sparse_budget of 4096", "got 384"]),
+    ({"dense_threshold": -1}, ["'dense_threshold'", "got -1"]),
+    ({"prefill_exact_tokens": -1}, ["'prefill_exact_tokens'", "got -1"]),
+    ({"prefill_exact_tokens": "all"}, ["'prefill_exact_tokens'", "'all'"]),
+    ({"decode_exact_tokens": None}, ["'decode_exact_tokens'", "None"]),
+    ({"key_codec": "fp8"}, ["'key_codec'", "'int8' or 'none'", "'fp8'"]),
+    ({"value_dtype": "none"}, ["'value_dtype'", "'auto' or 'int8'", "'none'"]),
+    ({"host_memory_gib": 0}, ["'host_memory_gib'", "greater than 0", "got 0"]),
+    ({"host_memory_gib": "64"}, ["'host_memory_gib'", "number", "'64'"]),
+    ({"host_memory_gib": math.inf}, ["'host_memory_gib'", "finite", "inf"]),
+    ({"host_memory_gib": math.nan}, ["'host_memory_gib'", "nan"]),
+    ({"rank": 8, "chunk_size": 4}, ["'rank'", "'chunk_size'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), REFUSED, ids=[str(settings) for settings, _ in REFUSED])
+def test_what_is_wrong_is_said_in_one_sentence(settings: dict[str, Any], named: list[str]) -> None:
+    sentence = refusal(settings)
+    assert sentence.startswith("--additional-config shadowkv: ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert "value error" not in sentence.lower()
+    missing = [part for part in named if part not in sentence]
+    assert not missing, f"{sentence!r} does not say {missing}"
+
+
+@pytest.mark.parametrize("entry", [2048, "rank=160", ["rank", 160], True, None])
+def test_an_entry_that_is_no_object_is_refused(entry: Any) -> None:
+    sentence = refusal(entry)
+    assert f"'shadowkv' must be an object like {{\"sparse_budget\": 2048}}, got {type(entry).__name__}." in sentence
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        ShadowKVConfig().rank = 16  # type: ignore[misc]
+
+
+@settings(deadline=None)
+@given(
+    block_size=st.integers(1, 64).map(lambda n: n * 64),
+    compression=st.sampled_from([1, 2, 4, 8, 16]),
+    chunk_size=st.sampled_from([8, 16]),
+    budget=st.integers(1, 400),
+    slots=st.integers(1, 800),
+    outliers=st.integers(0, 80),
+)
+def test_a_combination_is_accepted_exactly_if_it_is_possible(
+    block_size: int, compression: int, chunk_size: int, budget: int, slots: int, outliers: int
+) -> None:
+    settings = {
+        "block_size": block_size,
+        "compression": compression,
+        "chunk_size": chunk_size,
+        "sparse_budget": budget * chunk_size,
+        "slot_chunks": slots,
+        "num_outlier_chunks": outliers,
+    }
+    wrong = {
+        "block_size / compression": block_size % (16 * compression) != 0,
+        "num_outlier_chunks": outliers > block_size // chunk_size,
+        "slot_chunks": slots < budget + 5,
+    }
+    if any(wrong.values()):
+        assert any(refused and key in refusal(settings) for key, refused in wrong.items())
+    else:
+        assert read(**settings).chunks_per_block * chunk_size == block_size
+
+
+# The forms in which vLLM's command line takes --additional-config.
+COMMAND_LINES = [
+    (["--additional-config", '{"shadowkv": {"rank": 160, "key_codec": "none"}}'], {"rank": 160, "key_codec": "none"}),
+    (["--additional-config.shadowkv.rank", "160"], {"rank": 160}),
+    (["--additional-config.shadowkv.rank=160"], {"rank": 160}),
+    (["--additional_config.shadowkv.host_memory_gib", "1.5"], {"host_memory_gib": 1.5}),
+    (
+        ["--additional-config.shadowkv.value_dtype", "int8", "--additional-config.shadowkv.dense_threshold", "0"],
+        {"value_dtype": "int8", "dense_threshold": 0},
+    ),
+]
+
+
+def test_command_line_forms() -> None:
+    # In a process of its own: vLLM's parser reads sys.argv, and warns about it.
+    code = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm_shadowkv.config import ShadowKVConfig
+
+parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+for line in json.loads(sys.argv.pop()):
+    arguments = EngineArgs.from_cli_args(parser.parse_args(line))
+    config = ShadowKVConfig.from_vllm(arguments.additional_config)
+    print("read", config.model_dump_json(exclude_defaults=True))
+"""
+    lines = json.dumps([line for line, _ in COMMAND_LINES])
+    result = subprocess.run([sys.executable, "-c", code, lines], capture_output=True, text=True, timeout=300)
+    read_back = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("read ")]
+    expected = [settings for _, settings in COMMAND_LINES]
+    assert read_back == expected, result.stderr[-2000:]
