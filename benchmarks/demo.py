@@ -152,7 +152,8 @@ def _print_tables(console: Console, reports: dict[str, Report], arguments: argpa
     console.print(
         f"shadowkv attends to {budget} selected tokens per KV head and step ({shares}), the first and the newest "
         "chunks, outliers, and the open block. At a length where the stock backend's answers are wrong too, it is the "
-        "model that cannot answer. A model this small spends its step outside attention: see docs/performance.md for speed."
+        "model that cannot answer. A model this small spends its step outside "
+        "attention, so its times say nothing of speed."
     )
 
 

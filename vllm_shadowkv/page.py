@@ -261,7 +261,8 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
         ]
     else:
         keys = [("exact_keys", (heads, block, size), layout.dtype)]
-    return keys + [
+    return [
+        *keys,
         ("landmarks", (heads, layout.chunks, size), torch.int8),
         ("landmark_scales", (heads, layout.chunks), torch.float32),
         ("outlier_ids", (heads, outliers), torch.int32),

@@ -231,9 +231,7 @@ def plan_slots(
     misses: Tensor,
     num_misses: Tensor,
 ) -> None:
-    """Gives every selected chunk a slot: the one that holds it, or the least recently used. Arguments:
-    `ops.plan_slots`.
-    """
+    """Gives every selected chunk a slot: its own, or the least recently used. Arguments: `ops.plan_slots`."""
     slot_ids.fill_(-1)
     misses.fill_(-1)
     num_misses.fill_(0)
@@ -273,9 +271,7 @@ def plan_slots(
 
 
 def _tag(chunk: int, block_row: Tensor, epochs: Tensor, layout: PageLayout) -> int:
-    """Names a chunk's content for ever: a block's epoch changes whenever it is written or sealed anew; 0: no such
-    chunk.
-    """
+    """Names a chunk's content for ever, as a block's epoch changes whenever it is sealed anew; 0: no such chunk."""
     column = chunk // layout.chunks
     block = int(block_row[column]) if 0 <= column < len(block_row) else 0
     return int(epochs[block]) * layout.chunks + chunk % layout.chunks if 0 < block < len(epochs) else 0

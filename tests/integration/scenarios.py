@@ -1,13 +1,13 @@
 """What the engines are asked, the same of every backend. Runs in the engine's process; see `trial.py`.
 
-A scenario returns its sequences by name. Prompts are random tokens, so no two scenarios share a prefix by accident.
+A scenario returns its sequences by name. Prompts are random tokens, so scenarios share no prefix by accident.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sharp_model import VOCABULARY
@@ -16,25 +16,154 @@ from vllm import LLM, SamplingParams
 FIRST_TOKEN = 3  # below are the special tokens
 
 # Around the edges of blocks of 64 and of 256 tokens, and of the 200 tokens that one step computes.
-EDGES = (1, 5, 63, 64, 65, 127, 128, 129, 199, 200, 201, 255, 256, 257, 320, 321, 400, 511, 512, 513, 767, 769, 1024,
-1025)
+EDGES = (1, 5, 63, 64, 65, 127, 128, 129, 199, 200, 201, 255, 256, 257, 320, 321, 400, 511, 512, 513, 767, 769, 1024, 1025)
+EIGHT_LENGTHS = (5, 40, 90, 130, 250, 300, 520, 700)
+PREEMPTED_LENGTHS = (700, 650, 600, 500, 480, 240)
+
+Generated = dict[str, Any]
+"""`tokens`, their `logprobs`, the `margins` to the runners-up (where asked for), and prompt tokens `cached`."""
 
 
 @dataclass(frozen=True)
-class Sequence_:
-    """One generated sequence.
+class Request:
+    """A prompt and how to go on."""
 
-    Attributes:
-        tokens: generated.
-        logprobs: of those tokens.
-        margins: how much more likely each was than the runner-up; only where the engine was asked for it.
-        cached: tokens of the prompt that came from the prefix cache.
+    prompt: list[int]
+    tokens: int
+    sampling: Mapping[str, Any]
+
+    @classmethod
+    def greedy(cls, prompt: list[int], tokens: int) -> Request:
+        return cls(prompt, tokens, {"temperature": 0})
+
+
+class Asker:
+    """Drives an engine in this process, step by step."""
+
+    def __init__(self, llm: LLM, margins: bool = False) -> None:
+        self._engine = llm.llm_engine
+        self._num_logprobs = 2 if margins else 0
+
+    def ask(self, requests: Mapping[str, Request], aborts: Mapping[int, Sequence[str]] | None = None) -> dict[str, Generated]:
+        """Runs requests side by side.
+
+        Args:
+            requests: by name.
+            aborts: names of the requests to abort after that many steps.
+
+        Returns:
+            The sequences of the requests that were not aborted; several of one request are numbered.
+        """
+        for name, request in requests.items():
+            params = SamplingParams(
+                max_tokens=request.tokens, ignore_eos=True, logprobs=self._num_logprobs, detokenize=False, **request.sampling
+            )
+            self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
+        outputs, step = {}, 0
+        while self._engine.has_unfinished_requests():
+            outputs.update({output.request_id: output for output in self._engine.step() if output.finished})
+            step += 1
+            self._engine.abort_request(list((aborts or {}).get(step, ())))
+        aborted = {name for names in (aborts or {}).values() for name in names}
+        return {
+            name if len(output.outputs) == 1 else f"{name} {completion.index}": _generated(output, completion)
+            for name, output in sorted(outputs.items())
+            if name not in aborted
+            for completion in output.outputs
+        }
+
+
+def _generated(output: Any, completion: Any) -> Generated:
+    places = list(zip(completion.token_ids, completion.logprobs, strict=True))
+    chosen = [logprobs[token].logprob for token, logprobs in places]
+    ranked = [sorted((entry.logprob for entry in logprobs.values()), reverse=True) for _, logprobs in places]
+    return {
+        "tokens": list(completion.token_ids),
+        "logprobs": chosen,
+        "margins": [values[0] - values[1] for values in ranked if len(values) > 1],
+        "cached": output.num_cached_tokens,
+    }
+
+
+def _prompts(seed: str, *lengths: int) -> list[list[int]]:
+    """Prompts of these lengths."""
+    generator = random.Random(seed)
+    return [[generator.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def _named(prompts: Sequence[list[int]], tokens: int) -> dict[str, Request]:
+    return {f"{number}: {len(prompt)} tokens": Request.greedy(prompt, tokens) for number, prompt in enumerate(prompts)}
+
+
+def edges(asker: Asker) -> dict[str, Generated]:
+    """Prompts around every edge; long ones are prefilled in pieces beside others that decode."""
+    return asker.ask(_named(_prompts("edges", *EDGES), tokens=8))
+
+
+def eight(asker: Asker) -> dict[str, Generated]:
+    """Eight requests at once."""
+    return asker.ask(_named(_prompts("eight", *EIGHT_LENGTHS), tokens=40))
+
+
+def generation(asker: Asker) -> dict[str, Generated]:
+    """600 tokens each: the blocks that are sealed hold generated tokens."""
+    return asker.ask(_named(_prompts("generation", 3, 230, 500), tokens=600))
+
+
+def prefixes(asker: Asker) -> dict[str, Generated]:
+    """Prefix-cache hits: of a finished prompt, of part of it, of generated tokens, and of a prompt in the same step."""
+    base, tail, other_tail, twin = _prompts("prefixes", 600, 9, 120, 530)
+    first = asker.ask({"first": Request.greedy(base, 50)})
+    turn = base + first["first"]["tokens"] + tail
+    return first | asker.ask(
+        {
+            "again": Request.greedy(base, 8),
+            "longer": Request.greedy(base + tail, 8),
+            "branched": Request.greedy(base[:520] + other_tail, 8),
+            "next turn": Request.greedy(turn, 8),
+            "twin a": Request.greedy(twin, 8),
+            "twin b": Request.greedy(twin, 8),
+        }
+    )
+
+
+def branches(asker: Asker) -> dict[str, Generated]:
+    """n = 4, without chance: vLLM refuses n > 1 at temperature 0, and the two runners draw differently."""
+    (prompt,) = _prompts("branches", 300)
+    return asker.ask({"branch": Request(prompt, 40, {"n": 4, "temperature": 1.0, "top_k": 1})})
+
+
+def seeded(asker: Asker) -> dict[str, Generated]:
+    """n = 4, four different sequences on one prompt that is cached.
+
+    Only against stock on the same runner. It must not be prefilled in pieces, which vLLM's V1 runner does not survive on a CPU
+    with a seed; so all but 30 tokens come from the cache.
     """
-
-    tokens: list[int]
-    logprobs: list[float]
-    margins: list[float]
-    cached: int
+    (prompt,) = _prompts("seeded", 542)
+    first = asker.ask({"first": Request.greedy(prompt, 2)})
+    return first | asker.ask({"drawn": Request(prompt, 60, {"n": 4, "temperature": 1.0, "seed": 11})})
 
 
-Results = dict[str, Sequence_]
+def preemption(asker: Asker) -> dict[str, Generated]:
+    """Requests that a small pool cannot hold together once they grow."""
+    return asker.ask(_named(_prompts("preemption", *PREEMPTED_LENGTHS), tokens=90))
+
+
+def aborts(asker: Asker) -> dict[str, Generated]:
+    """Requests that are aborted while they prefill or decode; others then get their blocks."""
+    prompts = _prompts("aborts", 300, 260, 520, 700, 130, 90)
+    requests = {f"request {number}": Request.greedy(prompt, 40) for number, prompt in enumerate(prompts)}
+    survivors = asker.ask(requests, aborts={3: ["request 1"], 6: ["request 3"], 20: ["request 0", "request 5"]})
+    again = {f"again {number}": Request.greedy(prompts[number], 12) for number in (0, 1, 3)}
+    return survivors | asker.ask(again)
+
+
+def short(asker: Asker) -> dict[str, Generated]:
+    """The least that still seals blocks of 64 and decodes over them across a boundary."""
+    return asker.ask(_named(_prompts("short", 150, 210), tokens=60))
+
+
+SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
+    scenario.__name__: scenario
+    for scenario in (edges, eight, generation, prefixes, branches, seeded, preemption, aborts, short)
+}

@@ -85,9 +85,7 @@ class ExactManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Publishes nothing; notes where the prefill of this admission ends, a resumed request's generated tokens
-        included.
-        """
+        """Publishes nothing; notes where this admission's prefill ends, with a resumed request's generated tokens."""
         self._prefill_end.setdefault(request.request_id, request.num_tokens)
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:

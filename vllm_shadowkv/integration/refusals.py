@@ -50,8 +50,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
     refusals: list[tuple[Any, str]] = [
         (
             vllm_config.kv_transfer_config is not None,
-            "does not support KV connectors (--kv-transfer-config), which would move device pages without the values in "
-            "the host pool; drop the connector",
+            "does not support KV connectors (--kv-transfer-config), which would move device pages without the values "
+            "in the host pool; drop the connector",
         ),
         (
             vllm_config.speculative_config is not None,
@@ -73,8 +73,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         (vllm_config.model_config.is_hybrid, f"does not support models with Mamba layers; {OTHER_BACKEND}"),
         (
             cache.user_specified_block_size and cache.block_size != config.block_size,
-            f"takes its block size from its own settings, not from --block-size {cache.block_size}; drop --block-size, or "
-            f"set shadowkv.block_size in --additional-config (now {config.block_size})",
+            f"takes its block size from its own settings, not from --block-size {cache.block_size}; drop --block-size, "
+            f"or set shadowkv.block_size in --additional-config (now {config.block_size})",
         ),
         (
             cache.cache_dtype not in ("auto", "float16", "bfloat16"),
@@ -83,7 +83,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ),
         (
             vllm_config.model_config.dtype not in DTYPES,
-            f"supports float32, float16 and bfloat16, not --dtype {vllm_config.model_config.dtype}; use another --dtype",
+            f"supports float32, float16 and bfloat16, not --dtype {vllm_config.model_config.dtype}; use another "
+            "--dtype",
         ),
     ]
     for wrong, sentence in refusals:

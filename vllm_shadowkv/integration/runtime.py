@@ -202,8 +202,8 @@ class Runtime:
         if blocks < needed:
             gib = needed * count * layout.value_row_bytes / host_pool.GIB
             raise ValueError(
-                f"shadowkv: host memory backs {blocks} KV cache blocks, one request of {self.boundary.max_model_len} tokens "
-                f"needs {needed} ({gib:.1f} GiB); raise shadowkv.host_memory_gib or lower --max-model-len."
+                f"shadowkv: host memory backs {blocks} KV cache blocks, one request of {self.boundary.max_model_len} "
+                f"tokens needs {needed} ({gib:.1f} GiB); raise shadowkv.host_memory_gib or lower --max-model-len."
             )
         return min(available, blocks * count * layout.page_bytes)
 

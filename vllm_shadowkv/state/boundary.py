@@ -75,7 +75,9 @@ class ExactBoundary:
         if computed < self.dense_threshold:
             return hit
         assert self.prefill_exact_tokens is not None, "resolve() comes first"
-        window = self.prefill_exact_tokens if prefilling else self.decode_exact_tokens
+        window = self.decode_exact_tokens
+        if prefilling:  # not less than decode will want, for what has been freed does not come back
+            window = max(window, self.prefill_exact_tokens)
         return max((computed - window) // self.block_size * self.block_size, hit)
 
     def reads_sealed(self, num_tokens: int, hit: int) -> bool:
