@@ -32,7 +32,7 @@ OLDEST_PYTHON = "cp310"
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-ffp-contract=fast", "-fPIC", f"-I{CSRC}"]
 COMMON_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Werror"]
-# Python's own flags have -g, which makes the library five times larger and a fifth slower to build.
+# Python's own flags have -g, which makes the library seven times larger and a fifth slower to build.
 COMMON_FLAGS += ["-g0"]
 
 # How each kernel in csrc/cpu/kernels is compiled; csrc/cpu/isa.h explains. The order matters, see

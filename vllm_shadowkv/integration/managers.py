@@ -30,9 +30,22 @@ class ShadowManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         # Request -> itself, and the tokens that were computed when it was last scheduled: that step seals them.
         self._sealing: dict[str, tuple[Request, int]] = {}
+        self._being_scheduled: str | None = None
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """As full attention; notes whose step this is."""
+        self._being_scheduled = request_id
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publishes the blocks that an earlier step of this request has sealed; vLLM calls it once per scheduling."""
+        """Publishes the blocks that an earlier step of this request has sealed.
+
+        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the output
+        of a step; no step follows that would seal what that one computed, so that call changes nothing.
+        """
+        if self._being_scheduled != request.request_id:
+            return
+        self._being_scheduled = None
         _, sealed = self._sealing.get(request.request_id, (request, 0))
         self._sealing[request.request_id] = (request, min(num_tokens, request.num_computed_tokens))
         super().cache_blocks(request, min(num_tokens, sealed), *args, **kwargs)

@@ -219,8 +219,8 @@ class Planner:
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
                 if not (exact_ids > 0).all():
                     raise RuntimeError(
-                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are gone; this "
-                        "is a bug, please report it."
+                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are gone; "
+                        "this is a bug, please report it."
                     )
                 found[int(blocks[place])] = (exact_ids, place * layout.block_size)
         if not found:

@@ -279,10 +279,11 @@ def _on_registration(parent: torch.nn.Module, name: str, module: torch.nn.Module
     """Learns an attention layer's name and parent, which vLLM never tells its implementation."""
     from vllm_shadowkv.integration.impl import ShadowKVImpl
 
-    impl = getattr(module, "impl", None)
+    attention: Any = module
+    impl = getattr(attention, "impl", None)
     if isinstance(impl, ShadowKVImpl) and impl.layer_name is None:
-        impl.layer_name = module.layer_name  # type: ignore[union-attr]
-        impl.runtime.add_layer(parent, module)
+        impl.layer_name = attention.layer_name
+        impl.runtime.add_layer(parent, attention)
 
 
 register_module_module_registration_hook(_on_registration)

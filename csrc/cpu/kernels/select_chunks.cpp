@@ -229,7 +229,14 @@ void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head
       continue;
     }
     const int8_t* landmarks = section<int8_t>(p, block, p.layout.landmarks, head * chunks * size);
+    // Hardware prefetchers stop at the end of a block's landmarks.
+    const int64_t next_block = i + 1 < end ? block_at(p, row, i + 1) : 0;
+    const int8_t* next = section<int8_t>(p, next_block, p.layout.landmarks, head * chunks * size);
     for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
+      if (g == 0 && next_block != 0) {
+        const int64_t bytes = std::min<int64_t>(kLanes / kQueries, rows_left) * size;
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next + r * size + j, 0, 2);
+      }
       landmark_tile<kQueries>(query.elements.data() + g * query.stride, query.stride,
                               landmarks + r * size, rows_left, size, out + g * stride + r, stride);
     });

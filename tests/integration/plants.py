@@ -1,0 +1,75 @@
+"""Errors to plant, each of them one that the tests of a token's life must notice. Runs in the engine's process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_shadowkv.integration import metadata
+from vllm_shadowkv.integration.managers import ExactManager
+from vllm_shadowkv.integration.metadata import Planner
+from vllm_shadowkv.state.decode import DecodeRows
+
+TENSORS = tuple(field.name for field in dataclasses.fields(DecodeRows))
+
+
+@contextmanager
+def _patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def wrong_value() -> Any:
+    """Zeroes the value of one token of one sealed block, one layer, one head."""
+    left = [1]
+
+    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
+        original(memory, block_ids, *args)
+        if left and left.pop():
+            memory.layout.value_views(memory.host_pool)[0][int(block_ids[0]), 0, 2, 3] = 0
+
+    return _patched(metadata, "seal_blocks", seal)
+
+
+def wrong_key() -> Any:
+    """Zeroes the key of one token of one sealed block, one layer, one head; for `key_codec` none."""
+    left = [1]
+
+    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
+        original(memory, block_ids, *args)
+        if left and left.pop():
+            memory.layout.view(memory.pages, "exact_keys")[int(block_ids[0]), 0, 19] = 0
+
+    return _patched(metadata, "seal_blocks", seal)
+
+
+def no_lag() -> Any:
+    """Frees exact pages in the step that seals them."""
+
+    def remove(original: Any, manager: Any, request_id: str, processed: int, *args: Any) -> None:
+        manager._processed[request_id] = (processed, processed)
+        original(manager, request_id, processed, *args)
+
+    return _patched(ExactManager, "remove_skipped_blocks", remove)
+
+
+def not_persistent(tensor: str) -> Any:
+    """Captures graphs whose rows hold a copy of one tensor, as it was at the capture."""
+
+    def add(original: Any, planner: Any, group: str, common: Any, capturing: bool) -> Any:
+        step = original(planner, group, common, capturing)
+        if capturing and step.decode is not None:
+            rows = step.decode.rows
+            step.decode.rows = dataclasses.replace(rows, **{tensor: getattr(rows, tensor).clone()})
+        return step
+
+    return _patched(Planner, "add", add)
+
+
+PLANTS: dict[str, Callable[[], Any]] = {"wrong value": wrong_value, "wrong key": wrong_key, "no lag": no_lag}

@@ -1,0 +1,401 @@
+"""vLLM's scheduler and our managers, and a worker without a model: pages hold the tokens that were written there.
+
+The worker plans every step with the real `Planner`. "Keys and values" of a token are a number that depends on the token and
+on all tokens before it, as those of a model do; a page read where another number is expected is the bug to be found.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration import metadata
+from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
+from vllm_shadowkv.integration.metadata import Planner, Step
+from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
+from vllm_shadowkv.state.block_state import BlockState
+from vllm_shadowkv.state.boundary import ExactBoundary
+
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+init_none_hash(sha256)
+
+
+def write_tiny_llama(folder: Path) -> str:
+    """A model's configuration, without weights or tokenizer."""
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return str(folder)
+
+
+@functools.cache
+def vllm_config() -> VllmConfig:
+    """An engine's configuration. It takes seconds to make, so there is one; `Engine` sets what it needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        return EngineArgs(
+            model=write_tiny_llama(Path(folder)),
+            skip_tokenizer_init=True,
+            max_model_len=131_072,
+            attention_backend="shadowkv",
+        ).create_engine_config()
+
+
+def shadow_groups(
+    boundary: ExactBoundary,
+    slot_pages: int,
+    page_bytes: int = 4096,
+    num_kv_heads: int = 1,
+    head_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    layers: Sequence[str] = ("layers.0",),
+) -> list[KVCacheGroupSpec]:
+    """The three groups, as vLLM makes them of our layers' specs."""
+    shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_size": head_size, "dtype": dtype}
+    specs = {
+        "": ShadowSpec(block_size=boundary.block_size, shadow_page_bytes=page_bytes, **shape),
+        ".exact": ExactSpec(
+            block_size=boundary.exact_tokens, exact_page_bytes=page_bytes, boundary=boundary, **shape
+        ),
+        ".slots": SlotSpec(
+            block_size=boundary.block_size,
+            slot_page_bytes=page_bytes,
+            pages_per_request=slot_pages,
+            boundary=boundary,
+            **shape,
+        ),
+    }
+    return [KVCacheGroupSpec([layer + suffix for layer in layers], spec) for suffix, spec in specs.items()]
+
+
+class Engine:
+    """A scheduler with our three groups, and the worker.
+
+    Args:
+        num_blocks: of the pool, the null block included.
+        max_step: tokens of a step.
+        asynchronous: schedule a step before the output of the last one is known, as vLLM does on GPUs.
+        slot_pages: per request.
+        runner: "v1" or "v2": what vLLM's model runner calls prefilling.
+        settings: of ShadowKV.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int = 200,
+        *,
+        max_model_len: int = 640,
+        max_step: int = 96,
+        max_seqs: int = 8,
+        caching: bool = True,
+        asynchronous: bool = False,
+        slot_pages: int = 3,
+        runner: str = "v1",
+        **settings: Any,
+    ) -> None:
+        settings = {"block_size": 64, "compression": 4, "dense_threshold": 128, **settings}
+        self.config = ShadowKVConfig(**settings)
+        vllm = vllm_config()
+        vllm.scheduler_config.max_num_batched_tokens = max_step
+        vllm.scheduler_config.max_num_scheduled_tokens = max_step
+        vllm.scheduler_config.max_num_seqs = max_seqs
+        vllm.scheduler_config.async_scheduling = asynchronous
+        vllm.model_config.max_model_len = max_model_len
+        vllm.cache_config.enable_prefix_caching = caching
+        vllm.cache_config.num_gpu_blocks = num_blocks
+        boundary = ExactBoundary.of(self.config, max_step, max_model_len)
+        self.asynchronous = asynchronous
+        self.scheduler = (AsyncScheduler if asynchronous else Scheduler)(
+            vllm_config=vllm,
+            kv_cache_config=KVCacheConfig(num_blocks, [], shadow_groups(boundary, slot_pages)),
+            structured_output_manager=SimpleNamespace(accept_tokens=lambda *_: True),  # type: ignore[arg-type]
+            block_size=self.config.block_size,
+            hash_block_size=self.config.block_size,
+        )
+        self.worker = Worker(self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner)
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.requests: dict[str, Request] = {}
+        self.preemptions = 0
+        self.hits: dict[str, int] = {}
+        """Tokens that each request's latest admission found in the prefix cache."""
+
+    @property
+    def manager(self) -> KVCacheManager:
+        return self.scheduler.kv_cache_manager
+
+    @property
+    def managers(self) -> tuple[ShadowManager, ExactManager, SlotManager]:
+        shadow, exact, slots = self.manager.coordinator.single_type_managers
+        assert isinstance(shadow, ShadowManager)
+        assert isinstance(exact, ExactManager)
+        assert isinstance(slots, SlotManager)
+        return shadow, exact, slots
+
+    @property
+    def free_blocks(self) -> int:
+        return self.manager.block_pool.get_num_free_blocks()
+
+    def add(self, prompt: Iterable[int], max_tokens: int = 1, name: str | None = None) -> Request:
+        """A new request."""
+        request = Request(
+            request_id=name or f"r{len(self.requests)}",
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            pooling_params=None,
+            block_hasher=get_request_block_hasher(self.config.block_size, sha256),
+        )
+        self.requests[request.request_id] = request
+        self.scheduler.add_request(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """The client has gone."""
+        self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> SchedulerOutput:
+        """Schedules, computes, and takes in the output (of the step before, if asynchronous)."""
+        output = self.scheduler.schedule()
+        self.preemptions += len(output.preempted_req_ids or ())
+        for new in output.scheduled_new_reqs:
+            self.hits[new.req_id] = new.num_computed_tokens
+        if output.total_num_scheduled_tokens:
+            self.in_flight.append((output, self.worker.run(output)))
+        if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
+            self._take_in()
+        return output
+
+    def finish(self, limit: int = 3000) -> None:
+        """Steps until all requests are done, and checks that nothing is left behind."""
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished_requests() and not self.in_flight:
+                break
+            self.step()
+        else:
+            left = {name: r.num_computed_tokens for name, r in self.requests.items() if not r.is_finished()}
+            raise AssertionError(f"requests never finish: {left} (tokens computed), {self.free_blocks} blocks free")
+        self.check_nothing_is_left()
+
+    def check_nothing_is_left(self) -> None:
+        """Raises AssertionError where a block or a note outlives its request."""
+        assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
+        shadow, exact, slots = self.managers
+        for notes in (shadow._sealing, exact._prefill_end, exact._processed, slots._with_hit):
+            assert not notes
+        for manager in (shadow, exact, slots):
+            assert not any(manager.req_to_blocks.values())
+
+    def rows(self, request: Request) -> tuple[list[int], ...]:
+        """The request's block ids, by group."""
+        return self.manager.get_block_ids(request.request_id)
+
+    def _take_in(self) -> None:
+        if self.in_flight:
+            self.scheduler.update_from_output(*self.in_flight.popleft())
+
+
+class _Row:
+    """A request as the worker knows it."""
+
+    def __init__(self, prompt: list[int], block_ids: tuple[list[int], ...], computed: int) -> None:
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.prefill_end = len(prompt)
+        self.marks = list[int]()
+        self.blocks = [list(ids) for ids in block_ids]
+        self.computed = computed
+
+    def mark(self, position: int) -> int:
+        """What keys and values of a token are here: a number that depends on all tokens up to it."""
+        while len(self.marks) <= position:
+            last = self.marks[-1] if self.marks else 1
+            self.marks.append(hash((last, self.tokens[len(self.marks)])))
+        return self.marks[position]
+
+
+class Worker:
+    """Plans, seals, writes and reads as a worker does, with marks in place of keys and values."""
+
+    def __init__(
+        self, config: ShadowKVConfig, boundary: ExactBoundary, num_blocks: int, slot_pages: int, max_rows: int, runner: str
+    ) -> None:
+        self.block, self.page = config.block_size, config.exact_tokens_per_page
+        self.boundary, self.runner = boundary, runner
+        self.content: list[tuple[str, list[int] | str]] = [("nothing", [])] * num_blocks
+        self.rows: dict[str, _Row] = {}
+        self.bound = SimpleNamespace(
+            boundary=boundary,
+            state=BlockState(num_blocks, torch.device("cpu")),
+            memories={"layer": self},
+            exact_start=torch.zeros(max_rows, dtype=torch.int32),
+        )
+        layout = SimpleNamespace(
+            block_size=self.block, exact_tokens=self.page, head_size=64, num_kv_heads=1, dtype=torch.bfloat16
+        )
+        runtime: Any = SimpleNamespace(
+            bind=lambda: self.bound, layout=layout, slot_pages_per_request=slot_pages, num_heads=2
+        )
+        self.planner = Planner(runtime)
+        self.decoded = 0
+        """Rows that decoded over sealed blocks."""
+        self.prefilled_over_sealed = 0
+
+    def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """One step."""
+        self._update(output)
+        names = [name for name in self.rows if name in output.num_scheduled_tokens]
+        counts = [output.num_scheduled_tokens[name] for name in names]
+        rows = [self.rows[name] for name in names]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metadata, "seal_blocks", _seal)
+            step = self._plan(rows, counts)
+        self.bound.state.check_integrity()
+        self._write(rows, counts, step)
+        for index, (name, row, count) in enumerate(zip(names, rows, counts, strict=True)):
+            self._read(name, row, row.computed + count, int(self.bound.exact_start[index]))
+        self._check_slots(names, rows, step)
+        sampled = []
+        for name, row, count in zip(names, rows, counts, strict=True):
+            row.computed += count
+            sampled.append([hash((name, row.computed)) % 500 + 3] if row.computed == len(row.tokens) else [])
+            row.tokens += sampled[-1]
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+        )
+
+    def _update(self, output: SchedulerOutput) -> None:
+        for name in output.finished_req_ids:
+            self.rows.pop(name, None)
+        for new in output.scheduled_new_reqs:
+            assert new.prompt_token_ids is not None
+            self.rows[new.req_id] = _Row(new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for name, block_ids, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            row = self.rows[name]
+            if name in cached.resumed_req_ids:
+                assert block_ids is not None
+                row.blocks = [list(ids) for ids in block_ids]
+                row.computed, row.prefill_end = computed, len(row.tokens)
+            elif block_ids is not None:
+                for held, more in zip(row.blocks, block_ids, strict=True):
+                    held.extend(more)
+            assert row.computed == computed
+
+    def _plan(self, rows: list[_Row], counts: list[int]) -> Step:
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        prefill_ends = [row.num_prompt if self.runner == "v1" else row.prefill_end for row in rows]
+        positions = [
+            (row, position)
+            for row, count in zip(rows, counts, strict=True)
+            for position in range(row.computed, row.computed + count)
+        ]
+        slots = [row.blocks[1][at // self.page] * self.page + at % self.page for row, at in positions]
+        common = {
+            "num_reqs": len(rows),
+            "num_actual_tokens": len(positions),
+            "query_start_loc": starts,
+            "query_start_loc_cpu": starts,
+            "seq_lens": torch.tensor([row.computed + n for row, n in zip(rows, counts, strict=True)]).int(),
+            "is_prefilling": torch.tensor([row.computed < end for row, end in zip(rows, prefill_ends, strict=True)]),
+            "slot_mapping": torch.tensor(slots),
+        }
+        for index, group in enumerate(("shadow", "exact", "slots")):
+            table = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row.blocks[index] + [0] * 4, dtype=torch.int32) for row in rows], batch_first=True
+            )
+            step = self.planner.add(
+                group,
+                SimpleNamespace(block_table_tensor=table, **common),  # type: ignore[arg-type]
+                capturing=False,
+            )
+        return step
+
+    def seal(self, block: int, exact: list[int]) -> None:
+        """Copies exact pages to a shadow page."""
+        assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
+        self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])  # type: ignore[misc]
+
+    def _write(self, rows: list[_Row], counts: list[int], step: Step) -> None:
+        marks = [
+            row.mark(position)
+            for row, count in zip(rows, counts, strict=True)
+            for position in range(row.computed, row.computed + count)
+        ]
+        for slot, mark in zip(step.slot_mapping.tolist(), marks, strict=True):
+            page, offset = divmod(slot, self.page)
+            assert page > 0, "writes to the null block"
+            kind, held = self.content[page]
+            if kind != "exact":
+                held = [0] * self.page
+                self.content[page] = ("exact", held)
+            held[offset] = mark  # type: ignore[index]
+
+    def _read(self, name: str, row: _Row, seq_len: int, start: int) -> None:
+        assert start % self.block == 0
+        for position in range(seq_len):
+            kind, size, group = ("shadow", self.block, 0) if position < start else ("exact", self.page, 1)
+            place, offset = divmod(position, size)
+            held = self.content[row.blocks[group][place]]
+            wrong = held[0] != kind or held[1][offset] != row.mark(position)
+            if wrong:
+                raise AssertionError(
+                    f"{name} reads token {position} of {seq_len} (exact from {start}) from a page that holds "
+                    + (f"{held[0]} content" if held[0] != kind else "other tokens")
+                )
+
+    def _check_slots(self, names: list[str], rows: list[_Row], step: Step) -> None:
+        self.prefilled_over_sealed += len(step.prefills)
+        if step.decode is None:
+            return
+        self.decoded += len(step.decode.rows.seq_lens)
+        taken = step.decode.rows.slot_table.flatten().tolist()
+        assert len(set(taken)) == len(taken), "two rows share a slot page"
+        for name, row in zip(names, rows, strict=True):
+            for page in row.blocks[2]:
+                self.content[page] = ("slots", name)
+
+
+def _seal(memory: Worker, block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
+    for block, exact, first in zip(block_ids.tolist(), exact_ids.tolist(), first_positions.tolist(), strict=True):
+        assert first % memory.block == 0
+        memory.seal(block, exact)
