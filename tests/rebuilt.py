@@ -18,6 +18,7 @@ _SHAPES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
     (8, 64, BF16, {"rank": 176, "num_outliers": 3, "block_size": 192, "chunk_size": 16}),
     (2, 80, F16, {"rank": 48, "num_outliers": 1, "block_size": 128, "chunk_size": 16, "value_int8": True}),
     (1, 80, F32, {"rank": 48, "num_outliers": 3, "block_size": 64}),
+    (3, 64, F32, {"rank": 80, "num_outliers": 1, "block_size": 128}),
     (2, 96, BF16, {"rank": 112, "num_outliers": 3, "block_size": 128}),
     (1, 96, F32, {"rank": 80, "num_outliers": 0, "block_size": 128, "chunk_size": 16, "value_int8": True}),
     (8, 128, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192}),

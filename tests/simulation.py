@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from vllm_shadowkv.integration import metadata
 from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
 from vllm_shadowkv.integration.metadata import Planner, Step
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
+from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 
@@ -105,6 +107,14 @@ def shadow_groups(
     return [KVCacheGroupSpec([layer + suffix for layer in layers], spec) for suffix, spec in specs.items()]
 
 
+def exact_boundary(
+    config: ShadowKVConfig, max_step: int, max_model_len: int, asynchronous: bool = False, slot_pages: int = 3
+) -> ExactBoundary:
+    """The rule, as `Runtime` makes it."""
+    boundary = ExactBoundary.of(config, max_step, max_model_len, steps_in_flight=2 if asynchronous else 1)
+    return replace(boundary, other_pages=-(-max_model_len // config.block_size) + slot_pages + 1)
+
+
 class Engine:
     """A scheduler with our three groups, and the worker.
 
@@ -140,7 +150,7 @@ class Engine:
         vllm.model_config.max_model_len = max_model_len
         vllm.cache_config.enable_prefix_caching = caching
         vllm.cache_config.num_gpu_blocks = num_blocks
-        boundary = ExactBoundary.of(self.config, max_step, max_model_len)
+        boundary = exact_boundary(self.config, max_step, max_model_len, asynchronous, slot_pages)
         self.asynchronous = asynchronous
         self.scheduler = (AsyncScheduler if asynchronous else Scheduler)(
             vllm_config=vllm,
@@ -255,21 +265,22 @@ class Worker:
     def __init__(
         self, config: ShadowKVConfig, boundary: ExactBoundary, num_blocks: int, slot_pages: int, max_rows: int, runner: str
     ) -> None:
-        self.block, self.page = config.block_size, config.exact_tokens_per_page
+        layout = plan_page(config, num_kv_heads=4, head_size=64, dtype=torch.float32)
+        self.block, self.page = layout.block_size, layout.exact_tokens
         self.boundary, self.runner = boundary, runner
-        self.content: list[tuple[str, list[int] | str]] = [("nothing", [])] * num_blocks
+        self.content: list[tuple[str, Any]] = [("nothing", None)] * num_blocks
+        """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of."""
         self.rows: dict[str, _Row] = {}
+        pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
+        memory = SimpleNamespace(layout=layout, pages=pages, exact_pages=pages, slot_pages=pages, worker=self)
         self.bound = SimpleNamespace(
             boundary=boundary,
             state=BlockState(num_blocks, torch.device("cpu")),
-            memories={"layer": self},
+            memories={"layer": memory},
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
         )
-        layout = SimpleNamespace(
-            block_size=self.block, exact_tokens=self.page, head_size=64, num_kv_heads=1, dtype=torch.bfloat16
-        )
         runtime: Any = SimpleNamespace(
-            bind=lambda: self.bound, layout=layout, slot_pages_per_request=slot_pages, num_heads=2
+            bind=lambda: self.bound, layout=layout, slot_pages_per_request=slot_pages, num_heads=8
         )
         self.planner = Planner(runtime)
         self.decoded = 0
@@ -285,7 +296,8 @@ class Worker:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metadata, "seal_blocks", _seal)
             step = self._plan(rows, counts)
-        self.bound.state.check_integrity()
+        blocks = {block for row in rows for block in row.blocks[0]}
+        self.bound.state.check_integrity(torch.tensor(sorted(blocks)))
         self._write(rows, counts, step)
         for index, (name, row, count) in enumerate(zip(names, rows, counts, strict=True)):
             self._read(name, row, row.computed + count, int(self.bound.exact_start[index]))
@@ -353,7 +365,7 @@ class Worker:
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""
         assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
-        self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])  # type: ignore[misc]
+        self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])
 
     def _write(self, rows: list[_Row], counts: list[int], step: Step) -> None:
         marks = [
@@ -368,20 +380,20 @@ class Worker:
             if kind != "exact":
                 held = [0] * self.page
                 self.content[page] = ("exact", held)
-            held[offset] = mark  # type: ignore[index]
+            held[offset] = mark
 
     def _read(self, name: str, row: _Row, seq_len: int, start: int) -> None:
         assert start % self.block == 0
-        for position in range(seq_len):
-            kind, size, group = ("shadow", self.block, 0) if position < start else ("exact", self.page, 1)
-            place, offset = divmod(position, size)
-            held = self.content[row.blocks[group][place]]
-            wrong = held[0] != kind or held[1][offset] != row.mark(position)
-            if wrong:
-                raise AssertionError(
-                    f"{name} reads token {position} of {seq_len} (exact from {start}) from a page that holds "
-                    + (f"{held[0]} content" if held[0] != kind else "other tokens")
-                )
+        row.mark(seq_len - 1)
+        for kind, size, group, first, end in (("shadow", self.block, 0, 0, start), ("exact", self.page, 1, start, seq_len)):
+            for at in range(first, end, size):
+                marks = row.marks[at : min(at + size, end)]
+                held_kind, held = self.content[row.blocks[group][at // size]]
+                if held_kind != kind or held[: len(marks)] != marks:
+                    raise AssertionError(
+                        f"{name} reads tokens from {at} on, of {seq_len} (exact from {start}), in a page that holds "
+                        + ("other tokens" if held_kind == kind else f"{held_kind} content")
+                    )
 
     def _check_slots(self, names: list[str], rows: list[_Row], step: Step) -> None:
         self.prefilled_over_sealed += len(step.prefills)
@@ -395,7 +407,7 @@ class Worker:
                 self.content[page] = ("slots", name)
 
 
-def _seal(memory: Worker, block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
+def _seal(memory: Any, block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
     for block, exact, first in zip(block_ids.tolist(), exact_ids.tolist(), first_positions.tolist(), strict=True):
-        assert first % memory.block == 0
-        memory.seal(block, exact)
+        assert first % memory.layout.block_size == 0
+        memory.worker.seal(block, exact)

@@ -6,6 +6,7 @@ for the positions that are asked for, since nobody reads the others.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies RoPE to [..., T, D]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Window(NamedTuple):
+    """How far layer 0 sees in training; see `windowed`."""
+
+    size: int
+    stride: int = 0
+    """0: nothing beyond the window and the one before."""
+    offset: int = 0
 
 
 class Attention(nn.Module):
@@ -125,7 +135,7 @@ class NeedleModel(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, window: int | None = None
+        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, window: Window | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits at the wanted places, and what the landmark loss needs of the last layer.
 
@@ -133,8 +143,7 @@ class NeedleModel(nn.Module):
             token_ids: int64 [B, T].
             positions: int64 [B, T], rising along T (training may leave gaps).
             wanted: int64 [B, Q], indices along T.
-            window: if set, layer 0 sees only its own window of this many tokens and the one
-                before, which is all it uses; a shortcut for training at great length.
+            window: if set, layer 0 uses `windowed`; a shortcut for training at great length.
 
         Returns:
             logits [B, Q, vocab], post-RoPE queries [B, H, Q, D] and keys [B, G, T, D].
@@ -167,32 +176,39 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, *_repeat(q, k, v), is_causal=True)
 
 
-def windowed(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention over a token's own window and the one before; same shapes as `causal`."""
-    num_tokens = q.shape[2]
-    if num_tokens <= 2 * window or num_tokens % window:
-        return causal(q, k, v)
+def windowed(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
+    """Causal attention, exact nearby and sampled far away; same shapes as `causal`.
 
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+    A token sees its own window and the one before exactly, and of what lies further back every
+    stride-th token, counted stride times. A head that attends nearby gets the same result, and
+    one that starts to attend far away is punished for it, at a cost that is linear in the length.
+    """
+    size, num_tokens = window.size, q.shape[2]
+    if num_tokens <= 2 * size or num_tokens % size:
+        return causal(q, k, v)
+    k, v = _repeat(q, k, v)
+
+    def windows(x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, size))
 
     def with_previous(x: Tensor) -> Tensor:
-        windows = x.unflatten(2, (-1, window))
-        previous = F.pad(windows, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-        return torch.cat((previous, windows), 3).transpose(1, 2).flatten(0, 1)
+        return torch.cat((F.pad(windows(x), (0, 0, 0, 0, 1, 0))[:, :, :-1], windows(x)), 3)
 
-    rows = torch.arange(window)[:, None] + window
-    columns = torch.arange(2 * window)
-    seen = (columns <= rows).expand(num_tokens // window, -1, -1).clone()
-    seen[0, :, :window] = False
-    k, v = _repeat(q, k, v)
-    out = F.scaled_dot_product_attention(
-        split(q),
-        with_previous(k),
-        with_previous(v),
-        attn_mask=seen.repeat(q.shape[0], 1, 1)[:, None],
-    )
-    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    rows, columns = torch.arange(size)[:, None] + size, torch.arange(2 * size)
+    hidden = (columns > rows).expand(num_tokens // size, -1, -1).clone()
+    hidden[0, :, :size] = True
+    scale = q.shape[-1] ** -0.5
+    near = windows(q) @ with_previous(k).transpose(-1, -2) * scale
+    scores = near.masked_fill(hidden, -1e9)
+    if not window.stride:
+        return (scores.softmax(-1) @ with_previous(v)).flatten(2, 3)
+
+    sampled = torch.arange(window.offset, num_tokens, window.stride)
+    starts = torch.arange(num_tokens // size)[:, None, None] * size - size
+    far = windows(q @ k[:, :, sampled].transpose(-1, -2) * scale + math.log(window.stride))
+    scores = torch.cat((scores, far.masked_fill(sampled >= starts, -1e9)), -1)
+    near, far = scores.softmax(-1).split((2 * size, len(sampled)), -1)
+    return (near @ with_previous(v)).flatten(2, 3) + far.flatten(2, 3) @ v[:, :, sampled]
 
 
 @torch.no_grad()

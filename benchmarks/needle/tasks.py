@@ -83,14 +83,34 @@ def make_prompt(family: str, num_tokens: int, seed: int) -> Prompt:
     Raises:
         ValueError: the family is unknown or the prompt too short for its facts.
     """
+    return make_prompts(family, num_tokens, seed, 1)[0]
+
+
+def make_prompts(family: str, num_tokens: int, seed: int, count: int) -> list[Prompt]:
+    """Makes up to `count` prompts that ask different questions about one haystack.
+
+    Args:
+        family, num_tokens, seed: as for `make_prompt`, whose prompt is the first one.
+        count: most prompts; a haystack with fewer facts has fewer questions.
+
+    Raises:
+        ValueError: as `make_prompt`.
+    """
     if num_tokens < 64:
         raise ValueError(f"num_tokens must be at least 64, got {num_tokens}")
     rng = random.Random(f"eval/{family}/{num_tokens}/{seed}")
     draw = draw_facts(family, num_tokens, rng)
-    question = rng.choice(draw.questions)
-    haystack, _ = scatter(draw.facts, num_tokens - len(question.ask), rng)
-    token_ids = haystack + question.ask
-    return Prompt(token_ids, detokenize(token_ids), question.answer, detokenize(question.answer))
+    first = rng.choice(draw.questions)
+    haystack, _ = scatter(draw.facts, num_tokens - len(first.ask), rng)
+    # Questions of one family are equally long, so every prompt has its length.
+    others = [question for question in draw.questions if question is not first]
+    questions = [first, *rng.sample(others, min(count - 1, len(others)))]
+    return [
+        Prompt(
+            haystack + question.ask, detokenize(haystack + question.ask), question.answer, detokenize(question.answer)
+        )
+        for question in questions
+    ]
 
 
 def draw_facts(family: str, num_tokens: int, rng: random.Random, density: float = 1.0) -> Draw:

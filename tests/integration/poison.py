@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from vllm.v1.core.block_pool import BlockPool
 
 from vllm_shadowkv.integration.runtime import Runtime
@@ -38,6 +39,7 @@ def install() -> None:
     BlockPool.free_blocks, BlockPool.get_new_blocks = free_and_poison, poison_and_get
 
 
+@torch.inference_mode()  # as the worker allocates
 def _fill(block_ids: Iterable[int]) -> None:
     global poisoned
     ids = list(block_ids)

@@ -149,6 +149,11 @@ def preemption(asker: Asker) -> dict[str, Generated]:
     return asker.ask(_named(_prompts("preemption", *PREEMPTED_LENGTHS), tokens=90))
 
 
+def longest(asker: Asker) -> dict[str, Generated]:
+    """Two requests that end at `max_model_len`."""
+    return asker.ask(_named(_prompts("longest", 2000, 1780), tokens=48))
+
+
 def aborts(asker: Asker) -> dict[str, Generated]:
     """Requests that are aborted while they prefill or decode; others then get their blocks."""
     prompts = _prompts("aborts", 300, 260, 520, 700, 130, 90)
@@ -165,5 +170,5 @@ def short(asker: Asker) -> dict[str, Generated]:
 
 SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
     scenario.__name__: scenario
-    for scenario in (edges, eight, generation, prefixes, branches, seeded, preemption, aborts, short)
+    for scenario in (edges, eight, generation, prefixes, branches, seeded, preemption, longest, aborts, short)
 }

@@ -81,10 +81,10 @@ def test_layouts_cover_the_range() -> None:
     assert {layout.rank for layout in LAYOUTS} >= {0, 16, 48, 112, 176}
     assert {layout.num_outliers for layout in LAYOUTS} == {0, 1, 3}
     assert {layout.value_int8 for layout in LAYOUTS} == {0, 1}
-    assert {layout.num_kv_heads for layout in LAYOUTS} == {1, 2, 8}
+    assert {layout.num_kv_heads for layout in LAYOUTS} == {1, 2, 3, 8}
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[6], LAYOUTS[13]], ids=layout_id)
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[7], LAYOUTS[14]], ids=layout_id)
 def test_invalid_ids_give_zeros(layout: PageLayout) -> None:
     arguments = make_arguments(layout)
     good = int(arguments["block_ids"][0])
@@ -122,7 +122,7 @@ def test_no_rotary_table(shape: tuple[int, ...]) -> None:
 
 def test_strided_pages() -> None:
     """Rows of the pool may lie apart."""
-    arguments = make_arguments(LAYOUTS[4])
+    arguments = make_arguments(LAYOUTS[5])
     expected = run(arguments)
     for name in ("pages", "host_pool"):
         pages = arguments[name]
@@ -134,7 +134,7 @@ def test_strided_pages() -> None:
 
 
 def test_threads_do_not_matter() -> None:
-    arguments = make_arguments(LAYOUTS[6], num_blocks=3)
+    arguments = make_arguments(LAYOUTS[7], num_blocks=3)
     before = torch.get_num_threads()
     results = []
     try:
@@ -150,7 +150,7 @@ def test_threads_do_not_matter() -> None:
 
 def test_nan_stays_in_its_token() -> None:
     """A broken scale spoils the keys and values it belongs to, and no other."""
-    layout = LAYOUTS[7]
+    layout = LAYOUTS[8]
     arguments = make_arguments(layout)
     block = int(arguments["block_ids"][1])
     layout.view(arguments["pages"], "outlier_ids")[block] = -1
@@ -166,7 +166,7 @@ def test_nan_stays_in_its_token() -> None:
 
 def test_garbage_outlier_ids_are_nobody() -> None:
     """A page that was never packed reads nothing outside of itself."""
-    layout = LAYOUTS[4]
+    layout = LAYOUTS[5]
     arguments = make_arguments(layout)
     ids = layout.view(arguments["pages"], "outlier_ids")
     ids[arguments["block_ids"].long()] = torch.tensor([-1, layout.chunks, 2**31 - 1], dtype=torch.int32)

@@ -332,6 +332,16 @@ def test_logits_that_are_all_minus_infinity() -> None:
     assert output.isnan().all()
 
 
+def test_stretches_of_minus_infinity_weigh_nothing() -> None:
+    layout = generators.make_layout(1, 64)
+    case = make_case("stretches", layout, group=2, slots=(8,), exact=((0, 1300),))
+    case.query[:] = case.query.abs()
+    case.exact_keys[case.exact_table[0, :9].long()] = -torch.inf  # all of the first split, a tile of the second
+    output, lse = case.check()
+    assert output.isfinite().all()
+    assert lse.isfinite().all()
+
+
 def test_opcheck() -> None:
     case = make_case("opcheck", generators.make_layout(2, 64), slots=(3, 2), exact=((0, 70), (64, 80)))
     case.slot_pages[:] = 0  # opcheck compares arguments, and NaN is not itself

@@ -54,8 +54,11 @@ def make_arguments(layout: PageLayout, block_ids: tuple[int, ...] = (3, 1)) -> A
 
 def run(arguments: Arguments, function: Callable[..., None] = ops.store_values) -> Tensor:
     """The host pool after a call."""
-    host_pool = arguments["host_pool"].clone()
+    guarded = torch.full((6, arguments["host_pool"].shape[1]), 0xA5, dtype=torch.uint8)
+    host_pool = guarded[:5]
+    host_pool.copy_(arguments["host_pool"])
     function(**(arguments | {"host_pool": host_pool}))
+    assert (guarded[5] == 0xA5).all(), "a write behind the pool"
     return host_pool
 
 

@@ -68,7 +68,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def keeps_its_word(self) -> None:
-        self.state.check_integrity()
+        self.state.check_integrity(torch.arange(NUM_BLOCKS))
         unsealed = self.state.unsealed(torch.arange(NUM_BLOCKS))
         assert unsealed.nonzero().flatten().tolist() == [b for b in range(1, NUM_BLOCKS) if b not in self.sealed]
 
@@ -87,7 +87,7 @@ def test_sealing_nothing_changes_nothing_but_the_clock() -> None:
     state.seal(ids([]))
     assert not state.sealed.any()
     assert state.epochs.tolist() == [1] * 4
-    state.check_integrity()
+    state.check_integrity(torch.arange(4))
 
 
 def future(state: BlockState) -> None:
@@ -109,7 +109,7 @@ def twins(state: BlockState) -> None:
 def test_check_integrity_finds_damage(damage: Callable[[BlockState], None], what: str) -> None:
     state = BlockState(4, torch.device("cpu"))
     state.seal(ids([1, 2]))
-    state.check_integrity()
+    state.check_integrity(torch.arange(4))
     damage(state)
     with pytest.raises(AssertionError, match=what):
-        state.check_integrity()
+        state.check_integrity(torch.arange(4))

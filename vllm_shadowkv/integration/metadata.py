@@ -171,6 +171,7 @@ class Planner:
         for row in rows:
             bound.exact_start[row.index] = row.exact_start
         self._seal(bound, rows, shadow.block_table_tensor, exact.block_table_tensor)
+        self._clear_new_pages(bound, rows, exact.block_table_tensor)
         self._note_writes(bound, rows, shadow.block_table_tensor, step.slot_mapping)
         count = shadow.num_reqs
         everything = DecodeRows(
@@ -232,6 +233,21 @@ class Planner:
             seal_blocks(memory, block_ids, exact_ids, first_positions)
         bound.state.seal(block_ids.long())
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
+
+    def _clear_new_pages(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
+        """Zeroes the values of pages that this step starts and does not fill.
+
+        vLLM's kernel multiplies the values of a page's unwritten tokens by a weight of 0, and what an earlier owner left, read
+        as floats, may be NaN: codes of a sealed block easily are.
+        """
+        size = self.runtime.layout.exact_tokens
+        last = [(row.index, row.seq_len // size) for row in rows if row.seq_len % size > 0 and row.seq_len // size * size >= row.computed]
+        if not last:
+            return
+        places = torch.tensor(last)
+        pages = exact_table[places[:, 0], places[:, 1]].long()
+        for memory in bound.memories.values():
+            memory.layout.exact_views(memory.exact_pages)[1][pages] = 0
 
     def _note_writes(self, bound: Bound, rows: list[_Row], block_table: Tensor, slot_mapping: Tensor) -> None:
         """Tells the block state what this step's forward pass will write."""

@@ -75,7 +75,10 @@ class Runtime:
         self.config = ShadowKVConfig.from_vllm(vllm_config.additional_config)
         check_engine(vllm_config, self.config)
         self.boundary = ExactBoundary.of(
-            self.config, vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
+            self.config,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.model_config.max_model_len,
+            vllm_config.max_concurrent_batches,
         )
         self._shape: tuple[int, int, int, torch.dtype] | None = None
         self._layout: PageLayout | None = None
@@ -132,6 +135,9 @@ class Runtime:
         if self._shape is None:
             self._layout = plan_page(self.config, num_kv_heads, head_size, dtype)
             self._shape = shape
+            sealed = -(-self.boundary.max_model_len // self._layout.block_size)
+            other_pages = sealed + self.slot_pages_per_request + 1
+            self.boundary = dataclasses.replace(self.boundary, other_pages=other_pages)
         elif shape != self._shape:
             raise ValueError(
                 f"shadowkv needs equal attention layers, got (query heads, KV heads, head size, dtype) {shape} after "
@@ -197,8 +203,7 @@ class Runtime:
             pages_on_host=current_platform.is_cpu(),
             ranks=parallel.local_world_size * parallel.data_parallel_size_local,
         )
-        sealed = -(-self.boundary.max_model_len // layout.block_size)
-        needed = sealed + self.boundary.max_exact_pages + self.slot_pages_per_request + 1
+        needed = self.boundary.max_exact_pages + self.boundary.other_pages
         if blocks < needed:
             gib = needed * count * layout.value_row_bytes / host_pool.GIB
             raise ValueError(

@@ -14,7 +14,8 @@ class BlockState:
     from, or lying in, an earlier life of the block is known to be stale.
 
     Attributes:
-        sealed: bool `[num_blocks]`, on the host.
+        sealed: bool `[num_blocks]`, on the host. It speaks of blocks that requests have as blocks: a sealed one that is reused
+            as an exact or a slot page is told so only when it becomes an open block again.
         epochs: int64 `[num_blocks]`, positive; no two seals share one.
         clock: int64 `[1]`, grows with every step.
     """
@@ -51,9 +52,14 @@ class BlockState:
         self.epochs[block_ids] = self.clock + 1 + torch.arange(count, device=self.epochs.device)
         self.clock += count + 1
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError where an invariant is broken. For tests."""
+    def check_integrity(self, blocks: Tensor | None = None) -> None:
+        """Raises AssertionError where an invariant is broken. For tests.
+
+        Args:
+            blocks: int64 `[n]`, without repetition, the blocks that requests have; None: not known.
+        """
         assert (self.epochs > 0).all(), "an epoch is not positive"
         assert (self.epochs <= self.clock).all(), "an epoch lies in the future"
-        sealed = self.epochs[self.sealed.to(self.epochs.device)]
-        assert len(sealed.unique()) == len(sealed), "two sealed blocks share an epoch"
+        if blocks is not None:
+            sealed = self.epochs[blocks[self.sealed[blocks]].to(self.epochs.device)]
+            assert len(sealed.unique()) == len(sealed), "two sealed blocks share an epoch"

@@ -23,6 +23,8 @@ class ExactBoundary:
         decode_exact_tokens: newest tokens kept exact afterwards, beyond those of the open block.
         max_step_tokens: most tokens that one request can compute in one step.
         max_model_len: longest request.
+        steps_in_flight: steps that are scheduled before the output of the first is known; 2 with asynchronous scheduling.
+        other_pages: pages that the longest request needs beside the exact ones, and the null block.
     """
 
     block_size: int
@@ -32,9 +34,13 @@ class ExactBoundary:
     decode_exact_tokens: int
     max_step_tokens: int
     max_model_len: int
+    steps_in_flight: int = 1
+    other_pages: int = 0
 
     @classmethod
-    def of(cls, config: ShadowKVConfig, max_step_tokens: int, max_model_len: int) -> ExactBoundary:
+    def of(
+        cls, config: ShadowKVConfig, max_step_tokens: int, max_model_len: int, steps_in_flight: int = 1
+    ) -> ExactBoundary:
         """The rule that the settings ask for."""
         return cls(
             block_size=config.block_size,
@@ -44,10 +50,11 @@ class ExactBoundary:
             decode_exact_tokens=config.decode_exact_tokens,
             max_step_tokens=min(max_step_tokens, max_model_len),
             max_model_len=max_model_len,
+            steps_in_flight=steps_in_flight,
         )
 
     def resolve(self, num_blocks: int) -> ExactBoundary:
-        """Sets a prefill window that was left open to what half of the pool holds.
+        """Sets a prefill window that was left open to what half of the pool holds, and the longest request leaves.
 
         Args:
             num_blocks: blocks of the pool.
@@ -57,7 +64,7 @@ class ExactBoundary:
         """
         if self.prefill_exact_tokens is not None:
             return self
-        tokens = num_blocks // 2 * self.exact_tokens - self._slack
+        tokens = min(num_blocks // 2, num_blocks - self.other_pages) * self.exact_tokens - self._slack
         window = min(max(tokens, 0), self.max_model_len)
         return replace(self, prefill_exact_tokens=window // self.block_size * self.block_size)
 
@@ -93,5 +100,5 @@ class ExactBoundary:
 
     @property
     def _slack(self) -> int:
-        """Exact tokens beside the window: the step being computed, the one whose freeing lags, and two cut blocks."""
-        return 2 * self.max_step_tokens + 2 * self.block_size
+        """Exact tokens beside the window: the steps in flight, the one whose freeing lags, and two cut blocks."""
+        return (self.steps_in_flight + 1) * self.max_step_tokens + 2 * self.block_size

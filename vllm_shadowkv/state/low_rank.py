@@ -2,11 +2,12 @@
 
     keys ≈ mean + coefficients @ basis
 
-The basis spans (nearly) the leading right singular vectors of the mean-centred keys, which is the best
-rank-r subspace there is (Eckart and Young, 1936). It comes from block subspace iteration on the Gram matrix
-(Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5) with shifted Cholesky QR (Fukaya et al., arXiv
-1809.11085): batched matrix products and small Cholesky factorisations, so a whole batch of blocks and layers
-costs a fixed sequence of launches, and no value ever travels to the host.
+The basis spans (nearly) the leading right singular vectors of the mean-centred keys, which is the
+best rank-r subspace there is (Eckart and Young, 1936). It comes from subspace iteration on the Gram
+matrix with oversampling (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4.5) and shifted
+Cholesky QR (Fukaya et al., arXiv 1809.11085): batched matrix products and Cholesky factorisations,
+so a batch of blocks and layers is one fixed sequence of launches, and no value travels to the host.
+The sequence is as long for one block as for many: batch as many as memory allows.
 """
 
 import math
@@ -15,25 +16,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Fewest for which every spectrum in tests/state/test_low_rank.py stays below 1.5 % of excess error
-# (the bound is 2 %; four iterations reach 1.8 %).
+# Fewest with which every spectrum and start that was tried stays below 1.5 % of excess error, where
+# 2 % is promised; four reach 1.9 %.
 _ITERATIONS = 5
-# Added to the Gram matrix, whose trace is 1. A direction without data then keeps its own start vector instead of
-# rounding noise, so the basis stays orthonormal whatever the rank of the data. Directions below
-# sqrt(1e-8) = 1e-4 of the centred norm are no longer told apart, which is fp32's own limit for a Gram matrix.
+# A random start of exactly `rank` vectors can miss a wanted direction almost entirely (excess error
+# up to 5.7 % at rank 32). A few more vectors make that improbable; they are dropped once they have
+# done so, after the first product with the Gram matrix.
+_OVERSAMPLING = 16
+_DROP_ITERATIONS = 8
+# Added to the Gram matrix, whose trace is 1. A direction without data then keeps its own start
+# vector instead of rounding noise, so the basis stays orthonormal whatever the rank of the data.
+# Directions below sqrt(1e-8) = 1e-4 of the centred norm blur: an fp32 Gram matrix ends about there.
 _RIDGE = 1e-8
-# The same for the product of the keys with the token-side basis, where values are not squared.
+# The same for the product of keys and token-side vectors, where values are not squared.
 _WIDE_RIDGE = 1e-7
-_INT8_MAX = 127
+# The same for the Cholesky factorisation that only finds which directions to drop.
+_DROP_RIDGE = 1e-6
 
 
 class LowRank(NamedTuple):
     """Low-rank factors of n blocks: keys ≈ mean + coefficients @ basis.
 
     Attributes:
-        mean: fp32 [n, width], mean key of the block.
-        coefficients: fp32 [n, block_size, rank].
-        basis: fp32 [n, rank, width].
+        mean: fp32 `[n, width]`, mean key of the block.
+        coefficients: fp32 `[n, block_size, rank]`.
+        basis: fp32 `[n, rank, width]`.
     """
 
     mean: Tensor
@@ -41,58 +48,35 @@ class LowRank(NamedTuple):
     basis: Tensor
 
     def reconstruct(self) -> Tensor:
-        """Returns the approximated keys, fp32 [n, block_size, width]."""
-        return torch.baddbmm(self.mean.unsqueeze(1), self.coefficients, self.basis)
-
-
-class QuantisedFactors(NamedTuple):
-    """Int8 factors of n blocks.
-
-    keys[t, :] ≈ mean + coefficient_scale[t] * Σ_r coefficients[t, r] * basis_scale[r] * basis[r, :]
-
-    Attributes:
-        coefficients: int8 [n, block_size, rank].
-        coefficient_scale: fp32 [n, block_size], one scale per token.
-        basis: int8 [n, rank, width].
-        basis_scale: fp32 [n, rank], one scale per row.
-    """
-
-    coefficients: Tensor
-    coefficient_scale: Tensor
-    basis: Tensor
-    basis_scale: Tensor
-
-    def dequantise(self, mean: Tensor) -> LowRank:
-        """Returns the fp32 factors that the int8 ones stand for, with `mean` fp32 [n, width]."""
-        return LowRank(
-            mean,
-            self.coefficients.float() * self.coefficient_scale.unsqueeze(-1),
-            self.basis.float() * self.basis_scale.unsqueeze(-1),
-        )
+        """Returns the approximated keys, fp32 `[n, block_size, width]`."""
+        return self.mean.unsqueeze(1) + self.coefficients @ self.basis
 
 
 def factorise(keys: Tensor, rank: int) -> LowRank:
     """Factorises each block of keys into a mean, coefficients and an orthonormal basis.
 
-    Basis rows are orthonormal for every finite block, also where the data has fewer than `rank` directions: the
-    surplus rows are arbitrary, and their coefficients are zero up to rounding. Columns are not ordered by importance.
+    Basis rows are orthonormal (to about 3e-6) for every finite block, also where the data has fewer
+    than `rank` directions: surplus rows are arbitrary, their coefficients zero up to rounding. Rows
+    are only roughly ordered by importance, so a prefix of them is not a good smaller basis.
+
+    Deterministic: the start is a fixed pattern of signs. A block has the same reconstruction alone
+    and in a batch up to fp32 rounding, not bit by bit, because matrix products choose their kernel
+    by batch size; its factors may differ by a rotation where singular values are close.
 
     Args:
-        keys: fp32 [n, block_size, width], pre-RoPE keys, any device. Centred values must lie within about 1e-15
-            to 1e15, because their squares are summed in fp32. n may be 0. A NaN or an infinity makes that block's
-            factors NaN and leaves the other blocks alone.
+        keys: fp32 `[n, block_size, width]`, pre-RoPE keys, any device; n may be 0. Centred values
+            must be within about 1e-15 to 1e15 in size, because their squares are summed in fp32. A
+            NaN or an infinity makes its own block's factors NaN and leaves other blocks alone.
         rank: number of basis rows, 1 <= rank <= min(block_size, width).
 
     Returns:
-        The factors. Their error is at most 2 % above that of the best rank-r approximation, plus 6e-4 of the
-        centred norm (below that, fp32 Gram matrices cannot separate directions).
+        Factors whose Frobenius error is at most 2 % above that of the best rank-r approximation,
+        plus 5e-4 of the centred norm.
 
     Raises:
         ValueError: `keys` is not fp32 or not three-dimensional, or `rank` is out of range.
 
-    Deterministic: the start is a fixed pattern of signs. A block gives the same reconstruction alone or in a batch up
-    to fp32 rounding, not bit by bit, because matrix products choose their kernels by batch size. Needs true fp32 matrix
-    products: TF32 is too coarse for the Cholesky factorisations.
+    Needs true fp32 matrix products: TF32 is too coarse for the Cholesky factorisations.
     """
     if keys.dim() != 3:
         raise ValueError(f"keys: expected [n, block_size, width], got shape {list(keys.shape)}")
@@ -100,7 +84,8 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
         raise ValueError(f"keys: expected torch.float32, got {keys.dtype}")
     n, block_size, width = keys.shape
     if not 1 <= rank <= min(block_size, width):
-        raise ValueError(f"rank: expected 1 to min(block_size, width) = {min(block_size, width)}, got {rank}")
+        limit = min(block_size, width)
+        raise ValueError(f"rank: expected 1 to min(block_size, width) = {limit}, got {rank}")
 
     mean = keys.mean(dim=1)
     centred = keys - mean.unsqueeze(1)
@@ -108,122 +93,109 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
     norm = torch.where(norm == 0, torch.ones_like(norm), norm)
     centred.div_(norm)
 
-    # The token side when that is the smaller one: both Gram matrices have the same spectrum.
+    # On the token side when that is the smaller: both Gram matrices have the same spectrum.
     on_tokens = block_size < width
     gram = centred @ centred.mT if on_tokens else centred.mT @ centred
     gram.diagonal(dim1=-2, dim2=-1).add_(_RIDGE)
-    vectors = _signs(gram.shape[-1], rank, keys.device).expand(n, -1, -1)
-    for _ in range(_ITERATIONS):
-        vectors = _orthonormalise(gram @ vectors)
+    size = gram.shape[-1]
+    start = _signs(size, min(rank + _OVERSAMPLING, size), keys.device)
+    vectors = _orthonormalise(gram @ start.expand(n, -1, -1))
+    vectors = _drop_weakest(vectors, gram @ vectors, rank)
+    for _ in range(_ITERATIONS - 2):
+        vectors = gram @ _orthonormalise(vectors)
+    vectors = _orthonormalise(vectors)
     if on_tokens:
         filler = _signs(width, rank, keys.device) * (_WIDE_RIDGE / math.sqrt(width))
         vectors = _orthonormalise(centred.mT @ vectors + filler)
-    # One Newton-Schulz step takes away what the Cholesky shift left: orthonormal to fp32 rounding, and it cannot fail.
+    # A Newton-Schulz step removes what the Cholesky shift left over, and cannot break down.
     vectors = 1.5 * vectors - 0.5 * (vectors @ (vectors.mT @ vectors))
     return LowRank(mean, (centred @ vectors).mul_(norm), vectors.mT.contiguous())
 
 
-def equalise(low_rank: LowRank) -> LowRank:
-    """Rescales coefficient columns to unit RMS and folds their scale into the basis rows.
+def mix(low_rank: LowRank) -> LowRank:
+    """Rotates the directions by a fixed orthogonal matrix, which makes the factors fit for int8.
 
-    `quantised_factors` does not need it, its mixing spreads the scale of the columns too. It is for code that keeps the
-    order of columns.
-
-    Args:
-        low_rank: factors, fp32.
-
-    Returns:
-        Factors with the same product. A column without any value keeps coefficient 0, and its basis row becomes 0.
-    """
-    scale = low_rank.coefficients.square().mean(dim=1, keepdim=True).sqrt()
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return LowRank(low_rank.mean, low_rank.coefficients / divisor, low_rank.basis * scale.mT)
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises along the last dimension, symmetrically: x ≈ quantised * scale.
-
-    scale = absmax / 127 and quantised = round_half_to_even(x / scale), both in fp32. A zero row has scale 0 and zeros.
-    A row with NaN or infinity has a non-finite scale and zeros at the non-finite places, so its product is NaN.
+    Leading directions are large in the coefficients, and single channels may be large in their
+    basis rows. Mixed, no column and no row stands out, so scales per token and per row lose little.
+    The product stays as it is, and an orthonormal basis stays orthonormal.
 
     Args:
-        x: fp32 [..., columns], columns >= 1.
+        low_rank: factors as `factorise` returns them, fp32.
 
     Returns:
-        int8 [..., columns] within -127 to 127, and the scale, fp32 [...].
-
-    Raises:
-        ValueError: `x` is not fp32, or has no columns.
+        Factors with the same product up to fp32 rounding.
     """
-    if x.dtype != torch.float32:
-        raise ValueError(f"x: expected torch.float32, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected at least one column, got shape {list(x.shape)}")
-    scale = x.abs().amax(dim=-1, keepdim=True) / _INT8_MAX
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    # A subnormal scale is too coarse to divide by exactly: clamp. NaN has no int8, its conversion is undefined: zero.
-    rounded = (x / divisor).round_().clamp_(-_INT8_MAX, _INT8_MAX).nan_to_num_(nan=0.0)
-    return rounded.to(torch.int8), scale.squeeze(-1)
-
-
-def quantised_factors(low_rank: LowRank) -> QuantisedFactors:
-    """Quantises the factors to int8, one scale per token and one per basis row.
-
-    The directions are mixed by an orthogonal matrix first, which leaves the product as it is. Leading directions are
-    large in the coefficients and may have single large channels in the basis; mixed, no column and no row stands out,
-    and absmax scales fit. The mean is not quantised.
-
-    Args:
-        low_rank: factors from `factorise`, fp32 (an orthonormal basis, columns that differ in size).
-
-    Returns:
-        The int8 factors. Their noise, relative to the centred norm and added in quadrature to the error of
-        `low_rank`, is about 1 % (a uniform step of absmax / 127 with absmax near 3 RMS is 0.7 % for either
-        factor), and was below 1.6 % for channel scales spread by a log-normal of sigma 1.2.
-    """
-    rank = low_rank.basis.shape[-2]
-    mixing = _mixing(rank, low_rank.basis.device)
-    coefficients, coefficient_scale = quantise_rows(low_rank.coefficients @ mixing)
-    basis, basis_scale = quantise_rows(mixing.mT @ low_rank.basis)
-    return QuantisedFactors(coefficients, coefficient_scale, basis, basis_scale)
+    mixing = _mixing(low_rank.basis.shape[-2], low_rank.basis.device)
+    return LowRank(low_rank.mean, low_rank.coefficients @ mixing, mixing.mT @ low_rank.basis)
 
 
 def _signs(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Returns fp32 [rows, columns] of +1 and -1, the same on every device, from an integer hash of the position."""
+    """Returns fp32 `[rows, columns]` of ±1 from an integer hash, the same on every device."""
     bits = torch.arange(1, rows * columns + 1, device=device)
-    for _ in range(2):  # The xor-shift-multiply finaliser of 32-bit hashes, in 31 bits so that int64 cannot overflow.
+    # The xor-shift-multiply of 32-bit hash finalisers, with 31 bits: int64 cannot overflow.
+    for _ in range(2):
         bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0x7FFFFFFF
     return (1 - 2 * ((bits >> 16) & 1)).float().view(rows, columns)
 
 
 def _orthonormalise(vectors: Tensor) -> Tensor:
-    """Orthonormalises columns, up to a defect of `shift`, by two passes of shifted Cholesky QR.
+    """Orthonormalises columns by three passes of shifted Cholesky QR.
+
+    Three, because what is new in the last column may be 1e-7 of it, and a pass gains a factor of
+    1 / sqrt(shift), about a hundred. After fewer, rank-deficient keys lose orthogonality.
 
     Args:
-        vectors: fp32 [n, rows, columns]. After normalising, a column may depend on those before it up to about 1e-7.
+        vectors: fp32 `[n, rows, columns]`.
 
     Returns:
-        fp32 [n, rows, columns] with the same span. NaN input gives NaN, and never raises.
+        fp32 `[n, rows, columns]` with the same span, orthonormal up to `shift` (1e-4 for 192
+        columns). NaN gives NaN.
     """
     columns = vectors.shape[-1]
-    # Above the rounding of the products below, which grows with the number of columns that are eliminated.
+    # Above the rounding of the products below, which grows with the columns that are eliminated.
     shift = 4 * (columns + 16) * torch.finfo(torch.float32).eps
-    for _ in range(2):
-        # Columns shrink like squared singular values; at unit length they are far better conditioned.
+    for _ in range(3):
+        # Columns fall like squared singular values: at unit length they are far better conditioned.
         length = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         vectors = vectors / torch.where(length == 0, torch.ones_like(length), length)
         products = vectors.mT @ vectors
         products.diagonal(dim1=-2, dim2=-1).add_(shift)
-        # cholesky_ex, because cholesky reads a status back to the host and raises for NaN.
+        # cholesky_ex, because cholesky reads a status on the host, and raises for NaN.
         factor, _ = torch.linalg.cholesky_ex(products)
         vectors = torch.linalg.solve_triangular(factor.mT, vectors, upper=True, left=False)
     return vectors
 
 
+def _drop_weakest(vectors: Tensor, images: Tensor, rank: int) -> Tensor:
+    """Leaves `rank` of the images, without the directions to which the Gram matrix gives least.
+
+    These come from inverse iteration on the matrix that `vectors` project the Gram matrix to. It
+    costs one Cholesky factorisation and work on a few columns; eigh would wait for the device.
+
+    Args:
+        vectors: fp32 `[n, size, columns]`, orthonormal columns, most important ones roughly first.
+        images: fp32 `[n, size, columns]`, Gram matrix times `vectors`.
+        rank: number of columns to leave, at most `columns`.
+
+    Returns:
+        fp32 `[n, size, rank]`, not orthonormal.
+    """
+    n, _, columns = vectors.shape
+    if columns == rank:
+        return images
+    projected = vectors.mT @ images
+    projected.diagonal(dim1=-2, dim2=-1).add_(_DROP_RIDGE)
+    factor, _ = torch.linalg.cholesky_ex(projected)
+    weakest = torch.eye(columns, device=vectors.device)[:, rank:].expand(n, -1, -1)
+    for _ in range(_DROP_ITERATIONS):
+        weakest = _orthonormalise(torch.cholesky_solve(weakest, factor))
+    return images[..., :rank] - (images @ weakest) @ weakest[..., :rank, :].mT
+
+
 def _mixing(rank: int, device: torch.device) -> Tensor:
-    """Returns an orthogonal fp32 [rank, rank]: signs times DCT-II, whose entries are all of one size for any rank."""
+    """Returns an orthogonal fp32 `[rank, rank]`: signs times DCT-II, flat entries for any rank."""
     frequency = torch.arange(rank, device=device, dtype=torch.float64).unsqueeze(1)
-    position = torch.arange(rank, device=device, dtype=torch.float64).unsqueeze(0) + 0.5
+    position = torch.arange(rank, device=device, dtype=torch.float64) + 0.5
     cosines = torch.cos(frequency * position * (math.pi / rank)) * math.sqrt(2 / rank)
     cosines[:1] *= math.sqrt(0.5)
     return (_signs(rank, 1, device) * cosines).float()

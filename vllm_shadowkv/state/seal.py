@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_shadowkv import ops
 from vllm_shadowkv.rotary import undo
 from vllm_shadowkv.state.layer import LayerMemory
-from vllm_shadowkv.state.low_rank import equalise, factorise
+from vllm_shadowkv.state.low_rank import factorise, mix
 
 BLOCKS_AT_ONCE = 8
 """Bounds the fp32 workspace: a block of the Llama-3.1-8B shape takes 4 MiB of keys and 4 MiB of Gram matrix."""
@@ -40,7 +40,7 @@ def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_posit
     if layout.rank:
         positions = first_positions[:, None] + torch.arange(layout.block_size, device=keys.device)
         flat = undo(memory.rotary, keys.flatten(0, 1), positions.flatten())
-        factors = equalise(factorise(flat.view(len(keys), layout.block_size, layout.width), layout.rank))
+        factors = mix(factorise(flat.view(len(keys), layout.block_size, layout.width), layout.rank))
         mean, coefficients, basis = factors.mean, factors.coefficients, factors.basis
     else:
         mean = coefficients = basis = torch.empty(0, device=keys.device)

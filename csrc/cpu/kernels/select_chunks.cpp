@@ -3,7 +3,7 @@
 // Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
 // query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query
 // head is rounded to int16 with one scale, an error of 2^-16 of its largest element (a landmark has
-// 2^-8), so that the int8 landmarks need no conversion to fp32: twice as fast, and exact sums.
+// 2^-8), so that the int8 landmarks need no conversion to fp32: a third less time, exact sums.
 // Pick: reads the logits three times (they fit the second-level cache) and the outliers of each
 // block, writes `columns` ids. The k-th best score is found through a histogram of the scores'
 // upper bits and a partial sort of the bin it falls into; one more pass then emits ids in ascending

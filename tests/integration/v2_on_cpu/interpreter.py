@@ -1,10 +1,11 @@
-"""Makes Triton interpret its kernels, and closes two gaps of Triton's interpreter. Import it before vLLM.
+"""Makes Triton interpret its kernels, and closes two gaps of Triton's interpreter and speeds it up. Import it before vLLM.
 
 The patches reach into Triton 3.9; where a later Triton does without them, drop them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -46,22 +47,35 @@ def _accept_integer_masks(builder: Any) -> None:
     )
 
 
-def _yield_tensors_from_ranges() -> None:
-    """Kernels call methods of a loop variable of `tl.range`; the interpreter yields Python integers."""
+def _patch_language_once() -> None:
+    """Patches `triton.language` for good, and makes `tl.range` yield tensors.
+
+    The interpreter patches it anew for every call of every kernel, which takes most of its time, and lets `tl.range` yield Python
+    integers, whose methods kernels call.
+    """
     patch_language = interpreter._patch_lang
+    patched = set()
 
-    def patched(function: Any) -> Any:
-        scope = patch_language(function)
-        if function.__globals__.get("tl") is tl:
-            plain = tl.range
-            scope.set_attr(
-                tl, "range", lambda *args, **kwargs: (interpreter._implicit_cvt(int(i)) for i in plain(*args, **kwargs))
-            )
-        return scope
+    def patch_once(function: Any) -> Any:
+        visible = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if visible not in patched:
+            patched.add(visible)
+            patch_language(function)
+            if id(tl) in visible:
+                tl.range = _tensor_range(tl.range)
+        return interpreter._LangPatchScope()  # nothing to restore
 
-    interpreter._patch_lang = patched
+    interpreter._patch_lang = patch_once
+
+
+def _tensor_range(plain: Any) -> Any:
+    return lambda *args, **kwargs: (interpreter._implicit_cvt(int(i)) for i in plain(*args, **kwargs))
 
 
 triton.backends.backends["cpu"] = triton.backends.Backend(compiler=_Compiler, driver=_Driver)
 _accept_integer_masks(interpreter.InterpreterBuilder)
-_yield_tensors_from_ranges()
+_patch_language_once()
+# Checks of integer arithmetic for overflow, at a quarter of the time.
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)

@@ -1,0 +1,105 @@
+"""Asks one backend the needle model's questions and writes which answers were right; test_needle_accuracy.py runs it.
+
+usage: needle_trial.py {stock|shadowkv} RESULT_JSON HAYSTACKS QUESTIONS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import ENVIRONMENT
+from vllm import LLM, SamplingParams
+
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompts
+
+LENGTH = 4096
+FIRST_SEED = 2_000_000  # beyond those of training and evaluation
+# 6 % of the prompt, which lies well beyond the dense threshold.
+SETTINGS = {"sparse_budget": 240, "slot_chunks": 64, "dense_threshold": 1024}
+
+assert ENVIRONMENT  # the parent sets it
+
+
+def ask(llm: LLM, prompts: list[Prompt]) -> list[bool]:
+    """Whether each greedy answer is right."""
+    params = [SamplingParams(temperature=0, max_tokens=len(p.answer_ids), ignore_eos=True) for p in prompts]
+    outputs = llm.generate([{"prompt_token_ids": p.token_ids} for p in prompts], params, use_tqdm=False)
+    return [
+        list(output.outputs[0].token_ids) == prompt.answer_ids for output, prompt in zip(outputs, prompts, strict=True)
+    ]
+
+
+def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str, list[bool]]:
+    """Right answers by family: `haystacks * questions` prompts each.
+
+    The first question about a haystack is prefilled exactly. The others hit its blocks in the prefix cache, so their
+    prefill reads sealed context too. A haystack of the family `single` holds one fact, so there all are firsts.
+    """
+    right = {}
+    for family in FAMILIES:
+        groups: list[list[Prompt]] = []
+        while sum(map(len, groups)) < haystacks * questions:
+            groups.append(make_prompts(family, LENGTH, first_seed + len(groups), questions))
+        first = ask(llm, [group[0] for group in groups])
+        later = [prompt for group in groups for prompt in group[1:]]
+        right[family] = (first + (ask(llm, later) if later else []))[: haystacks * questions]
+    return right
+
+
+def random_selection(runtime: Any) -> None:
+    """Plants an error: chunks are picked at random instead of by score."""
+    from vllm_shadowkv import ops
+
+    select = ops.select_chunks
+    generator = torch.Generator().manual_seed(0)
+
+    def planted(query: Any, pages: Any, *arguments: Any) -> None:
+        select(torch.randn(query.shape, generator=generator, dtype=torch.float32).to(query.dtype), pages, *arguments)
+
+    ops.select_chunks = planted
+
+
+def flipped_rotation(runtime: Any) -> None:
+    """Plants an error: rebuilt keys are turned the wrong way."""
+    tables = {memory.cos_sin.data_ptr(): memory.cos_sin for memory in runtime.bind().memories.values()}
+    for table in tables.values():  # layers share one
+        table[:, table.shape[1] // 2 :].neg_()
+
+
+PLANTS: dict[str, Callable[[Any], None]] = {"random selection": random_selection, "flipped rotation": flipped_rotation}
+
+
+def main(backend: str, result: str, haystacks: int, questions: int) -> None:
+    options: dict[str, Any] = {}
+    if backend == "shadowkv":
+        options = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": SETTINGS}}
+    llm = LLM(
+        str(CHECKPOINT),
+        max_model_len=LENGTH + 64,
+        max_num_seqs=16,
+        max_num_batched_tokens=4096,
+        enforce_eager=True,
+        **options,
+    )
+    scores = {"as built": score(llm, haystacks, questions, FIRST_SEED)}
+    if backend == "shadowkv":
+        from vllm_shadowkv import ops
+        from vllm_shadowkv.integration.runtime import Runtime
+
+        for name, plant in PLANTS.items():
+            select = ops.select_chunks
+            plant(Runtime.latest())
+            # Other haystacks: slots filled before the error was planted would still be right.
+            scores[name] = score(llm, 2, questions, FIRST_SEED + 1000)
+            ops.select_chunks = select
+    Path(result).write_text(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,337 @@
+"""The block managers under vLLM's own scheduler; `simulation.py` checks every read of every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import Engine, exact_boundary
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_shadowkv.config import ShadowKVConfig
+
+BLOCK = 64
+PAGE = 16
+BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(3, 500) for _ in range(length)]
+
+
+def published(engine: Engine, request: Request) -> int:
+    """Blocks of the request's content that a lookup finds now."""
+    blocks, _, _ = engine.manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens)
+    return len(blocks[0])
+
+
+def real(blocks: Iterable[KVCacheBlock]) -> list[bool]:
+    return [not block.is_null for block in blocks]
+
+
+def held(engine: Engine, request: Request) -> tuple[list[KVCacheBlock], ...]:
+    return engine.manager.coordinator.get_blocks(request.request_id)
+
+
+# -- Publication ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hash_is_visible_only_after_its_block_was_sealed() -> None:
+    engine = Engine(max_step=BLOCK)
+    request = engine.add(prompt(5 * BLOCK + 1), max_tokens=3)
+    state = engine.worker.bound.state
+    seen = []
+    while not request.is_finished():
+        engine.step()
+        if not request.is_finished():
+            count = published(engine, request)
+            seen.append(count)
+            blocks = [block.block_id for block in held(engine, request)[0][:count]]
+            assert all(state.sealed[block] for block in blocks)
+    # Step k computes block k, step k + 1 seals it, step k + 2 publishes it before anything else is scheduled.
+    assert seen == [0, 0, 1, 2, 3, 4, 5]
+    engine.finish()
+
+
+@BOTH
+def test_a_finished_request_publishes_what_its_last_step_sealed(asynchronous: bool) -> None:
+    engine = Engine(asynchronous=asynchronous)
+    request = engine.add(prompt(3 * BLOCK), max_tokens=2)
+    engine.finish()
+    assert published(engine, request) == 3
+
+
+@BOTH
+@pytest.mark.parametrize("generated", [1, BLOCK + 1])
+def test_a_block_that_the_last_step_completed_is_not_published(asynchronous: bool, generated: int) -> None:
+    # Nothing seals it any more. The asynchronous scheduler offers it for caching when it has that step's output.
+    engine = Engine(asynchronous=asynchronous, max_step=256)
+    total = 4 * BLOCK
+    first = engine.add(prompt(total - generated + 1), max_tokens=generated)
+    engine.finish()
+    assert first.num_computed_tokens == total
+    assert published(engine, first) == (0 if generated == 1 else 3)
+    engine.add([*first.all_token_ids, 4, 5], max_tokens=4)
+    engine.finish()
+
+
+@BOTH
+def test_a_preempted_request_publishes_nothing_more(asynchronous: bool) -> None:
+    engine = Engine(asynchronous=asynchronous)
+    request = engine.add(prompt(3 * BLOCK), max_tokens=50)
+    engine.step()
+    engine.step()
+    engine.step()
+    before = published(engine, request)
+    shadow = engine.managers[0]
+    sealing = shadow._sealing[request.request_id][1] // BLOCK
+    assert before < sealing, "there was something to publish"
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    assert published(engine, request) == before
+    engine.finish()
+    assert request.num_output_tokens == 50
+
+
+@BOTH
+def test_generated_tokens_are_shared_too(asynchronous: bool) -> None:
+    engine = Engine(asynchronous=asynchronous)
+    first = engine.add(prompt(40), max_tokens=2 * BLOCK)
+    engine.finish()
+    second = engine.add([*first.all_token_ids, 7], max_tokens=2)
+    engine.finish()
+    assert engine.hits[second.request_id] == 2 * BLOCK
+
+
+def test_requests_of_one_step_do_not_hit_each_other() -> None:
+    engine = Engine(max_step=640)
+    names = [engine.add(prompt(200), name=name).request_id for name in ("a", "b")]
+    engine.step()
+    assert [engine.hits[name] for name in names] == [0, 0]
+    engine.finish()
+
+
+# -- Hits ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shared", "total", "hit"), [(63, 300, 0), (64, 300, 64), (200, 300, 192), (256, 257, 256), (256, 256, 192)]
+)
+def test_a_hit_is_whole_blocks_and_brings_no_exact_pages(shared: int, total: int, hit: int) -> None:
+    engine = Engine(max_step=640)
+    engine.add(prompt(300), max_tokens=4)
+    engine.finish()
+    second = engine.add(prompt(300)[:shared] + prompt(total - shared, seed=1), max_tokens=4)
+    engine.step()
+    assert engine.hits[second.request_id] == hit
+    _, exact, slots = held(engine, second)
+    assert real(exact) == [place * PAGE >= hit for place in range(-(-total // PAGE))]
+    assert len(slots) == 3, "a hit, or more tokens than the dense threshold, may read sealed blocks"
+    engine.finish()
+
+
+def test_sharers_share_blocks() -> None:
+    engine = Engine(max_step=640)
+    engine.add(prompt(300), max_tokens=4)
+    engine.finish()
+    sharers = [engine.add(prompt(256) + prompt(30, seed), max_tokens=20) for seed in range(1, 5)]
+    before = engine.free_blocks
+    engine.step()
+    rows = [engine.rows(request)[0] for request in sharers]
+    assert len({tuple(row[:4]) for row in rows}) == 1
+    assert len({block for row in rows for block in row}) == 4 + 4
+    # Each: an own block, three slot pages, the exact pages of 30 tokens.
+    assert before - engine.free_blocks == 4 + 4 * (1 + 3 + 2)
+    engine.finish()
+
+
+def test_without_prefix_caching_nothing_is_shared_and_exact_pages_go_all_the_same() -> None:
+    engine = Engine(caching=False, max_step=640)
+    first = engine.add(prompt(300), max_tokens=30)
+    for _ in range(3):
+        engine.step()
+    assert sum(real(held(engine, first)[1])) == 3, "exact pages of the open block: 300 - 256 tokens"
+    engine.finish()
+    second = engine.add(prompt(300), max_tokens=4)
+    engine.finish()
+    assert engine.hits[second.request_id] == 0
+
+
+def test_resetting_the_prefix_cache() -> None:
+    engine = Engine()
+    engine.add(prompt(300), max_tokens=4)
+    engine.finish()
+    assert engine.scheduler.reset_prefix_cache()
+    second = engine.add(prompt(300), max_tokens=4)
+    engine.finish()
+    assert engine.hits[second.request_id] == 0
+
+
+# -- Exact pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_request_stays_exact_and_takes_no_slots() -> None:
+    engine = Engine(dense_threshold=256)
+    request = engine.add(prompt(200), max_tokens=50)
+    while not request.is_finished():
+        engine.step()
+        if not request.is_finished():
+            assert all(real(held(engine, request)[1]))
+            assert held(engine, request)[2] == []
+    assert engine.worker.decoded == engine.worker.prefilled_over_sealed == 0
+    engine.finish()
+
+
+def test_slots_are_taken_in_the_step_that_may_first_need_them() -> None:
+    engine = Engine(dense_threshold=128, max_step=64)
+    request = engine.add(prompt(100), max_tokens=100)
+    counts = {}
+    while not request.is_finished():
+        engine.step()
+        if not request.is_finished():
+            counts[request.num_computed_tokens] = len(held(engine, request)[2])
+    # The step that computes token 129 is the first that finds 128 tokens computed.
+    assert all(count == (3 if computed > 128 else 0) for computed, count in counts.items())
+    assert set(counts.values()) == {0, 3}
+    engine.finish()
+
+
+def test_exact_pages_go_one_step_after_the_boundary_has_passed_them() -> None:
+    engine = Engine(dense_threshold=0, prefill_exact_tokens=0, max_step=BLOCK)
+    request = engine.add(prompt(5 * BLOCK), max_tokens=2)
+    for step in range(5):
+        engine.step()
+        # Step k starts at token 64 k; the block before it is sealed in this step, and read for that.
+        exact = real(held(engine, request)[1])
+        assert exact == [place >= 4 * (step - 1) for place in range(4 * (step + 1))]
+    engine.finish()
+
+
+def test_a_long_prompt_keeps_its_prefill_window() -> None:
+    engine = Engine(num_blocks=60, prefill_exact_tokens=2 * BLOCK, max_step=48)
+    request = engine.add(prompt(9 * BLOCK), max_tokens=30)
+    most = 0
+    while request.num_computed_tokens < 9 * BLOCK:
+        engine.step()
+        exact = real(held(engine, request)[1])
+        most = max(most, sum(exact))
+        assert sum(exact) * PAGE >= min(2 * BLOCK, request.num_computed_tokens)
+    assert most <= engine.managers[1].boundary.max_exact_pages == -(-(2 * BLOCK + 2 * 48 + 2 * BLOCK) // PAGE)
+    assert engine.worker.prefilled_over_sealed > 0
+    engine.finish()
+
+
+def test_decode_keeps_its_window() -> None:
+    engine = Engine(decode_exact_tokens=100)
+    request = engine.add(prompt(300), max_tokens=100)
+    while not request.is_finished():
+        engine.step()
+        if not request.is_finished():
+            assert sum(real(held(engine, request)[1])) * PAGE >= min(100, request.num_computed_tokens)
+    engine.finish()
+
+
+@BOTH
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
+@pytest.mark.parametrize(
+    ("max_model_len", "max_step", "chosen"),
+    [
+        (1280, 300, {}),
+        (1280, 33, {}),
+        (1280, 300, {"prefill_exact_tokens": 200}),
+        (1280, 33, {"decode_exact_tokens": 100}),
+        (4000, 33, {}),
+    ],
+)
+def test_the_smallest_pool_serves_the_longest_request(
+    asynchronous: bool, caching: bool, max_model_len: int, max_step: int, chosen: dict[str, int]
+) -> None:
+    config = ShadowKVConfig(block_size=BLOCK, compression=4, dense_threshold=128, **chosen)  # type: ignore[arg-type]
+    boundary = exact_boundary(config, max_step, max_model_len, asynchronous)
+    engine = Engine(
+        num_blocks=boundary.max_exact_pages + boundary.other_pages,
+        max_model_len=max_model_len,
+        max_step=max_step,
+        asynchronous=asynchronous,
+        caching=caching,
+        **chosen,
+    )
+    engine.add(prompt(max_model_len - 70), max_tokens=70)
+    engine.finish(limit=500)
+    assert engine.preemptions == 0
+
+
+# -- Preemption and storms -----------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_preempted_requests_resume(asynchronous: bool, runner: str) -> None:
+    engine = Engine(num_blocks=60, asynchronous=asynchronous, runner=runner, dense_threshold=1000, max_model_len=512)
+    requests = [engine.add(prompt(150, seed), max_tokens=120) for seed in range(4)]
+    engine.finish()
+    assert engine.preemptions > 0
+    assert [request.num_output_tokens for request in requests] == [120] * 4
+
+
+@BOTH
+def test_aborted_requests_leave_nothing(asynchronous: bool) -> None:
+    engine = Engine(asynchronous=asynchronous)
+    for steps in range(8):
+        request = engine.add(prompt(300, seed=steps), max_tokens=50)
+        for _ in range(steps):
+            engine.step()
+        engine.abort(request)
+    engine.finish()
+
+
+def storm(seed: int, **options: object) -> Engine:
+    """Requests with common beginnings come, stop, are preempted and go, in an engine drawn at random."""
+    draw = random.Random(seed)
+    chosen: dict[str, object] = {
+        "num_blocks": draw.choice([70, 90, 150]),
+        "asynchronous": draw.random() < 0.5,
+        "runner": draw.choice(["v1", "v2"]),
+        "max_step": draw.choice([33, 96, 300]),
+        "caching": draw.random() < 0.8,
+        "dense_threshold": draw.choice([0, 128, 200]),
+        "decode_exact_tokens": draw.choice([0, 0, 70]),
+        "prefill_exact_tokens": draw.choice([None, 0, 128]),
+        "compression": draw.choice([1, 2, 4]),
+    }
+    engine = Engine(**(chosen | options))  # type: ignore[arg-type]
+    heads = [prompt(400, seed=head) for head in range(2)]
+    requests = []
+    for _ in range(12):
+        for _ in range(draw.randrange(3)):
+            head = draw.choice(heads)[: draw.choice([0, 64, 128, 200, 384, 400])]
+            tail = prompt(draw.choice([1, 5, 63, 64, 100]), seed=draw.randrange(10))
+            requests.append(engine.add(head + tail, max_tokens=draw.choice([1, 1, 2, 30, 120])))
+        for _ in range(draw.randrange(1, 8)):
+            engine.step()
+        if requests and draw.random() < 0.15:
+            request = draw.choice(requests)
+            if not request.is_finished():
+                engine.abort(request)
+        if draw.random() < 0.1:
+            engine.scheduler.reset_prefix_cache()
+    engine.finish()
+    return engine
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**32))
+def test_storms(seed: int) -> None:
+    storm(seed)
+
+
+def test_a_storm_meets_all_that_there_is() -> None:
+    engine = storm(4)
+    assert sum(engine.hits.values())
+    assert engine.worker.decoded
+    assert engine.worker.prefilled_over_sealed

@@ -1,0 +1,63 @@
+"""The needle model answers through sealed blocks as it does with full attention; a wrong build does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine import ENVIRONMENT
+
+from benchmarks.needle.tasks import FAMILIES
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+HAYSTACKS, QUESTIONS = 20, 10  # 200 prompts a family
+POINTS = 5.0
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, list[bool]]]]:
+    directory = tmp_path_factory.mktemp("needle")
+    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": f"{ROOT}:{HERE}"}
+    results = {name: directory / f"{name}.json" for name in ("stock", "shadowkv")}
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, str(HERE / "needle_trial.py"), name, str(path), str(HAYSTACKS), str(QUESTIONS)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, path in results.items()
+    }
+    for name, process in processes.items():
+        output, _ = process.communicate()
+        assert process.returncode == 0, f"{name}:\n{output[-4000:]}"
+    return {name: json.loads(path.read_text()) for name, path in results.items()}
+
+
+def percent(right: list[bool]) -> float:
+    return 100 * sum(right) / len(right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_within_points_of_full_attention(scores, family: str) -> None:
+    full, ours = (scores[name]["as built"][family] for name in ("stock", "shadowkv"))
+    assert len(full) == len(ours) == HAYSTACKS * QUESTIONS
+    assert percent(full) >= 90, "the model itself cannot answer"
+    assert percent(ours) >= percent(full) - POINTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", ["random selection", "flipped rotation"])
+def test_a_wrong_build_fails(scores, plant: str) -> None:
+    full = scores["stock"]["as built"]
+    failed = [
+        family for family in FAMILIES if percent(scores["shadowkv"][plant][family]) < percent(full[family]) - POINTS
+    ]
+    assert failed == list(FAMILIES)

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from simulation import write_tiny_llama
+from vllm.config import AttentionConfig, VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig, get_attn_backend
+
+from vllm_shadowkv.integration import platform
+from vllm_shadowkv.integration.backend import ExactBackend, ShadowKVBackend, SlotBackend
+from vllm_shadowkv.plugin import BACKEND, NAME, register
+
+on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="about vLLM's CPU platform")
+
+
+def python(code: str, *arguments: str, **environment: str) -> list[str]:
+    """What the code prints after "said", in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [line.removeprefix("said ") for line in result.stdout.splitlines() if line.startswith("said ")]
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+# -- The name ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SHADOWKV", "shadowkv", "ShadowKV"])
+def test_any_case_of_the_name(name: str) -> None:
+    assert AttentionConfig(backend=name).backend is AttentionBackendEnum[NAME]  # type: ignore[arg-type]
+
+
+def test_the_member_names_the_backend() -> None:
+    member = AttentionBackendEnum[NAME]
+    assert member.get_path() == BACKEND
+    assert member.get_class() is ShadowKVBackend
+    # vLLM looks the member up by what the backend, and a pseudo-layer's backend, calls itself.
+    assert {backend.get_name() for backend in (ShadowKVBackend, ExactBackend, SlotBackend)} == {member.name}
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = {member.name: member.get_path() for member in AttentionBackendEnum if member.name != "CUSTOM"}
+    member = AttentionBackendEnum[NAME]
+    register()
+    register()
+    assert AttentionBackendEnum[NAME] is member
+    assert before == {member.name: member.get_path() for member in AttentionBackendEnum if member.name != "CUSTOM"}
+
+
+def test_an_override_of_somebody_else_is_left_alone() -> None:
+    said = python(
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend\n"
+        "register_backend(AttentionBackendEnum.CPU_ATTN, 'their.Backend')\n"
+        "from vllm_shadowkv.plugin import register\n"
+        "register()\n"
+        "print('said', AttentionBackendEnum.CPU_ATTN.get_path(), AttentionBackendEnum.SHADOWKV.get_path())",
+        VLLM_PLUGINS="",
+    )
+    assert said == [f"their.Backend {BACKEND}"]
+
+
+# -- Processes -----------------------------------------------------------------------------------------------------------
+
+SPAWN = """
+import multiprocessing, sys
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+def child(member, queue):
+    queue.put((member is AttentionBackendEnum["SHADOWKV"], member.get_path()))
+
+if __name__ == "__main__":
+    from vllm_shadowkv.plugin import register
+    import copy
+    register()
+    member = AttentionBackendEnum["SHADOWKV"]
+    assert copy.deepcopy(member) is member
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(member, queue))
+    process.start()
+    print("said", *queue.get(timeout=200))
+    process.join()
+"""
+
+
+def test_a_spawned_process_unpickles_the_member_before_it_loads_plugins(tmp_path: Any) -> None:
+    # As vLLM's engine core does with its configuration. Spawning needs a file to import.
+    script = tmp_path / "spawn.py"
+    script.write_text(SPAWN)
+    said = python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", VLLM_PLUGINS="")
+    assert said == [f"True {BACKEND}"]
+
+
+PLUGINS = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+print("said", "SHADOWKV" in AttentionBackendEnum.__members__)
+"""
+
+
+@pytest.mark.parametrize(("allowed", "there"), [(None, True), ("shadowkv", True), ("", False)])
+def test_vllm_loads_the_plugin(allowed: str | None, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert python(PLUGINS, **({} if allowed is None else {"VLLM_PLUGINS": allowed})) == [str(there)]
+
+
+TOUCH = """
+import sys
+import vllm.plugins, vllm.v1.attention.backends.registry
+import torch
+before = set(sys.modules)
+def forbidden(*arguments, **options):
+    raise AssertionError("touched")
+torch.cuda._lazy_init = torch.ops.load_library = forbidden
+import vllm_shadowkv.plugin
+vllm_shadowkv.plugin.register()
+print("said", *sorted(name for name in set(sys.modules) - before))
+print("said", torch.cuda.is_initialized(), hasattr(torch.ops.shadowkv, "cpu_isa"))
+"""
+
+
+def test_registering_imports_nothing_and_touches_nothing() -> None:
+    imported, touched = python(TOUCH, VLLM_PLUGINS="")
+    assert imported.split() == ["vllm_shadowkv", "vllm_shadowkv.plugin"]
+    assert touched == "False False"
+
+
+# -- The choice on the CPU -----------------------------------------------------------------------------------------------
+
+
+def chosen(backend: str | None, **asked: Any) -> Any:
+    config = VllmConfig(attention_config=AttentionConfig(backend=backend))  # type: ignore[arg-type]
+    with set_current_vllm_config(config):
+        return get_attn_backend(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", **asked)
+
+
+@pytest.fixture
+def _fresh_choice() -> None:
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()
+
+
+@on_cpu
+@pytest.mark.usefixtures("_fresh_choice")
+def test_the_cpu_platform_gives_what_was_asked_for() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert chosen("shadowkv") is ShadowKVBackend
+    assert chosen(None) is CPUAttentionBackend
+    assert chosen("CPU_ATTN") is CPUAttentionBackend
+
+
+@on_cpu
+@pytest.mark.usefixtures("_fresh_choice")
+def test_mla_on_the_cpu_is_refused_where_selected_and_stock_otherwise() -> None:
+    with pytest.raises(ValueError, match="shadowkv does not support MLA models, .*; use another --attention-backend"):
+        chosen("shadowkv", use_mla=True)
+    assert chosen(None, use_mla=True).is_mla()
+
+
+def test_without_a_configuration_the_stock_backend_stands() -> None:
+    assert platform.CPU_ATTN.get_name() == "CPU_ATTN"
+    with pytest.raises(AttributeError, match="no attribute 'XPU_ATTN'"):
+        platform.XPU_ATTN  # noqa: B018
+
+
+# -- The choice on CUDA --------------------------------------------------------------------------------------------------
+
+H100, A100, T4 = DeviceCapability(9, 0), DeviceCapability(8, 0), DeviceCapability(7, 5)
+
+
+def on_cuda(capability: DeviceCapability = H100, **asked: Any) -> list[str]:
+    """The reasons against our backend, as `vllm/platforms/cuda.py` asks for them."""
+    usual: dict[str, Any] = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": None,
+    }
+    config = AttentionSelectorConfig(**(usual | asked))
+    backend = AttentionBackendEnum[NAME].get_class()
+    return backend.validate_configuration(device_capability=capability, **config._asdict())
+
+
+@pytest.mark.parametrize("capability", [A100, DeviceCapability(8, 9), H100, DeviceCapability(10, 0)])
+def test_cuda_accepts_the_backend(capability: DeviceCapability) -> None:
+    assert on_cuda(capability) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_cuda_accepts_every_head_size(dtype: torch.dtype, head_size: int) -> None:
+    assert on_cuda(head_size=head_size, dtype=dtype) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"capability": T4}, "compute capability not supported"),
+        ({"head_size": 72}, "head_size not supported"),
+        ({"dtype": torch.float64}, "dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"has_sink": True}, "attention sinks not supported"),
+        ({"use_sparse": True}, "sparse not supported"),
+        ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
+        ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
+        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+        ({"attn_type": "encoder"}, "attention type encoder not supported"),
+        ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"use_kv_connector": True}, "KV connector not supported"),
+        ({"use_batch_invariant": True}, "batch invariance not supported"),
+        ({"use_dcp": True}, "DCP not supported"),
+        ({"use_pcp": True}, "PCP not supported"),
+        ({"use_rswa": True}, "R-SWA not supported"),
+        ({"use_adaptive_verification": True}, "device-cpu query lens mismatch not supported"),
+    ],
+    ids=str,
+)
+def test_cuda_refuses_by_reason(asked: dict[str, Any], reason: str) -> None:
+    reasons = on_cuda(**asked)
+    assert len(reasons) == 1
+    assert reasons[0].startswith(reason)
+
+
+CUDA = """
+import sys
+from types import ModuleType
+import torch
+sys.modules["vllm._C_stable_libtorch"] = ModuleType("vllm._C_stable_libtorch")
+from vllm_shadowkv import extension, plugin
+plugin.register()
+from vllm.platforms import cuda
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+class Platform(cuda.CudaPlatformBase):
+    @classmethod
+    def get_device_capability(cls, device_id=0):
+        return DeviceCapability(*map(int, sys.argv[1].split(".")))
+
+asked = AttentionSelectorConfig(head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None)
+try:
+    print("said", Platform.get_attn_backend_cls(AttentionBackendEnum.SHADOWKV, asked))
+except ValueError as error:
+    print("said", error)
+"""
+
+
+@pytest.mark.parametrize(("capability", "answer"), [("9.0", BACKEND), ("8.0", BACKEND), ("7.5", "compute capability")])
+def test_vllms_cuda_platform_chooses_the_backend(capability: str, answer: str) -> None:
+    [said] = python(CUDA, capability)
+    assert answer in said
+
+
+# -- The engine's configuration ------------------------------------------------------------------------------------------
+
+
+def test_engine_arguments(tmp_path: Any) -> None:
+    arguments = EngineArgs(
+        model=write_tiny_llama(tmp_path),
+        skip_tokenizer_init=True,
+        attention_backend="shadowkv",
+        additional_config={"shadowkv": {"rank": 32}},
+        max_model_len=2048,
+    )
+    config = arguments.create_engine_config()
+    assert config.attention_config.backend is AttentionBackendEnum[NAME]
+    assert json.loads(json.dumps(config.additional_config)) == {"shadowkv": {"rank": 32}}
+
+
+def test_customize_spec_leaves_other_specs_alone() -> None:
+    other: Any = SimpleNamespace()
+    assert ShadowKVBackend.customize_spec(other) is other
+    assert ExactBackend.customize_spec(other) is other
