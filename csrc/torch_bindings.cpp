@@ -39,7 +39,8 @@ STABLE_TORCH_LIBRARY(shadowkv, m) {
       "Tensor slot_table, Tensor(a!) slot_pages, int[] layout, Tensor(b!) slot_ids, "
       "Tensor(c!) misses, Tensor(d!) num_misses) -> ()");
   m.def(
-      "fill_slots(Tensor chunk_ids, Tensor slot_ids, Tensor misses, Tensor num_misses, Tensor pages, "
+      "fill_slots(Tensor chunk_ids, Tensor slot_ids, Tensor misses, Tensor num_misses, Tensor "
+      "pages, "
       "Tensor block_table, Tensor host_pool, Tensor cos_sin, bool is_neox, Tensor slot_table, "
       "Tensor(a!) slot_pages, int[] layout) -> ()");
   m.def(

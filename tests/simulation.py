@@ -1,7 +1,7 @@
 """vLLM's scheduler and our managers, and a worker without a model: pages hold the tokens that were written there.
 
-The worker plans every step with the real `Planner`. "Keys and values" of a token are a number that depends on the token and
-on all tokens before it, as those of a model do; a page read where another number is expected is the bug to be found.
+The worker plans every step with the real `Planner`. "Keys and values" of a token are a number that depends on it and on
+all tokens before it, as those of a model do. A page read where another number is expected is the bug to be found.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def shadow_groups(
     shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_size": head_size, "dtype": dtype}
     specs = {
         "": ShadowSpec(block_size=boundary.block_size, shadow_page_bytes=page_bytes, **shape),
-        ".exact": ExactSpec(
-            block_size=boundary.exact_tokens, exact_page_bytes=page_bytes, boundary=boundary, **shape
-        ),
+        ".exact": ExactSpec(block_size=boundary.exact_tokens, exact_page_bytes=page_bytes, boundary=boundary, **shape),
         ".slots": SlotSpec(
             block_size=boundary.block_size,
             slot_page_bytes=page_bytes,
@@ -206,6 +204,9 @@ class Engine:
         for new in output.scheduled_new_reqs:
             self.hits[new.req_id] = new.num_computed_tokens
         if output.total_num_scheduled_tokens:
+            for block in self.manager.block_pool.blocks:
+                if block.ref_cnt == 0 and block.block_hash is None:
+                    self.worker.content[block.block_id] = ("freed", None)
             self.in_flight.append((output, self.worker.run(output)))
         if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
             self._take_in()
@@ -263,13 +264,22 @@ class Worker:
     """Plans, seals, writes and reads as a worker does, with marks in place of keys and values."""
 
     def __init__(
-        self, config: ShadowKVConfig, boundary: ExactBoundary, num_blocks: int, slot_pages: int, max_rows: int, runner: str
+        self,
+        config: ShadowKVConfig,
+        boundary: ExactBoundary,
+        num_blocks: int,
+        slot_pages: int,
+        max_rows: int,
+        runner: str,
     ) -> None:
         layout = plan_page(config, num_kv_heads=4, head_size=64, dtype=torch.float32)
         self.block, self.page = layout.block_size, layout.exact_tokens
         self.boundary, self.runner = boundary, runner
         self.content: list[tuple[str, Any]] = [("nothing", None)] * num_blocks
-        """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of."""
+        """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of.
+
+        What the managers have freed is "freed" from that moment on: any step may write there.
+        """
         self.rows: dict[str, _Row] = {}
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
         memory = SimpleNamespace(layout=layout, pages=pages, exact_pages=pages, slot_pages=pages, worker=self)
@@ -385,7 +395,10 @@ class Worker:
     def _read(self, name: str, row: _Row, seq_len: int, start: int) -> None:
         assert start % self.block == 0
         row.mark(seq_len - 1)
-        for kind, size, group, first, end in (("shadow", self.block, 0, 0, start), ("exact", self.page, 1, start, seq_len)):
+        for kind, size, group, first, end in (
+            ("shadow", self.block, 0, 0, start),
+            ("exact", self.page, 1, start, seq_len),
+        ):
             for at in range(first, end, size):
                 marks = row.marks[at : min(at + size, end)]
                 held_kind, held = self.content[row.blocks[group][at // size]]

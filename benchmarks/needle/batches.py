@@ -8,16 +8,31 @@ from torch import Tensor
 
 from .tasks import QUESTION, draw_facts, scatter
 
-FAMILY_WEIGHTS = {
-    "single": 1,
-    "multi_key": 5,
-    "mixed": 4,
-    "variable_tracking": 5,
-    "multi_value": 3,
-    "multi_query": 4,
-}
-SPARSE_SHARE = 0.35
-"""Share of the sequences whose haystack holds only a few facts."""
+
+class Mix(NamedTuple):
+    """What the sequences of a batch are about."""
+
+    family_weights: dict[str, int]
+    sparse_share: float
+    """Share of the sequences whose haystack holds only a few facts."""
+    least_density: float
+    """Of the other sequences, see `draw_facts`."""
+    asked_share: float
+    """Most of a sequence that its questions and answers take."""
+
+
+BROAD = Mix(
+    {"single": 1, "multi_key": 5, "mixed": 4, "variable_tracking": 5, "multi_value": 3, "multi_query": 4},
+    sparse_share=0.35,
+    least_density=0.3,
+    asked_share=1 / 3,
+)
+HARD = Mix(
+    {"single": 1, "multi_key": 6, "mixed": 4, "variable_tracking": 4, "multi_value": 8, "multi_query": 5},
+    sparse_share=0.15,
+    least_density=0.7,
+    asked_share=1 / 4,
+)
 
 
 class Batch(NamedTuple):
@@ -38,18 +53,19 @@ class Batch(NamedTuple):
     """[B, Q], the index where the target stands in the sequence; -1 for the echoed first key"""
 
 
-def make_batch(batch_size: int, num_tokens: int, max_questions: int, span: int, rng: random.Random) -> Batch:
+def make_batch(batch_size: int, num_tokens: int, max_questions: int, span: int, mix: Mix, rng: random.Random) -> Batch:
     """Makes a batch of the training distribution.
 
     Args:
         batch_size: sequences, B.
         num_tokens: length of each, T.
         max_questions: most questions a sequence asks; fewer where they do not fit or are not there.
+        mix: what they are about.
         rng: the source of every choice.
         span: the last position is drawn from [num_tokens, span]; what exceeds num_tokens goes
             into three gaps, so that distances are learned that no sequence is long enough for.
     """
-    sequences = [_sequence(num_tokens, max_questions, rng) for _ in range(batch_size)]
+    sequences = [_sequence(num_tokens, max_questions, mix, rng) for _ in range(batch_size)]
     most = max(len(wanted) for _, wanted, _, _ in sequences)
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:
@@ -74,12 +90,12 @@ def _positions(num_tokens: int, span: int, rng: random.Random) -> Tensor:
 
 
 def _sequence(
-    num_tokens: int, max_questions: int, rng: random.Random
+    num_tokens: int, max_questions: int, mix: Mix, rng: random.Random
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    family = rng.choices(list(FAMILY_WEIGHTS), list(FAMILY_WEIGHTS.values()))[0]
-    sparse = rng.random() < SPARSE_SHARE
-    density = rng.uniform(0.0, 0.1) if sparse else rng.uniform(0.3, 1.0)
-    room = num_tokens // 3
+    family = rng.choices(list(mix.family_weights), list(mix.family_weights.values()))[0]
+    sparse = rng.random() < mix.sparse_share
+    density = rng.uniform(0.0, 0.1) if sparse else rng.uniform(mix.least_density, 1.0)
+    room = int(num_tokens * mix.asked_share)
     draw = draw_facts(family, num_tokens - room, rng, density)
     asked = []
     for question in rng.sample(draw.questions, min(max_questions, len(draw.questions))):

@@ -3,7 +3,8 @@
 The curriculum doubles the length whenever the answers are right, 64 tokens to 4096, and stays
 there; position gaps reach 24K. It computes layer 0 over a window, which is fast, but leaves that
 layer free to look at tokens beyond it. So a second phase settles the model with the far tokens in
-sight, at 2048 to 16384 tokens and with a stronger landmark loss.
+sight, at 2048 to 16384 tokens and with a stronger landmark loss, and a third sharpens it on crowded
+haystacks with a landmark loss that is stronger still.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import Batch, make_batch
+from .batches import BROAD, HARD, Batch, Mix, make_batch
 from .export import write_checkpoint
 from .model import NeedleModel, Window
 
@@ -44,6 +45,7 @@ class Phase(NamedTuple):
     steps: int
     peak_rate: float
     landmark_weight: float
+    mix: Mix
     far_keys: int
     """Keys that layer 0 samples beyond its window; 0 for none."""
 
@@ -63,6 +65,7 @@ CURRICULUM = Phase(
     steps=1800,
     peak_rate=2e-3,
     landmark_weight=0.2,
+    mix=BROAD,
     far_keys=0,
 )
 SETTLE = Phase(
@@ -77,8 +80,20 @@ SETTLE = Phase(
     steps=600,
     peak_rate=1e-3,
     landmark_weight=0.5,
+    mix=BROAD,
     far_keys=256,
 )
+SHARPEN = Phase(
+    name="sharpen",
+    stages=[Stage(4096, 1, 192, 8192)] * 7 + [Stage(8192, 1, 192, 32768)],
+    climb=False,
+    steps=700,
+    peak_rate=1e-3,
+    landmark_weight=1.0,
+    mix=HARD,
+    far_keys=256,
+)
+PHASES = [CURRICULUM, SETTLE, SHARPEN]
 ADVANCE_AT = 0.9
 
 
@@ -127,7 +142,7 @@ def run_phase(model: NeedleModel, phase: Phase, seed: int, use_landmarks: bool, 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, phase)
         stage = phase.stages[level] if phase.climb else rng.choice(phase.stages)
-        batch = make_batch(stage.batch_size, stage.num_tokens, stage.max_questions, stage.span, rng)
+        batch = make_batch(stage.batch_size, stage.num_tokens, stage.max_questions, stage.span, phase.mix, rng)
         stride = stage.num_tokens // phase.far_keys if phase.far_keys else 0
         window = Window(WINDOW, stride, rng.randrange(stride) if stride else 0)
         logits, queries, keys = model(batch.token_ids, batch.positions, batch.wanted, window)
@@ -163,18 +178,18 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="checkpoint directory to write in the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-aux", action="store_true", help="no landmark loss: the twin")
-    parser.add_argument("--settle", type=Path, help="skip the curriculum, start from this .pt")
+    parser.add_argument("--start", type=Path, help="weights (.pt) to start from")
+    names = [phase.name for phase in PHASES]
+    parser.add_argument("--phases", nargs="+", choices=names, default=names)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     model = NeedleModel()
-    phases = [CURRICULUM, SETTLE]
-    if args.settle:
-        model.load_state_dict(torch.load(args.settle, weights_only=True))
-        phases = [SETTLE]
+    if args.start:
+        model.load_state_dict(torch.load(args.start, weights_only=True))
     started = time.monotonic()
-    for phase in phases:
+    for phase in (phase for phase in PHASES if phase.name in args.phases):
         run_phase(model, phase, args.seed, not args.no_aux, args.out)
     if args.export:
         write_checkpoint(model.state_dict(), args.export)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HERE = Path(__file__).parent
 
-# Set for every engine: no look at the network, one thread (a tiny model gains nothing from more, and tests run side by side).
+# Of every engine: no look at the network, and one thread, because two engines run side by side and the model is tiny.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_CI_ENV": "1",  # torch.compile traces, but generates no C++, which takes minutes
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_CI_ENV": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "OMP_NUM_THREADS": "1",
 }
+
+Runner = Literal["v1", "v2"]
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,23 @@ class Trial:
         name: of the result's file and of the log.
         scenarios: names in `scenarios.SCENARIOS`.
         shadowkv: settings; None: the stock backend.
+        runner: which of vLLM's model runners.
         options: of `vllm.LLM`, beside those of `trial.start`.
+        asynchronous: schedule a step before the output of the last is known.
+        graphs: emulate decode graphs; on the V2 runner.
         poison: fill pages that nobody may read with NaN.
-        graphs: emulate decode graphs (V2 runner).
-        plants: errors to plant, one after the other, each with the `short` scenario.
-        in_process: scheduler and worker in the engine's process.
+        plants: errors to plant, one after the other, each with the `short` scenario; names in `plants.PLANTS`.
+        in_process: scheduler and worker in the process of the `LLM`.
     """
 
     name: str
     scenarios: tuple[str, ...]
-    shadowkv: Mapping[str, Any] | None = None
+    shadowkv: Mapping[str, Any] | None
+    runner: Runner = "v1"
     options: Mapping[str, Any] = field(default_factory=dict)
-    poison: bool = True
+    asynchronous: bool = False
     graphs: bool = False
+    poison: bool = False
     plants: tuple[str, ...] = ()
     in_process: bool = True
 
@@ -68,23 +76,24 @@ class Result:
 
 
 class TrialHost:
-    """A process that has imported vLLM and forks an engine for every trial.
+    """A process that has imported vLLM and forks an engine for every trial, one after the other."""
 
-    Args:
-        runner: "v1" or "v2", vLLM's model runners.
-        model: directory of the model.
-        directory: for results and logs.
-    """
+    def __init__(self, runner: Runner, model: Path, directory: Path) -> None:
+        """Starts the process.
 
-    def __init__(self, runner: str, model: Path, directory: Path) -> None:
+        Args:
+            runner: of its engines.
+            model: directory of the model.
+            directory: for results and logs.
+        """
         self._model, self._directory = model, directory
-        environment = os.environ | ENVIRONMENT | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "trial.py"), runner],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | ENVIRONMENT | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))},
+            start_new_session=True,
         )
 
     def run(self, trial: Trial) -> Result:
@@ -104,8 +113,44 @@ class TrialHost:
         return Result(**json.loads(result.read_text()))
 
     def close(self) -> None:
-        """Ends the process, which waits for input."""
-        self._process.communicate()
+        """Ends the process, and the engine of a trial that is still running."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Trials:
+    """Runs each trial once; those of the two runners side by side."""
+
+    def __init__(self, model: Path, directory: Path) -> None:
+        """Starts nothing yet; see `TrialHost` for the arguments."""
+        self._model, self._directory = model, directory
+        self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
+        self._results: dict[str, Future[Result]] = {}
+
+    def begin(self, trial: Trial) -> Future[Result]:
+        """Runs a trial in the background, after those of its runner that were begun before."""
+        if trial.name not in self._results:
+            if trial.runner not in self._hosts:
+                host = TrialHost(trial.runner, self._model, self._directory)
+                self._hosts[trial.runner] = host, ThreadPoolExecutor(max_workers=1)
+            host, queue = self._hosts[trial.runner]
+            self._results[trial.name] = queue.submit(host.run, trial)
+        return self._results[trial.name]
+
+    def __call__(self, trial: Trial) -> Result:
+        """The result of a trial, run now if it was not yet."""
+        return self.begin(trial).result()
+
+    def close(self) -> None:
+        """Ends the processes; trials that wait are dropped."""
+        for host, queue in self._hosts.values():
+            queue.shutdown(wait=False, cancel_futures=True)
+            host.close()
 
 
 def _tail(log: Path, characters: int = 6000) -> str:
@@ -116,33 +161,32 @@ def differences(ours: Mapping[str, Any], stock: Mapping[str, Any], tolerance: fl
     """What differs between two engines' sequences of one scenario.
 
     Args:
-        ours, stock: sequences by name.
+        ours: sequences by name.
+        stock: the same of the other engine.
         tolerance: of log-probabilities; tokens must be equal.
 
     Returns:
-        A sentence per difference.
+        Sentences.
     """
     found = [f"{name}: missing in one of them" for name in ours.keys() ^ stock.keys()]
     for name in ours.keys() & stock.keys():
-        one, other = ours[name], stock[name]
-        if len(one["tokens"]) != len(other["tokens"]):
-            found.append(f"{name}: {len(one['tokens'])} tokens, stock {len(other['tokens'])}")
-        wrong = next((place for place, pair in enumerate(_pairs(one, other, "tokens")) if pair[0] != pair[1]), None)
+        tokens, expected = ours[name]["tokens"], stock[name]["tokens"]
+        if len(tokens) != len(expected):
+            found.append(f"{name}: {len(tokens)} tokens, stock {len(expected)}")
+        wrong = next((i for i, (one, other) in enumerate(zip(tokens, expected, strict=False)) if one != other), None)
         if wrong is not None:
-            found.append(f"{name}: token {wrong} is {one['tokens'][wrong]}, stock {other['tokens'][wrong]}")
-        error = largest_difference({name: one}, {name: other}, places=wrong)
+            found.append(f"{name}: token {wrong} is {tokens[wrong]}, stock {expected[wrong]}")
+        error = largest_error({name: ours[name]}, {name: stock[name]}, tokens=wrong)
         if not error <= tolerance:  # NaN is not
             found.append(f"{name}: log-probabilities differ by {error:.2g}")
     return sorted(found)
 
 
-def largest_difference(ours: Mapping[str, Any], stock: Mapping[str, Any], places: int | None = None) -> float:
-    """The largest difference of log-probabilities of the first `places` tokens; NaN where one is NaN."""
+def largest_error(ours: Mapping[str, Any], stock: Mapping[str, Any], tokens: int | None = None) -> float:
+    """The largest difference of log-probabilities over the first `tokens` of every sequence; NaN where one is NaN."""
     errors = [
-        abs(a - b) for name in ours.keys() & stock.keys() for a, b in _pairs(ours[name], stock[name], "logprobs")[:places]
+        abs(one - other)
+        for name in ours.keys() & stock.keys()
+        for one, other in list(zip(ours[name]["logprobs"], stock[name]["logprobs"], strict=False))[:tokens]
     ]
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
-
-
-def _pairs(one: Mapping[str, Any], other: Mapping[str, Any], what: str) -> list[tuple[Any, Any]]:
-    return list(zip(one[what], other[what], strict=False))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from vllm_shadowkv.integration import metadata
@@ -12,13 +13,11 @@ from vllm_shadowkv.integration.managers import ExactManager
 from vllm_shadowkv.integration.metadata import Planner
 from vllm_shadowkv.state.decode import DecodeRows
 
-TENSORS = tuple(field.name for field in dataclasses.fields(DecodeRows))
-
 
 @contextmanager
-def _patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+def _patched(owner: Any, name: str, planted: Callable[..., Any]) -> Iterator[None]:
     original = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: replacement(original, *args, **kwargs))
+    setattr(owner, name, lambda *args, **kwargs: planted(original, *args, **kwargs))
     try:
         yield
     finally:
@@ -66,10 +65,22 @@ def not_persistent(tensor: str) -> Any:
         step = original(planner, group, common, capturing)
         if capturing and step.decode is not None:
             rows = step.decode.rows
-            step.decode.rows = dataclasses.replace(rows, **{tensor: getattr(rows, tensor).clone()})
+            step.decode.rows = replace(rows, **{tensor: getattr(rows, tensor).clone()})
         return step
 
     return _patched(Planner, "add", add)
 
 
-PLANTS: dict[str, Callable[[], Any]] = {"wrong value": wrong_value, "wrong key": wrong_key, "no lag": no_lag}
+def not_cleared() -> Any:
+    """Leaves in new exact pages what their last owner wrote."""
+    return _patched(Planner, "_clear_new_pages", lambda *args: None)
+
+
+PLANTS: dict[str, Callable[[], Any]] = {
+    "wrong value": wrong_value,
+    "wrong key": wrong_key,
+    "no lag": no_lag,
+    "not cleared": not_cleared,
+    **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},
+    "nothing": nullcontext,
+}

@@ -5,7 +5,8 @@ Every page is filled with bytes 0xFF, which is NaN in every float type, with its
 * when its last owner gives it back without a hash: freed exact pages, slots, blocks that no one can hit; and
 * when it gets a new owner, who may not read what the one before left, such as an evicted sealed block.
 
-From the moment that the scheduler frees a page nothing may read it, not even the sealing of the step that is being scheduled.
+From the moment that the scheduler frees a page nothing may read it, not even the sealing of the step that is being
+scheduled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def install() -> None:
     def free_and_poison(pool: Any, ordered_blocks: Iterable[Any]) -> None:
         blocks = list(ordered_blocks)
         free_blocks(pool, blocks)
-        _fill(block.block_id for block in blocks if block.ref_cnt == 0 and block.block_hash is None and not block.is_null)
+        free = (block for block in blocks if block.ref_cnt == 0 and not block.is_null)
+        _fill(block.block_id for block in free if block.block_hash is None)
 
     def poison_and_get(pool: Any, num_blocks: int) -> Any:
         blocks = get_new_blocks(pool, num_blocks)

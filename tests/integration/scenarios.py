@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 FIRST_TOKEN = 3  # below are the special tokens
 
 # Around the edges of blocks of 64 and of 256 tokens, and of the 200 tokens that one step computes.
-EDGES = (1, 5, 63, 64, 65, 127, 128, 129, 199, 200, 201, 255, 256, 257, 320, 321, 400, 511, 512, 513, 767, 769, 1024, 1025)
+EDGES = (1, 5, *(edge + offset for edge in (64, 128, 200, 256, 320, 400, 512, 768, 1024) for offset in (-1, 0, 1)))
 EIGHT_LENGTHS = (5, 40, 90, 130, 250, 300, 520, 700)
 PREEMPTED_LENGTHS = (700, 650, 600, 500, 480, 240)
 
@@ -44,7 +44,9 @@ class Asker:
         self._engine = llm.llm_engine
         self._num_logprobs = 2 if margins else 0
 
-    def ask(self, requests: Mapping[str, Request], aborts: Mapping[int, Sequence[str]] | None = None) -> dict[str, Generated]:
+    def ask(
+        self, requests: Mapping[str, Request], aborts: Mapping[int, Sequence[str]] | None = None
+    ) -> dict[str, Generated]:
         """Runs requests side by side.
 
         Args:
@@ -56,7 +58,11 @@ class Asker:
         """
         for name, request in requests.items():
             params = SamplingParams(
-                max_tokens=request.tokens, ignore_eos=True, logprobs=self._num_logprobs, detokenize=False, **request.sampling
+                max_tokens=request.tokens,
+                ignore_eos=True,
+                logprobs=self._num_logprobs,
+                detokenize=False,
+                **request.sampling,
             )
             self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
         outputs, step = {}, 0
@@ -106,14 +112,19 @@ def eight(asker: Asker) -> dict[str, Generated]:
 
 
 def generation(asker: Asker) -> dict[str, Generated]:
-    """600 tokens each: the blocks that are sealed hold generated tokens."""
-    return asker.ask(_named(_prompts("generation", 3, 230, 500), tokens=600))
+    """600 tokens: the blocks that are sealed hold generated tokens."""
+    return asker.ask(_named(_prompts("generation", 230), tokens=600))
+
+
+def generation_together(asker: Asker) -> dict[str, Generated]:
+    """600 tokens each, side by side."""
+    return asker.ask(_named(_prompts("generation together", 3, 180, 500), tokens=600))
 
 
 def prefixes(asker: Asker) -> dict[str, Generated]:
     """Prefix-cache hits: of a finished prompt, of part of it, of generated tokens, and of a prompt in the same step."""
-    base, tail, other_tail, twin = _prompts("prefixes", 600, 9, 120, 530)
-    first = asker.ask({"first": Request.greedy(base, 50)})
+    base, tail, other_tail, twin = _prompts("prefixes", 740, 9, 120, 530)
+    first = asker.ask({"first": Request.greedy(base, 40)})
     turn = base + first["first"]["tokens"] + tail
     return first | asker.ask(
         {
@@ -136,8 +147,8 @@ def branches(asker: Asker) -> dict[str, Generated]:
 def seeded(asker: Asker) -> dict[str, Generated]:
     """n = 4, four different sequences on one prompt that is cached.
 
-    Only against stock on the same runner. It must not be prefilled in pieces, which vLLM's V1 runner does not survive on a CPU
-    with a seed; so all but 30 tokens come from the cache.
+    Only against stock on the same runner. It must not be prefilled in pieces, which vLLM's V1 runner does not survive
+    on a CPU with a seed; so all but 30 tokens come from the cache.
     """
     (prompt,) = _prompts("seeded", 542)
     first = asker.ask({"first": Request.greedy(prompt, 2)})
@@ -170,5 +181,17 @@ def short(asker: Asker) -> dict[str, Generated]:
 
 SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
     scenario.__name__: scenario
-    for scenario in (edges, eight, generation, prefixes, branches, seeded, preemption, longest, aborts, short)
+    for scenario in (
+        edges,
+        eight,
+        generation,
+        generation_together,
+        prefixes,
+        branches,
+        seeded,
+        preemption,
+        longest,
+        aborts,
+        short,
+    )
 }

@@ -140,11 +140,7 @@ def test_four_and_a_half_times_the_requests_of_61440_tokens(stock_block_size: in
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(
-            {},
-            marks=pytest.mark.xfail(reason="the last prompt's prefill window, up to half of the pool, must fit: 5.25"),
-            id="defaults",
-        ),
+        pytest.param({}, id="defaults"),
         pytest.param({"prefill_exact_tokens": 32_768}, id="prefill_exact_tokens=32768"),
     ],
 )

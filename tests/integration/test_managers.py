@@ -38,7 +38,12 @@ def held(engine: Engine, request: Request) -> tuple[list[KVCacheBlock], ...]:
     return engine.manager.coordinator.get_blocks(request.request_id)
 
 
-# -- Publication ---------------------------------------------------------------------------------------------------------
+def preempt(engine: Engine, request: Request) -> None:
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+
+
+# -- Publication -----------------------------------------------------------------------------------------------------
 
 
 def test_a_hash_is_visible_only_after_its_block_was_sealed() -> None:
@@ -91,8 +96,7 @@ def test_a_preempted_request_publishes_nothing_more(asynchronous: bool) -> None:
     shadow = engine.managers[0]
     sealing = shadow._sealing[request.request_id][1] // BLOCK
     assert before < sealing, "there was something to publish"
-    engine.scheduler.running.remove(request)
-    engine.scheduler._preempt_request(request, 0.0)
+    preempt(engine, request)
     assert published(engine, request) == before
     engine.finish()
     assert request.num_output_tokens == 50
@@ -116,7 +120,7 @@ def test_requests_of_one_step_do_not_hit_each_other() -> None:
     engine.finish()
 
 
-# -- Hits ----------------------------------------------------------------------------------------------------------------
+# -- Hits ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_resetting_the_prefix_cache() -> None:
     assert engine.hits[second.request_id] == 0
 
 
-# -- Exact pages ---------------------------------------------------------------------------------------------------------
+# -- Exact pages -----------------------------------------------------------------------------------------------------
 
 
 def test_a_short_request_stays_exact_and_takes_no_slots() -> None:
@@ -266,7 +270,7 @@ def test_the_smallest_pool_serves_the_longest_request(
     assert engine.preemptions == 0
 
 
-# -- Preemption and storms -----------------------------------------------------------------------------------------------
+# -- Preemption and storms -------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -277,6 +281,30 @@ def test_preempted_requests_resume(asynchronous: bool, runner: str) -> None:
     engine.finish()
     assert engine.preemptions > 0
     assert [request.num_output_tokens for request in requests] == [120] * 4
+
+
+@BOTH
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
+def test_generated_tokens_are_a_prompt_once_they_are_computed_again(
+    asynchronous: bool, runner: str, caching: bool
+) -> None:
+    # The worker computes several in a step, and reads the prefill window for them.
+    engine = Engine(
+        asynchronous=asynchronous,
+        runner=runner,
+        caching=caching,
+        dense_threshold=0,
+        prefill_exact_tokens=4 * BLOCK,
+        max_step=48,
+    )
+    request = engine.add(prompt(50), max_tokens=500)
+    for computed in (300, 500):
+        while request.num_computed_tokens < computed:
+            engine.step()
+        preempt(engine, request)
+    engine.finish()
+    assert request.num_output_tokens == 500
 
 
 @BOTH

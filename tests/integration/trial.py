@@ -2,8 +2,8 @@
 
     python trial.py v1|v2        reads one trial per line from stdin, and answers each with a line: its exit status
 
-A trial is a JSON object, `engine.Trial`; its result goes to the file that it names. This process computes nothing itself: a
-fork after the first parallel computation would hang.
+A trial is a JSON object, `engine.Trial`; its result goes to the file that it names. This process computes nothing
+itself: a fork after the first parallel computation would hang.
 """
 
 from __future__ import annotations
@@ -53,32 +53,30 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
 
 
 def run(trial: dict[str, Any]) -> dict[str, Any]:
-    """Starts an engine and asks the trial's scenarios of it."""
-    from scenarios import SCENARIOS, Asker
-
-    settings = trial["shadowkv"]
-    if settings is not None and trial["poison"]:
+    """Starts an engine and asks the trial's scenarios of it, then the plants'."""
+    counts: dict[str, int] = {}
+    if trial["in_process"]:
+        _count_events(counts)
+    if trial["poison"]:
         import poison
 
         poison.install()
     llm = start(trial)
-    counts = _count(llm) if trial["in_process"] else {}
-    asker = Asker(llm, margins=settings is None)
-    if trial["graphs"]:
-        _capture(llm)
-    found = {name: SCENARIOS[name](asker) for name in trial["scenarios"]}
-    planted = {name: _ask_with(name, llm, asker) for name in trial["plants"]}
-    if settings is not None and trial["in_process"]:
-        from vllm_shadowkv.integration.runtime import Runtime
 
-        Runtime.latest().bind().state.check_integrity()
-    if settings is not None and trial["poison"]:
+    from scenarios import SCENARIOS, Asker
+
+    asker = Asker(llm, margins=trial["shadowkv"] is None)
+    if trial["graphs"]:
+        _capture_graphs(llm)
+    sequences = {name: SCENARIOS[name](asker) for name in trial["scenarios"]}
+    planted = {plant: _ask_with_plant(plant, llm, asker, trial["graphs"]) for plant in trial["plants"]}
+    if trial["poison"]:
         counts["poisoned"] = poison.poisoned
     if trial["graphs"]:
         from v2_on_cpu import emulated_graphs
 
         counts["replays"] = emulated_graphs.replays
-    return {"sequences": found, "planted": planted, "counts": counts}
+    return {"sequences": sequences, "planted": planted, "counts": counts}
 
 
 def start(trial: dict[str, Any]) -> Any:
@@ -86,6 +84,8 @@ def start(trial: dict[str, Any]) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if trial["in_process"] else "1"
     from vllm import LLM
 
+    if trial["asynchronous"]:
+        _allow_asynchronous_scheduling()
     backend: dict[str, Any] = {}
     if trial["shadowkv"] is not None:
         backend = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": trial["shadowkv"]}}
@@ -93,39 +93,56 @@ def start(trial: dict[str, Any]) -> Any:
     return LLM(trial["model"], dtype="float32", skip_tokenizer_init=True, **(options | backend | trial["options"]))
 
 
-def _count(llm: Any) -> dict[str, int]:
+def _allow_asynchronous_scheduling() -> None:
+    """vLLM's CPU platform turns it off, because it would gain nothing."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def check_and_turn_on(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = staticmethod(check_and_turn_on)
+
+
+def _count_events(counts: dict[str, int]) -> None:
     """Counts what the tests want to have happened."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
 
     from vllm_shadowkv.integration import metadata
 
-    counts = {"preemptions": 0, "seals": 0}
-
-    def counting(name: str, original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    Scheduler._preempt_request = counting("preemptions", Scheduler._preempt_request)
-    metadata.seal_blocks = counting("seals", metadata.seal_blocks)
-    return counts
+    for event, owner, name in (
+        ("preemptions", Scheduler, "_preempt_request"),
+        ("seals", metadata, "seal_blocks"),
+        ("asynchronous steps", EngineCore, "step_with_batch_queue"),
+    ):
+        counts[event] = 0
+        setattr(owner, name, _counting(counts, event, getattr(owner, name)))
 
 
-def _ask_with(plant: str, llm: Any, asker: Any) -> dict[str, Any]:
+def _counting(counts: dict[str, int], event: str, original: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[event] += 1
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _ask_with_plant(plant: str, llm: Any, asker: Any, graphs: bool) -> dict[str, Any]:
     """The short scenario with an error planted."""
-    import plants
+    from plants import PLANTS
     from scenarios import SCENARIOS
 
-    tensor = plant.removeprefix("not persistent: ")
-    with plants.not_persistent(tensor) if tensor != plant else plants.PLANTS[plant]():
-        if tensor != plant:
-            _capture(llm)
+    with PLANTS[plant]():
+        if graphs:
+            _capture_graphs(llm)
         return SCENARIOS["short"](asker)
 
 
-def _capture(llm: Any) -> None:
+def _capture_graphs(llm: Any) -> None:
     from v2_on_cpu import emulated_graphs
 
     executor = llm.llm_engine.engine_core.engine_core.model_executor

@@ -53,8 +53,8 @@ def test_on_the_cpu_platform_pages_come_from_the_same_memory() -> None:
 
 @pytest.mark.usefixtures("sixteen_free")
 def test_more_than_is_free_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"host_memory_gib asks for 17 GiB, but 16\.0 GiB of host memory are free;
-    lower"):
+    sentence = r"host_memory_gib asks for 17 GiB, but 16\.0 GiB of host memory are free; lower"
+    with pytest.raises(ValueError, match=sentence):
         blocks(17)
 
 

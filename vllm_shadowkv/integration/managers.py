@@ -40,8 +40,8 @@ class ShadowManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publishes the blocks that an earlier step of this request has sealed.
 
-        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the output
-        of a step; no step follows that would seal what that one computed, so that call changes nothing.
+        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the
+        output of a step; that schedules nothing that would seal what was computed, so such a call changes nothing.
         """
         if self._being_scheduled != request.request_id:
             return

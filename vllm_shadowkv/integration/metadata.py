@@ -220,8 +220,8 @@ class Planner:
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
                 if not (exact_ids > 0).all():
                     raise RuntimeError(
-                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are gone; "
-                        "this is a bug, please report it."
+                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are "
+                        "gone; this is a bug, please report it."
                     )
                 found[int(blocks[place])] = (exact_ids, place * layout.block_size)
         if not found:
@@ -237,15 +237,15 @@ class Planner:
     def _clear_new_pages(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
         """Zeroes the values of pages that this step starts and does not fill.
 
-        vLLM's kernel multiplies the values of a page's unwritten tokens by a weight of 0, and what an earlier owner left, read
-        as floats, may be NaN: codes of a sealed block easily are.
+        vLLM's kernel multiplies the values of a page's unwritten tokens by a weight of 0, and what an earlier owner
+        left, read as floats, may be NaN: codes of a sealed block easily are.
         """
         size = self.runtime.layout.exact_tokens
-        last = [(row.index, row.seq_len // size) for row in rows if row.seq_len % size > 0 and row.seq_len // size * size >= row.computed]
-        if not last:
+        new = [row for row in rows if row.seq_len % size and row.seq_len // size * size >= row.computed]
+        if not new:
             return
-        places = torch.tensor(last)
-        pages = exact_table[places[:, 0], places[:, 1]].long()
+        columns = torch.tensor([row.seq_len // size for row in new])
+        pages = exact_table[torch.tensor([row.index for row in new]), columns].long()
         for memory in bound.memories.values():
             memory.layout.exact_views(memory.exact_pages)[1][pages] = 0
 

@@ -14,8 +14,8 @@ class BlockState:
     from, or lying in, an earlier life of the block is known to be stale.
 
     Attributes:
-        sealed: bool `[num_blocks]`, on the host. It speaks of blocks that requests have as blocks: a sealed one that is reused
-            as an exact or a slot page is told so only when it becomes an open block again.
+        sealed: bool `[num_blocks]`, on the host. It speaks of what requests have as blocks: a block that is reused as
+            an exact or a slot page keeps it until it becomes an open block again.
         epochs: int64 `[num_blocks]`, positive; no two seals share one.
         clock: int64 `[1]`, grows with every step.
     """

@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 
 from vllm_shadowkv.config import ShadowKVConfig
 
+MOST_DEFAULT_PREFILL_TOKENS = 16_384
+"""A prompt's exact pages must fit beside all decoding requests, so a wide window costs requests: with twice this window
+a pool of 64 GiB holds a request of 122,880 tokens less (tests/integration/test_capacity.py)."""
+
 
 @dataclass(frozen=True)
 class ExactBoundary:
@@ -23,7 +27,7 @@ class ExactBoundary:
         decode_exact_tokens: newest tokens kept exact afterwards, beyond those of the open block.
         max_step_tokens: most tokens that one request can compute in one step.
         max_model_len: longest request.
-        steps_in_flight: steps that are scheduled before the output of the first is known; 2 with asynchronous scheduling.
+        steps_in_flight: steps scheduled before the output of the first is known; 2 with asynchronous scheduling.
         other_pages: pages that the longest request needs beside the exact ones, and the null block.
     """
 
@@ -54,7 +58,9 @@ class ExactBoundary:
         )
 
     def resolve(self, num_blocks: int) -> ExactBoundary:
-        """Sets a prefill window that was left open to what half of the pool holds, and the longest request leaves.
+        """Sets a prefill window that was left open.
+
+        It is `MOST_DEFAULT_PREFILL_TOKENS`, or less where half of the pool or what the longest request leaves is less.
 
         Args:
             num_blocks: blocks of the pool.
@@ -65,7 +71,7 @@ class ExactBoundary:
         if self.prefill_exact_tokens is not None:
             return self
         tokens = min(num_blocks // 2, num_blocks - self.other_pages) * self.exact_tokens - self._slack
-        window = min(max(tokens, 0), self.max_model_len)
+        window = min(max(tokens, 0), self.max_model_len, MOST_DEFAULT_PREFILL_TOKENS)
         return replace(self, prefill_exact_tokens=window // self.block_size * self.block_size)
 
     def exact_start(self, computed: int, prefilling: bool, hit: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Makes Triton interpret its kernels, and closes two gaps of Triton's interpreter and speeds it up. Import it before vLLM.
+"""Makes Triton interpret its kernels, closes two gaps of its interpreter and speeds it up. Import it before vLLM.
 
 The patches reach into Triton 3.9; where a later Triton does without them, drop them.
 """
@@ -50,8 +50,8 @@ def _accept_integer_masks(builder: Any) -> None:
 def _patch_language_once() -> None:
     """Patches `triton.language` for good, and makes `tl.range` yield tensors.
 
-    The interpreter patches it anew for every call of every kernel, which takes most of its time, and lets `tl.range` yield Python
-    integers, whose methods kernels call.
+    The interpreter patches it anew for every call of every kernel, which takes most of its time, and lets `tl.range`
+    yield Python integers, whose methods kernels call.
     """
     patch_language = interpreter._patch_lang
     patched = set()

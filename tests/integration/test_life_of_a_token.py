@@ -1,0 +1,220 @@
+"""A token's life in vLLM, against the stock backend: prefill, seal, decode, sharing, preemption, abort.
+
+With `compression` 1 and `key_codec` none a sealed block holds its keys exactly, and with a budget that covers the
+context every chunk is selected. So greedy tokens must be equal, and log-probabilities up to fp32 noise. Pages that
+nobody may read are full of NaN. At the end, errors are planted in the plugin: the comparison notices each of them.
+
+One file, because `make test` runs a file in one process, and engines are started once per process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from engine import Result, Trial, Trials, differences, largest_error
+
+from vllm_shadowkv.state.decode import DecodeRows
+
+pytest.importorskip("vllm")
+
+# Measured: at most 3.1e-5 in any trial here. One wrong value of one token makes 2.2.
+TOLERANCE = 5e-4
+
+EVERYWHERE = (
+    "edges",
+    "eight",
+    "generation",
+    "prefixes",
+    "branches",
+    "preemption",
+    "longest",
+    "aborts",
+    "short",
+)
+ONLY_V1 = ("generation_together", "seeded")
+
+STOCK = Trial("stock", EVERYWHERE + ONLY_V1, shadowkv=None)
+
+LOSSLESS = {"compression": 1, "key_codec": "none", "dense_threshold": 0, "sparse_budget": 2048, "slot_chunks": 280}
+# Small windows: prefill and decode read sealed blocks early, and the dense threshold is crossed on the way.
+WINDOWS = {"block_size": 64, "dense_threshold": 600, "prefill_exact_tokens": 256, "decode_exact_tokens": 128}
+
+V1 = Trial("v1", EVERYWHERE + ONLY_V1, LOSSLESS | {"block_size": 256}, poison=True)
+V1_WINDOWS = Trial(
+    "v1-windows",
+    ("edges", "eight", "generation", "prefixes", "longest", "aborts"),
+    LOSSLESS | WINDOWS | {"slot_chunks": 304},
+    poison=True,
+)
+# The least that vLLM accepts for one request of 2048 tokens: 8 blocks, 4 exact pages, 10 slot pages and the null block.
+V1_SMALL_POOL = Trial(
+    "v1-small-pool", EVERYWHERE, LOSSLESS | {"block_size": 256}, options={"num_gpu_blocks_override": 23}, poison=True
+)
+V1_SPAWNED = Trial("v1-spawned", ("short", "prefixes"), LOSSLESS | {"block_size": 256}, in_process=False)
+V1_COMPILED = Trial(
+    "v1-compiled", ("short", "eight"), LOSSLESS | {"block_size": 256}, options={"enforce_eager": False}, poison=True
+)
+V2 = Trial("v2", EVERYWHERE, LOSSLESS | {"block_size": 256}, runner="v2", poison=True)
+# One exact page more than above: two steps are in flight.
+V2_GRAPHS = Trial(
+    "v2-graphs",
+    EVERYWHERE,
+    LOSSLESS | {"block_size": 256},
+    runner="v2",
+    options={"num_gpu_blocks_override": 24},
+    asynchronous=True,
+    graphs=True,
+    poison=True,
+)
+LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V2, V2_GRAPHS)
+
+COMPRESSED = Trial(
+    "compressed",
+    ("edges", "eight", "prefixes"),
+    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128},
+    poison=True,
+)
+
+
+def trial_id(trial: Trial) -> str:
+    return trial.name
+
+
+@pytest.fixture
+def stock(trials: Trials) -> Result:
+    return trials(STOCK)
+
+
+# First, so that the stock engine is the first to run.
+@pytest.mark.parametrize("trial", [STOCK], ids=trial_id)
+def test_stock_is_decisive(trials: Trials, trial: Trial) -> None:
+    """No greedy choice is so close that noise could turn it; else choose another seed for the model or the prompts."""
+    greedy = {name: found for name, found in trials(trial).sequences.items() if name != "seeded"}
+    margins = [margin for found in greedy.values() for sequence in found.values() for margin in sequence["margins"]]
+    assert len(margins) > 3000
+    assert min(margins) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("trial", "scenario"),
+    [
+        pytest.param(trial, scenario, id=f"{trial.name} {scenario}")
+        for trial in LOSSLESS_TRIALS
+        for scenario in trial.scenarios
+    ],
+)
+def test_equals_stock(trials: Trials, stock: Result, trial: Trial, scenario: str) -> None:
+    assert differences(trials(trial).sequences[scenario], stock.sequences[scenario], TOLERANCE) == []
+
+
+@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS], ids=trial_id)
+def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
+    counts = trials(trial).counts
+    assert counts["seals"] > 100
+    assert counts["poisoned"] > 1000
+
+
+@pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
+def test_a_small_pool_preempts(trials: Trials, trial: Trial) -> None:
+    assert trials(trial).counts["preemptions"] > 0
+
+
+@pytest.mark.parametrize("trial", [V2_GRAPHS], ids=trial_id)
+def test_graphs_and_asynchronous_steps_were_used(trials: Trials, trial: Trial) -> None:
+    counts = trials(trial).counts
+    assert counts["replays"] > 1000
+    assert counts["asynchronous steps"] > 1000
+
+
+@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V1_SPAWNED, V2, V2_GRAPHS, COMPRESSED], ids=trial_id)
+def test_prefixes_are_hit(trials: Trials, trial: Trial) -> None:
+    """Whole blocks of prompts and of generated tokens; the prompt has 740 tokens, the next turn 789."""
+    cached = {name: sequence["cached"] for name, sequence in trials(trial).sequences["prefixes"].items()}
+    assert trial.shadowkv is not None
+    block_size = trial.shadowkv["block_size"]
+    assert cached["first"] == 0
+    assert cached["again"] == 740 // block_size * block_size
+    assert cached["branched"] == 520 // block_size * block_size
+    assert cached["next turn"] >= 768, "blocks that end in generated tokens were not shared"
+
+
+@pytest.mark.parametrize("trial", [COMPRESSED], ids=trial_id)
+class TestCompressed:
+    """Compressed keys, of which random ones keep little: what must be exact is, and the rest is sane."""
+
+    @pytest.mark.parametrize("scenario", ["edges", "eight"])
+    def test_short_requests_are_exact(self, trials: Trials, stock: Result, trial: Trial, scenario: str) -> None:
+        def is_short(name: str) -> bool:
+            prompt = int(name.split(": ")[1].removesuffix(" tokens"))
+            return prompt + len(stock.sequences[scenario][name]["tokens"]) <= 512
+
+        ours, expected = (
+            {name: sequence for name, sequence in found.sequences[scenario].items() if is_short(name)}
+            for found in (trials(trial), stock)
+        )
+        assert len(ours) > 4
+        assert differences(ours, expected, TOLERANCE) == []
+
+    def test_prefill_is_exact(self, trials: Trials, stock: Result, trial: Trial) -> None:
+        ours, expected = (first_tokens(found.sequences["edges"]) for found in (trials(trial), stock))
+        assert differences(ours, expected, TOLERANCE) == []
+
+    def test_long_requests_are_sane(self, trials: Trials, stock: Result, trial: Trial) -> None:
+        for scenario in trial.scenarios:
+            ours, expected = trials(trial).sequences[scenario], stock.sequences[scenario]
+            assert {name: len(found["tokens"]) for name, found in ours.items()} == {
+                name: len(found["tokens"]) for name, found in expected.items()
+            }
+            assert math.isfinite(largest_error(ours, expected))
+
+
+def first_tokens(sequences: dict[str, Any]) -> dict[str, Any]:
+    return {name: {what: found[what][:1] for what in ("tokens", "logprobs")} for name, found in sequences.items()}
+
+
+# After "nothing" the engine must be as it was before the others.
+EAGER_PLANTS = ("wrong value", "wrong key", "no lag", "not cleared", "nothing")
+GRAPH_PLANTS = (*(f"not persistent: {tensor.name}" for tensor in fields(DecodeRows)), "nothing")
+
+# Without prefix caching: what one plant spoils is not found again by the next.
+UNSHARED = {"enable_prefix_caching": False}
+EAGER = Trial(
+    "planted-eager",
+    ("short",),
+    LOSSLESS | {"block_size": 64, "slot_chunks": 304},
+    options=UNSHARED,
+    poison=True,
+    plants=EAGER_PLANTS,
+)
+GRAPHS = Trial(
+    "planted-graphs",
+    ("short",),
+    LOSSLESS | {"block_size": 64, "slot_chunks": 304},
+    runner="v2",
+    options=UNSHARED,
+    graphs=True,
+    poison=True,
+    plants=GRAPH_PLANTS,
+)
+
+
+@pytest.mark.parametrize(
+    ("trial", "plant"),
+    [pytest.param(trial, plant, id=f"{trial.name} {plant}") for trial in (EAGER, GRAPHS) for plant in trial.plants],
+)
+def test_a_planted_error_is_noticed(trials: Trials, trial: Trial, plant: str) -> None:
+    planted, stock = trials(trial).planted[plant], trials(STOCK).sequences["short"]
+    found = differences(planted, stock, TOLERANCE)
+    if plant == "nothing":
+        assert found == []
+    else:
+        assert found
+        assert not largest_error(planted, stock) < 100 * TOLERANCE, "it is hardly more than noise"
+
+
+@pytest.mark.parametrize("trial", [EAGER, GRAPHS], ids=trial_id)
+def test_without_a_plant_nothing_is_noticed(trials: Trials, trial: Trial) -> None:
+    assert differences(trials(trial).sequences["short"], trials(STOCK).sequences["short"], TOLERANCE) == []

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from simulation import vllm_config, write_tiny_llama
+
+from vllm_shadowkv import extension
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration import compat, refusals, runtime
+from vllm_shadowkv.integration.refusals import check_engine, check_layer, check_process
+from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.state import host_pool
+from vllm_shadowkv.state.host_pool import GIB
+
+# -- The process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1"])
+def test_a_tested_vllm_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", version)
+    compat.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "0.320.0", "1.0", "dev"])
+def test_another_vllm_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", version)
+    sentence = f"tested with vLLM 0.32.x, this is {version}; install one of those, or set SHADOWKV_ANY_VLLM=1"
+    with pytest.raises(RuntimeError, match=sentence.replace(".", r"\.")):
+        compat.check_vllm_version()
+
+
+@pytest.mark.parametrize("value", ["0", "", "yes"])
+def test_only_1_overrides_the_version(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", "0.33.0")
+    monkeypatch.setenv(compat.ANY_VERSION, value)
+    with pytest.raises(RuntimeError, match="SHADOWKV_ANY_VLLM"):
+        compat.check_vllm_version()
+
+
+def test_an_untested_vllm_can_be_tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compat.vllm, "__version__", "0.33.0")
+    monkeypatch.setenv(compat.ANY_VERSION, "1")
+    compat.check_vllm_version()
+    assert "not tested with vLLM 0.33.0; going on because SHADOWKV_ANY_VLLM=1" in caplog.text
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: str, built_with_cuda: bool) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: device == "cpu", is_cuda=lambda: device == "cuda", device_name=device)
+    monkeypatch.setattr(refusals, "current_platform", platform)
+    loaded = SimpleNamespace(has_cuda=lambda: built_with_cuda)
+    monkeypatch.setattr(refusals, "extension", SimpleNamespace(load=lambda: loaded))
+
+
+@pytest.mark.parametrize(("device", "built_with_cuda"), [("cpu", False), ("cpu", True), ("cuda", True)])
+def test_a_platform_with_kernels_is_accepted(
+    device: str, built_with_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, device, built_with_cuda)
+    check_process()
+
+
+def test_cuda_without_cuda_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "cuda", built_with_cuda=False)
+    with pytest.raises(RuntimeError, match=r"without CUDA kernels; build it with CUDA_HOME set .* or use another"):
+        check_process()
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "xpu", built_with_cuda=True)
+    with pytest.raises(RuntimeError, match="runs on CUDA and on the CPU, not on xpu; use another --attention-backend"):
+        check_process()
+
+
+def test_a_missing_extension_names_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    with pytest.raises(ImportError, match=r"the compiled extension .* is missing; build it with"):
+        check_process()
+
+
+# -- The engine ------------------------------------------------------------------------------------------------------
+
+
+def engine(**changes: Any) -> Any:
+    """An engine's configuration with changes, named `section__field`; a plain name replaces a whole section."""
+    real = vllm_config()
+    names = (
+        "kv_transfer_config",
+        "speculative_config",
+        "parallel_config",
+        "cache_config",
+        "scheduler_config",
+        "model_config",
+    )
+    config = SimpleNamespace(**{name: copy.copy(getattr(real, name)) for name in names})
+    config.cache_config.user_specified_block_size = False
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            setattr(getattr(config, section), field, value)
+        else:
+            setattr(config, section, value)
+    return config
+
+
+def hybrid() -> Any:
+    return SimpleNamespace(is_hybrid=True, dtype=torch.bfloat16)
+
+
+ENGINES: list[tuple[dict[str, Any], str]] = [
+    ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
+    ({"speculative_config": SimpleNamespace()}, "speculative decoding yet; drop --speculative-config"),
+    ({"parallel_config__decode_context_parallel_size": 2}, "drop --decode-context-parallel-size"),
+    ({"parallel_config__prefill_context_parallel_size": 2}, "drop --prefill-context-parallel-size"),
+    ({"parallel_config__enable_dbo": True}, "dual batch overlap; drop --enable-dbo"),
+    (
+        {"scheduler_config__disable_hybrid_kv_cache_manager": True},
+        "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
+    ),
+    ({"model_config": hybrid()}, "models with Mamba layers; use another --attention-backend"),
+    (
+        {"cache_config__user_specified_block_size": True, "cache_config__block_size": 16},
+        r"not from --block-size 16; drop --block-size, or set shadowkv.block_size in --additional-config \(now 1024\)",
+    ),
+    ({"cache_config__cache_dtype": "fp8"}, "not as --kv-cache-dtype fp8; drop --kv-cache-dtype"),
+    ({"cache_config__cache_dtype": "fp8_e5m2"}, "not as --kv-cache-dtype fp8_e5m2; drop --kv-cache-dtype"),
+    ({"model_config__dtype": torch.float64}, "not --dtype torch.float64; use another --dtype"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), ENGINES, ids=[", ".join(changes) for changes, _ in ENGINES])
+def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^shadowkv .*{sentence}") as caught:
+        check_engine(engine(**changes), ShadowKVConfig())
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cache_config__cache_dtype": "bfloat16"},
+        {"cache_config__user_specified_block_size": True, "cache_config__block_size": 1024},
+        {"scheduler_config__disable_hybrid_kv_cache_manager": False},
+        {"scheduler_config__async_scheduling": True},
+        {"parallel_config__tensor_parallel_size": 2},
+        {"model_config__dtype": torch.float32},
+    ],
+    ids=lambda changes: ", ".join(changes) or "defaults",
+)
+def test_an_engine_that_works_is_accepted(changes: dict[str, Any]) -> None:
+    check_engine(engine(**changes), ShadowKVConfig())
+
+
+# -- The layers ------------------------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {
+    "attn_type": "decoder",
+    "sliding_window": None,
+    "alibi_slopes": None,
+    "logits_soft_cap": None,
+    "kv_sharing_target_layer_name": None,
+    "sinks": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"sliding_window": 4096}, r"a sliding window \(4096 tokens\)"),
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 50.0}, r"a logits soft cap \(50.0\)"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
+        ({"sinks": torch.zeros(8)}, "attention sinks"),
+    ],
+)
+def test_attention_that_the_kernels_do_not_compute_is_refused(changes: dict[str, Any], what: str) -> None:
+    sentence = f"^shadowkv does not support layers with {what}; use another --attention-backend for this model"
+    with pytest.raises(ValueError, match=sentence):
+        check_layer(**(PLAIN | changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}])
+def test_plain_attention_is_accepted(changes: dict[str, Any]) -> None:
+    check_layer(**(PLAIN | changes))
+
+
+# -- Host memory -----------------------------------------------------------------------------------------------------
+
+
+class Workers:
+    """vLLM's worker modules, replaced."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        class CPUWorker:
+            def __init__(self, config: Any = None) -> None:
+                self.vllm_config = config
+
+            def determine_available_memory(self) -> int:
+                """vLLM's own."""
+                return 1000
+
+        class Worker(CPUWorker):
+            def determine_available_memory(self) -> int:
+                return 2000
+
+        self.cpu, self.gpu = CPUWorker, Worker
+        patch.setitem(sys.modules, "vllm.v1.worker.cpu_worker", SimpleNamespace(CPUWorker=CPUWorker))  # type: ignore[arg-type]
+        patch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", SimpleNamespace(Worker=Worker))  # type: ignore[arg-type]
+        patch.setattr(compat, "_bound", None)
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    return Workers(monkeypatch)
+
+
+def test_the_workers_memory_goes_through_the_bound(workers: Workers) -> None:
+    compat.bound_kv_cache_memory(lambda config, available: available - config)
+    assert workers.cpu(1).determine_available_memory() == 999
+    assert workers.gpu(2).determine_available_memory() == 1998
+    assert workers.cpu.determine_available_memory.__doc__ == "vLLM's own."
+
+
+def test_workers_are_patched_once_and_the_latest_bound_counts(workers: Workers) -> None:
+    compat.bound_kv_cache_memory(lambda config, available: available - 1)
+    patched = workers.cpu.determine_available_memory
+    compat.bound_kv_cache_memory(lambda config, available: available - 5)
+    assert workers.cpu.determine_available_memory is patched
+    assert workers.cpu().determine_available_memory() == 995
+
+
+def test_without_a_bound_vllms_number_stands(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    compat.bound_kv_cache_memory(lambda config, available: 0)
+    monkeypatch.setattr(compat, "_bound", None)
+    assert workers.cpu().determine_available_memory() == 1000
+
+
+def test_a_worker_that_is_not_loaded_is_not_loaded_for_this(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.v1.worker.gpu_worker")
+    compat.bound_kv_cache_memory(lambda config, available: 0)
+    assert "vllm.v1.worker.gpu_worker" not in sys.modules
+    assert workers.cpu().determine_available_memory() == 0
+
+
+@pytest.fixture
+def make_runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
+    """A worker's runtime with two layers of one KV head of 64, without a model, and 8 GiB of free host memory."""
+
+    def make(**settings: Any) -> Runtime:
+        config = copy.copy(vllm_config())
+        config.additional_config = {"shadowkv": settings}
+        config.scheduler_config.async_scheduling = False
+        config.scheduler_config.max_num_batched_tokens = 2048
+        config.model_config.max_model_len = 65_536
+        made = Runtime(config)
+        made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+        made._layers = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
+        monkeypatch.setattr(Runtime, "_latest", made)
+        return made
+
+    monkeypatch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
+    monkeypatch.setattr(runtime, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=8 * GIB))
+    monkeypatch.setattr(host_pool, "psutil", memory)
+    return make
+
+
+def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime(host_memory_gib=1)
+    row = 2 * made.layout.value_row_bytes
+    page = 2 * made.layout.page_bytes
+    assert made.bound_bytes(1 << 50) == GIB // row * page
+    assert made.bound_bytes(1 << 20) == 1 << 20, "never more than vLLM has"
+
+
+def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime(host_memory_gib=1)
+    alone = made.bound_bytes(1 << 50)
+    made.vllm_config.parallel_config = SimpleNamespace(local_world_size=2, data_parallel_size_local=2)
+    assert alone // 4 - made.layout.page_bytes * 2 <= made.bound_bytes(1 << 50) <= alone // 4
+
+
+def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime(host_memory_gib=0.01)
+    needed = made.boundary.other_pages + made.boundary.max_exact_pages
+    assert needed > 64 + made.slot_pages_per_request
+    sentence = (
+        rf"shadowkv: host memory backs 40 KV cache blocks, one request of 65536 tokens needs {needed} "
+        rf"\(0\.\d GiB\); raise shadowkv\.host_memory_gib or lower --max-model-len\."
+    )
+    with pytest.raises(ValueError, match=sentence):
+        made.bound_bytes(1 << 50)
+
+
+def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime(host_memory_gib=1)
+    assert runtime._bound_bytes(made.vllm_config, 1 << 50) == made.bound_bytes(1 << 50) < 1 << 50
+    other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    assert runtime._bound_bytes(other, 1 << 50) == 1 << 50  # type: ignore[arg-type]
+
+
+def test_layers_must_be_equal(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime()
+    made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs equal attention layers, got .* \(4, 1, 64, torch.bfloat16\) after"):
+        made.lay_out(num_heads=4, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+
+
+# -- What a user sees ------------------------------------------------------------------------------------------------
+
+START = """
+import sys
+from pathlib import Path
+from vllm import LLM
+from vllm_shadowkv import extension
+
+def start(settings):
+    try:
+        LLM(
+            sys.argv[1],
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=2048,
+            attention_backend="shadowkv",
+            additional_config={"shadowkv": settings},
+        )
+    except Exception as error:
+        print("said", type(error).__name__, error)
+
+library = extension.LIBRARY
+extension.LIBRARY = Path("/nowhere/_C.abi3.so")
+start({})
+extension.LIBRARY = library
+start({"bogus": 1})
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_says_why_it_does_not_start(tmp_path: Path) -> None:
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    result = subprocess.run(
+        [sys.executable, "-c", START, write_tiny_llama(tmp_path)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    said = [line.removeprefix("said ") for line in result.stdout.splitlines() if line.startswith("said ")]
+    assert len(said) == 2, result.stderr[-3000:]
+    assert said[0].startswith("ImportError the compiled extension /nowhere/_C.abi3.so is missing; build it with")
+    assert said[1].startswith("ValueError --additional-config shadowkv: unknown key 'bogus' (known: block_size, ")
