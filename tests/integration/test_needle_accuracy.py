@@ -68,4 +68,4 @@ def test_a_wrong_build_fails(scores, plant: str) -> None:
     full = scores["stock"]["as built"]
     wrong = scores["shadowkv"][plant]
     failed = [family for family in FAMILIES if percent(wrong[family]) < percent(full[family]) - POINTS[family]]
-    assert len(failed) >= 3
+    assert failed, "the test above would not notice"
