@@ -44,7 +44,7 @@ X86_ISAS = {
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 # torch's BuildExtension finds ninja through the PATH, where a virtual environment's need not be.
 os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
@@ -101,7 +101,7 @@ def extension(cuda: str | None) -> Any:
         # Static, because a CPU torch has no libcudart.
         link_flags += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", f"-I{CSRC}", TORCH_TARGET, "-DUSE_CUDA"]
-        nvcc_flags += ["-Xcompiler=-fvisibility=hidden"]
+        nvcc_flags += ["--expt-relaxed-constexpr", "-Werror=all-warnings", "-Xcompiler=-fvisibility=hidden"]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         # A CPU torch sets it to None, whatever the environment says.
         cpp_extension.CUDA_HOME = cuda

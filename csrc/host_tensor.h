@@ -83,10 +83,9 @@ inline bool has_strides(const Tensor& tensor, Strides strides) {
 }
 
 // Throws a sentence that names the argument unless the tensor is what the op takes.
-inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype,
-                         std::initializer_list<int64_t> sizes,
-                         Strides strides = Strides::kContiguous,
-                         DeviceType device = DeviceType::CPU) {
+inline void check_tensor(const Tensor& tensor, const char* name, DeviceType device,
+                         ScalarType dtype, std::initializer_list<int64_t> sizes,
+                         Strides strides = Strides::kContiguous) {
   SHADOWKV_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype_name(dtype),
                  ", got ", dtype_name(tensor.scalar_type()));
   SHADOWKV_CHECK(tensor.device().type() == device, name, ": expected a tensor on ",
@@ -111,13 +110,32 @@ inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtyp
 }
 
 // uint8 [N, bytes] whose rows start at multiples of 8 bytes, so that every section is aligned.
-inline void check_pages(const Tensor& pages, const char* name, int64_t bytes,
-                        DeviceType device = DeviceType::CPU) {
-  check_tensor(pages, name, ScalarType::Byte, {kAnySize, bytes}, Strides::kRows, device);
+inline void check_pages(const Tensor& pages, const char* name, DeviceType device, int64_t bytes) {
+  check_tensor(pages, name, device, ScalarType::Byte, {kAnySize, bytes}, Strides::kRows);
   const auto address = reinterpret_cast<uintptr_t>(pages.data_ptr());
   SHADOWKV_CHECK(address % 8 == 0 && (pages.size(0) < 2 || pages.stride(0) % 8 == 0), name,
                  ": expected rows aligned to 8 bytes, got address ", address, " and row stride ",
                  pages.stride(0));
+}
+
+// For kernels that read and write 16 bytes at a time: a tensor of 2-byte values whose rows (the last
+// dimension, contiguous) all start at multiples of 16 bytes.
+inline void check_vectors(const Tensor& tensor, const char* name) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
+    aligned &= tensor.size(i) < 2 || tensor.stride(i) % 8 == 0;
+  }
+  SHADOWKV_CHECK(tensor.numel() == 0 || (aligned && tensor.stride(tensor.dim() - 1) == 1), name,
+                 ": expected rows that are contiguous and aligned to 16 bytes, got strides ",
+                 sizes_text(tensor.strides()));
+}
+
+// The same for the rows of pages or of the host pool.
+inline void check_vector_rows(const Tensor& rows, const char* name) {
+  const auto address = reinterpret_cast<uintptr_t>(rows.data_ptr());
+  SHADOWKV_CHECK(address % 16 == 0 && (rows.size(0) < 2 || rows.stride(0) % 16 == 0), name,
+                 ": expected rows aligned to 16 bytes, got address ", address, " and row stride ",
+                 rows.stride(0));
 }
 
 // Elements between the starts of two neighbours along a dimension; 0 where there is one at most.

@@ -40,9 +40,9 @@ struct PageLayout {
   int64_t slot_used;    // int64 [num_kv_heads, slots_per_page]
   int64_t slot_epoch;   // int64
 
-  int64_t chunks() const { return block_size / chunk_size; }
-  int64_t width() const { return num_kv_heads * head_size; }
-  int64_t value_row_bytes() const { return num_kv_heads * chunks() * value_record_bytes; }
+  constexpr int64_t chunks() const { return block_size / chunk_size; }
+  constexpr int64_t width() const { return num_kv_heads * head_size; }
+  constexpr int64_t value_row_bytes() const { return num_kv_heads * chunks() * value_record_bytes; }
 };
 
 constexpr int64_t kLayoutInts = sizeof(PageLayout) / sizeof(int64_t);

@@ -1,8 +1,8 @@
-// Schemas and registrations of all ops, against torch's stable ABI. The Python door is
-// vllm_shadowkv/ops.py; `Tensor(a!)` marks what an op writes.
+// Registrations against torch's stable ABI. The Python door is vllm_shadowkv/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
+#include "schemas.h"
 
 namespace shadowkv {
 
@@ -23,33 +23,7 @@ STABLE_TORCH_LIBRARY(shadowkv, m) {
   // The instruction set of the CPU kernels that run here.
   m.def("cpu_isa() -> str");
 
-  // vllm_shadowkv/ops.py documents the arguments, vllm_shadowkv/reference.py defines the results.
-  // `layout` is a PageLayout (layout.h). Each op registers its kernels beside them.
-  m.def(
-      "pack_block(Tensor block_ids, Tensor keys, Tensor mean, Tensor coefficients, Tensor basis, "
-      "Tensor(a!) pages, int[] layout) -> ()");
-  m.def(
-      "store_values(Tensor block_ids, Tensor exact_ids, Tensor exact_values, Tensor(a!) host_pool, "
-      "int[] layout) -> ()");
-  m.def(
-      "select_chunks(Tensor query, Tensor pages, Tensor block_table, Tensor exact_start, "
-      "Tensor seq_lens, float scale, int budget_chunks, int[] layout, Tensor(a!) chunk_ids) -> ()");
-  m.def(
-      "plan_slots(Tensor chunk_ids, Tensor block_table, Tensor epochs, Tensor clock, "
-      "Tensor slot_table, Tensor(a!) slot_pages, int[] layout, Tensor(b!) slot_ids, "
-      "Tensor(c!) misses, Tensor(d!) num_misses) -> ()");
-  m.def(
-      "fill_slots(Tensor chunk_ids, Tensor slot_ids, Tensor misses, Tensor num_misses, Tensor "
-      "pages, "
-      "Tensor block_table, Tensor host_pool, Tensor cos_sin, bool is_neox, Tensor slot_table, "
-      "Tensor(a!) slot_pages, int[] layout) -> ()");
-  m.def(
-      "sparse_attention(Tensor query, Tensor slot_ids, Tensor slot_table, Tensor slot_pages, "
-      "Tensor exact_keys, Tensor exact_values, Tensor exact_table, Tensor exact_start, "
-      "Tensor seq_lens, float scale, int[] layout, Tensor(a!) output, Tensor(b!) lse) -> ()");
-  m.def(
-      "expand_blocks(Tensor block_ids, Tensor first_positions, Tensor pages, Tensor host_pool, "
-      "Tensor cos_sin, bool is_neox, int[] layout, Tensor(a!) keys, Tensor(b!) values) -> ()");
+  shadowkv::define_ops(m);
 }
 
 // Ops without a tensor argument have no device to dispatch on.

@@ -24,10 +24,13 @@ def make_generator(*seed: Any) -> Generator:
     return Generator().manual_seed(int.from_bytes(text, "little") % (2**63 - 25))
 
 
+DEFAULT_DTYPE = torch.float32
+
+
 def make_layout(
     num_kv_heads: int = 2,
     head_size: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     block_size: int = 256,
     chunk_size: int = 8,
@@ -48,7 +51,7 @@ def make_layout(
         value_dtype="int8" if value_int8 else "auto",
         sparse_budget=chunk_size,
     )
-    return plan_page(config, num_kv_heads, head_size, dtype)
+    return plan_page(config, num_kv_heads, head_size, dtype or DEFAULT_DTYPE)
 
 
 def exact_keys_layout(*args: Any, **kwargs: Any) -> PageLayout:

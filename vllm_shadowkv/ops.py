@@ -17,6 +17,9 @@ from vllm_shadowkv.page import PageLayout
 
 _ops = extension.load()
 
+ATTENTION_SPLITS = 8
+"""Parts into which the CUDA kernel cuts a row's tokens (kSplits in csrc/cuda/sparse_attention.cu)."""
+
 
 def pack_block(
     block_ids: Tensor,
@@ -67,6 +70,7 @@ def select_chunks(
     budget_chunks: int,
     layout: PageLayout,
     chunk_ids: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
     """Picks the chunks that a decode step attends to (paper, section 4.2).
 
@@ -86,10 +90,27 @@ def select_chunks(
         budget_chunks: chunks picked by score.
         layout: of the pages.
         chunk_ids: int32 `[B, Hkv, K]`, written: position / chunk_size, ascending, then -1.
+        workspace: fp32, for a CUDA kernel, overwritten; with fewer than `select_chunks_workspace` values it works on
+            some rows at a time. None: allocated for this call.
     """
+    if workspace is None:
+        size = select_chunks_workspace(layout, query.shape[0], query.shape[1], block_table.shape[1])
+        workspace = _workspace(query, size)
     _ops.select_chunks(
-        query, pages, block_table, exact_start, seq_lens, scale, budget_chunks, layout.to_ints(), chunk_ids
+        query, pages, block_table, exact_start, seq_lens, scale, budget_chunks, layout.to_ints(), workspace, chunk_ids
     )
+
+
+def select_chunks_workspace(layout: PageLayout, rows: int, num_heads: int, max_blocks: int) -> int:
+    """Values of fp32 that `select_chunks` needs on CUDA to work on so many rows at once (csrc/cuda/select_chunks.cu).
+
+    Args:
+        layout: of the pages.
+        rows: rows.
+        num_heads: query heads, all KV heads together.
+        max_blocks: columns of the block table.
+    """
+    return rows * num_heads * max_blocks * (layout.chunks + 2)
 
 
 def plan_slots(
@@ -183,6 +204,7 @@ def sparse_attention(
     layout: PageLayout,
     output: Tensor,
     lse: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
     """Attention of one token per row over its slots and over its exact tokens `[exact_start, seq_len)`.
 
@@ -198,7 +220,10 @@ def sparse_attention(
         layout: of the pages.
         output: float `[B, Hq, D]`, written; zeros for a row that attends to nothing. Rows may be strided.
         lse: fp32 `[B, Hq]`, written: log-sum-exp of the scaled logits; -inf for such a row.
+        workspace: as for `select_chunks`; see `sparse_attention_workspace`.
     """
+    if workspace is None:
+        workspace = _workspace(query, sparse_attention_workspace(layout, query.shape[0], query.shape[1]))
     _ops.sparse_attention(
         query,
         slot_ids,
@@ -211,9 +236,21 @@ def sparse_attention(
         seq_lens,
         scale,
         layout.to_ints(),
+        workspace,
         output,
         lse,
     )
+
+
+def sparse_attention_workspace(layout: PageLayout, rows: int, num_heads: int) -> int:
+    """Values of fp32 that `sparse_attention` needs on CUDA to work on so many rows at once.
+
+    Args:
+        layout: of the pages.
+        rows: rows.
+        num_heads: query heads, all KV heads together.
+    """
+    return rows * num_heads * ATTENTION_SPLITS * (layout.head_size + 2)
 
 
 def expand_blocks(
@@ -241,6 +278,11 @@ def expand_blocks(
         values: float `[n, block_size, Hkv, D]`, written.
     """
     _ops.expand_blocks(block_ids, first_positions, pages, host_pool, cos_sin, is_neox, layout.to_ints(), keys, values)
+
+
+def _workspace(like: Tensor, size: int) -> Tensor:
+    """CPU kernels have scratch memory of their own."""
+    return torch.empty(0 if like.device.type == "cpu" else size, dtype=torch.float32, device=like.device)
 
 
 def _register_fakes() -> None:

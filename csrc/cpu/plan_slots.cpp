@@ -2,53 +2,23 @@
 
 #include <vector>
 
+#include "arguments/plan_slots.h"
 #include "cpu/parallel.h"
-#include "host_tensor.h"
 
 namespace shadowkv {
 namespace {
 
 void plan_slots(const Tensor& chunk_ids, const Tensor& block_table, const Tensor& epochs,
                 const Tensor& clock, const Tensor& slot_table, const Tensor& slot_pages,
-                std::vector<int64_t> layout_ints, const Tensor& slot_ids, const Tensor& misses,
-                const Tensor& num_misses) {
-  const PageLayout layout = read_layout(layout_ints);
-  const int64_t heads = layout.num_kv_heads;
-  check_tensor(chunk_ids, "chunk_ids", ScalarType::Int, {kAnySize, heads, kAnySize});
-  const int64_t rows = chunk_ids.size(0), columns = chunk_ids.size(2);
-  check_tensor(block_table, "block_table", ScalarType::Int, {rows, kAnySize}, Strides::kRows);
-  check_pages(slot_pages, "slot_pages", layout.page_bytes);
-  check_tensor(epochs, "epochs", ScalarType::Long, {slot_pages.size(0)});
-  check_tensor(clock, "clock", ScalarType::Long, {1});
-  check_tensor(slot_table, "slot_table", ScalarType::Int, {rows, kAnySize}, Strides::kRows);
-  check_tensor(slot_ids, "slot_ids", ScalarType::Int, {rows, heads, columns});
-  check_tensor(misses, "misses", ScalarType::Int, {rows, heads, columns});
-  check_tensor(num_misses, "num_misses", ScalarType::Int, {rows, heads});
-  if (rows == 0) return;
-
-  const PlanSlotsParams p{
-      .layout = layout,
-      .chunk_ids = static_cast<const int32_t*>(chunk_ids.data_ptr()),
-      .block_table = static_cast<const int32_t*>(block_table.data_ptr()),
-      .table_width = block_table.size(1),
-      .table_stride = stride_of(block_table, 0),
-      .epochs = static_cast<const int64_t*>(epochs.data_ptr()),
-      .clock = *static_cast<const int64_t*>(clock.data_ptr()),
-      .slot_table = static_cast<const int32_t*>(slot_table.data_ptr()),
-      .pages_per_row = slot_table.size(1),
-      .slot_table_stride = stride_of(slot_table, 0),
-      .slot_pages = static_cast<uint8_t*>(slot_pages.data_ptr()),
-      .num_pages = slot_pages.size(0),
-      .page_stride = stride_of(slot_pages, 0),
-      .slot_ids = static_cast<int32_t*>(slot_ids.data_ptr()),
-      .misses = static_cast<int32_t*>(misses.data_ptr()),
-      .num_misses = static_cast<int32_t*>(num_misses.data_ptr()),
-      .columns = columns,
-      .num_rows = rows,
-  };
-  parallel_items(rows,
+                const std::vector<int64_t>& layout_ints, const Tensor& slot_ids,
+                const Tensor& misses, const Tensor& num_misses) {
+  const PlanSlotsParams p =
+      read_plan_slots(chunk_ids, block_table, epochs, clock, slot_table, slot_pages, layout_ints,
+                      slot_ids, misses, num_misses, DeviceType::CPU);
+  parallel_items(p.num_rows,
                  [&](int64_t row) { SHADOWKV_DISPATCH_ISA(plan_slots_prepare_kernel, p, row); });
-  parallel_items(rows * heads, [&](int64_t item) {
+  const int64_t heads = p.layout.num_kv_heads;
+  parallel_items(p.num_rows * heads, [&](int64_t item) {
     SHADOWKV_DISPATCH_ISA(plan_slots_kernel, p, item / heads, item % heads);
   });
 }

@@ -1,41 +1,17 @@
 #include "cpu/kernels/store_values.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include "arguments/store_values.h"
 #include "cpu/parallel.h"
-#include "host_tensor.h"
 
 namespace shadowkv {
 namespace {
 
 void store_values(const Tensor& block_ids, const Tensor& exact_ids, const Tensor& exact_values,
                   const Tensor& host_pool, const std::vector<int64_t>& layout_ints) {
-  const PageLayout layout = read_layout(layout_ints);
-  check_tensor(block_ids, "block_ids", ScalarType::Int, {kAnySize});
-  const int64_t n = block_ids.size(0);
-  check_tensor(exact_ids, "exact_ids", ScalarType::Int,
-               {n, layout.block_size / layout.exact_tokens});
-  check_tensor(exact_values, "exact_values", scalar_type(layout),
-               {kAnySize, layout.num_kv_heads, layout.exact_tokens, layout.head_size},
-               Strides::kLastContiguous);
-  check_pages(host_pool, "host_pool", layout.value_row_bytes());
-
-  const StoreValuesParams params = {
-      .layout = layout,
-      .block_ids = static_cast<const int32_t*>(block_ids.const_data_ptr()),
-      .exact_ids = static_cast<const int32_t*>(exact_ids.const_data_ptr()),
-      .exact_values = exact_values.const_data_ptr(),
-      .num_exact = exact_values.size(0),
-      .exact_stride = stride_of(exact_values, 0),
-      .head_stride = stride_of(exact_values, 1),
-      .token_stride = stride_of(exact_values, 2),
-      .host_pool = static_cast<uint8_t*>(host_pool.mutable_data_ptr()),
-      .num_blocks = host_pool.size(0),
-      .host_pool_stride = stride_of(host_pool, 0),
-  };
-  parallel_items(n * layout.num_kv_heads,
-                 [&](int64_t i) { SHADOWKV_DISPATCH_ISA(store_values_kernel, params, i, i + 1); });
+  const StoreValuesParams p = read_store_values(block_ids, exact_ids, exact_values, host_pool,
+                                                layout_ints, DeviceType::CPU);
+  parallel_items(p.num_stored * p.layout.num_kv_heads,
+                 [&](int64_t i) { SHADOWKV_DISPATCH_ISA(store_values_kernel, p, i, i + 1); });
 }
 
 }  // namespace

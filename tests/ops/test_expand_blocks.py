@@ -178,6 +178,7 @@ def test_garbage_outlier_ids_are_nobody() -> None:
     assert_close(keys[0, rest], expected[rest], expected[rest].to(layout.dtype))
 
 
+@pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(LAYOUTS[0])
     arguments["layout"] = arguments["layout"].to_ints()

@@ -271,6 +271,7 @@ def test_positions_without_rotation_have_no_bound(layout: PageLayout, rotary_dim
     assert_bytes_equal(run(arguments), expected)
 
 
+@pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(LAYOUTS[0])
     arguments |= {"layout": arguments["layout"].to_ints(), "slot_pages": arguments["pages"].clone()}

@@ -219,6 +219,7 @@ def test_strided_pages_and_threads() -> None:
     assert (wide[:, -72:] == 255).all()
 
 
+@pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(LAYOUTS[0])
     arguments["layout"] = arguments["layout"].to_ints()

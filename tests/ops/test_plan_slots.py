@@ -300,6 +300,7 @@ def test_strided_tables_and_pages() -> None:
         assert_bytes_equal(getattr(strided, name), getattr(state, name), name)
 
 
+@pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     generator = generators.make_generator("opcheck")
     state = make_state(generator)

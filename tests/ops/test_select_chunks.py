@@ -275,6 +275,7 @@ def test_bad_landmarks_stay_in_bounds() -> None:
         assert int(ids.max()) < 3 * layout.chunks
 
 
+@pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     case = make_case("opcheck", generators.make_layout(2, 64), blocks=(2, 1))
     chunk_ids = torch.zeros(2, 2, case.columns, dtype=torch.int32)
@@ -282,7 +283,7 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.select_chunks.default,
         (
             case.query, case.pages, case.block_table, case.exact_start, case.seq_lens, case.scale,
-            case.budget, case.layout.to_ints(), chunk_ids,
+            case.budget, case.layout.to_ints(), torch.zeros(0), chunk_ids,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

@@ -3,25 +3,9 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/rotary_table.h"
-#include "layout.h"
+#include "params/expand_blocks.h"
 
 namespace shadowkv {
-
-// Arrays are contiguous unless a stride is named; shapes as in vllm_shadowkv/ops.py.
-struct ExpandBlocksParams {
-  PageLayout layout;
-  const int32_t* block_ids;        // [n]
-  const int32_t* first_positions;  // [n], within the rotary table
-  const uint8_t* pages;            // [num_blocks, page_bytes], page_stride bytes apart
-  int64_t num_blocks;
-  int64_t page_stride;
-  const uint8_t* host_pool;  // [num_blocks, value_row_bytes], host_pool_stride bytes apart
-  int64_t host_pool_stride;
-  RotaryTable rotary;
-  void* keys;    // [n, block_size, num_kv_heads, head_size]
-  void* values;  // [n, block_size, num_kv_heads, head_size]
-};
 
 // Writes items [begin, end), an item being one chunk of one KV head: item = (i * num_kv_heads +
 // head)

@@ -30,19 +30,20 @@ struct Miss {
 // Walks the misses in order.
 class Misses {
  public:
-  explicit Misses(const FillSlotsParams& params, int64_t begin)
+  Misses(const FillSlotsParams& params, const int64_t* first_miss, int64_t begin)
       : p_(params),
-        group_(std::upper_bound(p_.first_miss, p_.first_miss + p_.rows * p_.layout.num_kv_heads + 1,
-                                begin) -
-               p_.first_miss - 1) {}
+        first_miss_(first_miss),
+        group_(
+            std::upper_bound(first_miss, first_miss + p_.rows * p_.layout.num_kv_heads + 1, begin) -
+            first_miss - 1) {}
 
   // `index` is not below that of the call before.
   Miss at(int64_t index) {
     const PageLayout& layout = p_.layout;
-    while (index >= p_.first_miss[group_ + 1]) ++group_;
+    while (index >= first_miss_[group_ + 1]) ++group_;
     const int64_t row = group_ / layout.num_kv_heads;
     const int64_t head = group_ % layout.num_kv_heads;
-    const int64_t place = p_.misses[group_ * p_.places + index - p_.first_miss[group_]];
+    const int64_t place = p_.misses[group_ * p_.places + index - first_miss_[group_]];
     if (place < 0 || place >= p_.places) return {};
     const int64_t chunk = p_.chunk_ids[group_ * p_.places + place];
     const int64_t slot = p_.slot_ids[group_ * p_.places + place];
@@ -80,16 +81,18 @@ class Misses {
 
  private:
   const FillSlotsParams& p_;
+  const int64_t* first_miss_;
   int64_t group_;  // row * num_kv_heads + head of the last miss
   int64_t beyond_ = -1;
 };
 
 template <typename T, int kHeadSize>
-int64_t fill_slots(const FillSlotsParams& p, int64_t begin, int64_t end) {
+int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t begin,
+                   int64_t end) {
   const PageLayout& layout = p.layout;
   const int64_t chunk_elements = layout.chunk_size * kHeadSize;
   if (begin == end) return -1;
-  Misses misses(p, begin);
+  Misses misses(p, first_miss, begin);
   Miss miss = misses.at(begin);
   for (int64_t index = begin; index < end; ++index) {
     const Miss next = index + 1 < end ? misses.at(index + 1) : Miss{};
@@ -113,9 +116,10 @@ int64_t fill_slots(const FillSlotsParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-int64_t fill_slots_kernel(const FillSlotsParams& p, int64_t begin, int64_t end) {
+int64_t fill_slots_kernel(const FillSlotsParams& p, const int64_t* first_miss, int64_t begin,
+                          int64_t end) {
   return dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
-    return fill_slots<T, kHeadSize>(p, begin, end);
+    return fill_slots<T, kHeadSize>(p, first_miss, begin, end);
   });
 }
 

@@ -110,7 +110,7 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
       continue;
     }
     slot_ids[i] = slot;
-    *word(p.layout.slot_used, slot) = p.clock;
+    *word(p.layout.slot_used, slot) = *p.clock;
   }
   if (missed == 0) return;
 
@@ -119,7 +119,7 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
   victims.clear();
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t used = *word(p.layout.slot_used, slot);
-    if (used != p.clock) victims.emplace_back(used, slot);
+    if (used != *p.clock) victims.emplace_back(used, slot);
   }
   const int64_t taken = std::min<int64_t>(missed, victims.size());
   std::partial_sort(victims.begin(), victims.begin() + taken, victims.end());
@@ -127,7 +127,7 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
     const int64_t slot = victims[i].second;
     slot_ids[misses[i]] = static_cast<int32_t>(slot);
     *word(p.layout.slot_tags, slot) = tag_of(p, row, chunk_ids[misses[i]]);
-    *word(p.layout.slot_used, slot) = p.clock;
+    *word(p.layout.slot_used, slot) = *p.clock;
   }
   std::fill(misses + taken, misses + missed, -1);
   p.num_misses[item] = static_cast<int32_t>(taken);

@@ -10,8 +10,8 @@
 #include <cstdint>
 
 #include "cpu/kernels/numeric.h"
-#include "cpu/kernels/rotary_table.h"
 #include "layout.h"
+#include "params/rotary_table.h"
 
 namespace shadowkv::SHADOWKV_ISA {
 

@@ -12,7 +12,7 @@ struct RotaryTable {
   bool is_neox;        // true: halves are pairs; false: neighbours are
 
   // Whether `count` tokens from position `first` on have their rows.
-  bool covers(int64_t first, int64_t count) const {
+  constexpr bool covers(int64_t first, int64_t count) const {
     return rotary_dim == 0 || (first >= 0 && first + count <= positions);
   }
 };

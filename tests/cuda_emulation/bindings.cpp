@@ -1,0 +1,3 @@
+#include "schemas.h"
+
+STABLE_TORCH_LIBRARY(shadowkv_emulated, m) { shadowkv::define_ops(m); }

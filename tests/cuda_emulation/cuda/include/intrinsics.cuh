@@ -1,0 +1,153 @@
+// csrc/cuda/include/intrinsics.cuh in C++, for emulation.h; that file documents the functions.
+#pragma once
+
+#include <math.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "emulation.h"
+
+namespace shadowkv::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
+inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
+
+inline float to_float(Half x) {
+  _Float16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return static_cast<float>(half);
+}
+inline float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+template <typename T>
+T from_float(float x);
+template <>
+inline Half from_float<Half>(float x) {
+  const _Float16 half = static_cast<_Float16>(x);
+  Half result;
+  std::memcpy(&result, &half, sizeof half);
+  return result;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  if (x != x) return {0x7fff};
+  const uint32_t bits = float_bits(x);
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
+inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = low | static_cast<uint64_t>(high) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>((both >> (8 * ((selector >> (4 * i)) & 7))) & 0xff) << (8 * i);
+  }
+  return result;
+}
+
+inline float round_even(float x) { return std::nearbyint(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+constexpr int kWarp = 32;
+
+template <typename T>
+void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint64_t* mine = emulation::lane_memory(emulation::lane());
+  mine[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
+  mine[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
+  mine[2] = b[0] | static_cast<uint64_t>(b[1]) << 32;
+  emulation::sync_warp();
+  const auto value = [](int lane, int reg, int half) {
+    const auto word =
+        static_cast<uint32_t>(emulation::lane_memory(lane)[reg / 2] >> (32 * (reg % 2)));
+    return to_float(T{static_cast<uint16_t>(word >> (16 * half))});
+  };
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int from = (k % 8) / 2;
+      sum += value(row % 8 * 4 + from, row / 8 + 2 * (k / 8), k % 2) *
+             value(column * 4 + from, 4 + k / 8, k % 2);
+    }
+    c[i] += sum;
+  }
+  emulation::sync_warp();
+}
+
+template <typename T>
+T shuffle(T value, int lane) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(emulation::lane_memory(emulation::lane()), &value, sizeof value);
+  emulation::sync_warp();
+  T result;
+  std::memcpy(&result, emulation::lane_memory(lane % kWarp), sizeof result);
+  emulation::sync_warp();
+  return result;
+}
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  return shuffle(value, emulation::lane() ^ mask);
+}
+template <typename T>
+T shuffle_up(T value, int delta) {
+  const int from = emulation::lane() - delta;
+  return shuffle(value, from < 0 ? emulation::lane() : from);
+}
+inline uint32_t ballot(bool value) {
+  *emulation::lane_memory(emulation::lane()) = value;
+  emulation::sync_warp();
+  uint32_t result = 0;
+  for (int i = 0; i < kWarp; ++i) result |= (*emulation::lane_memory(i) & 1) << i;
+  emulation::sync_warp();
+  return result;
+}
+inline int count_bits(uint32_t x) { return std::popcount(x); }
+inline void sync_warp() { emulation::sync_warp(); }
+inline void sync_threads() { emulation::sync_threads(); }
+inline int sync_threads_count(bool value) { return emulation::sync_threads(value); }
+
+inline uint4 load_streaming(const uint4* from) { return *from; }
+inline void copy_async(void* shared, const void* global) {
+  emulation::copy_async(shared, global, 16);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  emulation::wait_copies(kPending);
+}
+
+inline int atomic_add(int* to, int value) {
+  const int old = *to;
+  *to += value;
+  return old;
+}
+inline uint64_t atomic_cas(uint64_t* at, uint64_t expected, uint64_t value) {
+  const uint64_t old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+inline int atomic_min(int* to, int value) {
+  const int old = *to;
+  if (value < old) *to = value;
+  return old;
+}
+
+inline uint8_t* dynamic_shared_memory() { return emulation::shared_memory; }
+
+}  // namespace shadowkv::cuda
