@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test demo clean
+.PHONY: install lint format test cuda-check demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -25,6 +25,10 @@ format: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 	  --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
+
+# Needs the CUDA toolkit, but no GPU.
+cuda-check: install
+	$(BIN)/python scripts/cuda_check.py
 
 demo: install
 	$(BIN)/python -m benchmarks.demo

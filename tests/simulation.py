@@ -32,9 +32,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import metadata
+from vllm_shadowkv.integration import planner
 from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
-from vllm_shadowkv.integration.metadata import Planner, Step
+from vllm_shadowkv.integration.metadata import Step
+from vllm_shadowkv.integration.planner import Planner
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.block_state import BlockState
@@ -121,7 +122,8 @@ class Engine:
         max_step: tokens of a step.
         asynchronous: schedule a step before the output of the last one is known, as vLLM does on GPUs.
         slot_pages: per request.
-        runner: "v1" or "v2": what vLLM's model runner calls prefilling.
+        runner: "v1" or "v2": what vLLM's model runner calls prefilling. "v2-cuda" also plans as on CUDA, where rows of
+            one token all decode through our kernels and most steps do not read the block tables on the host.
         settings: of ShadowKV.
     """
 
@@ -290,7 +292,14 @@ class Worker:
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
         )
         runtime: Any = SimpleNamespace(
-            bind=lambda: self.bound, layout=layout, slot_pages_per_request=slot_pages, num_heads=8
+            bind=lambda: self.bound,
+            layout=layout,
+            slot_pages_per_request=slot_pages,
+            attention=SimpleNamespace(
+                plan=lambda batch: None,
+                decodes_densely=runner == "v2-cuda",
+                reads_unwritten_values=runner != "v2-cuda",
+            ),
         )
         self.planner = Planner(runtime)
         self.decoded = 0
@@ -304,7 +313,7 @@ class Worker:
         counts = [output.num_scheduled_tokens[name] for name in names]
         rows = [self.rows[name] for name in names]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metadata, "seal_blocks", _seal)
+            patch.setattr(planner, "seal_blocks", _seal)
             step = self._plan(rows, counts)
         blocks = {block for row in rows for block in row.blocks[0]}
         self.bound.state.check_integrity(torch.tensor(sorted(blocks)))
@@ -352,12 +361,14 @@ class Worker:
             for position in range(row.computed, row.computed + count)
         ]
         slots = [row.blocks[1][at // self.page] * self.page + at % self.page for row, at in positions]
+        seq_lens = torch.tensor([row.computed + n for row, n in zip(rows, counts, strict=True)]).int()
         common = {
             "num_reqs": len(rows),
             "num_actual_tokens": len(positions),
             "query_start_loc": starts,
             "query_start_loc_cpu": starts,
-            "seq_lens": torch.tensor([row.computed + n for row, n in zip(rows, counts, strict=True)]).int(),
+            "seq_lens": seq_lens,
+            "seq_lens_cpu_upper_bound": seq_lens,
             "is_prefilling": torch.tensor([row.computed < end for row, end in zip(rows, prefill_ends, strict=True)]),
             "slot_mapping": torch.tensor(slots),
         }
@@ -412,8 +423,10 @@ class Worker:
         self.prefilled_over_sealed += len(step.prefills)
         if step.decode is None:
             return
-        self.decoded += len(step.decode.rows.seq_lens)
-        taken = step.decode.rows.slot_table.flatten().tolist()
+        sparse = step.decode.rows.exact_start > 0
+        self.decoded += int(sparse.sum())
+        taken = step.decode.rows.slot_table[sparse].flatten().tolist()
+        assert 0 not in taken, "a row that attends to sealed blocks lacks slots"
         assert len(set(taken)) == len(taken), "two rows share a slot page"
         for name, row in zip(names, rows, strict=True):
             for page in row.blocks[2]:

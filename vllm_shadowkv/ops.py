@@ -280,9 +280,13 @@ def expand_blocks(
     _ops.expand_blocks(block_ids, first_positions, pages, host_pool, cos_sin, is_neox, layout.to_ints(), keys, values)
 
 
+def needs_workspace(device: torch.device) -> bool:
+    """Whether the device's kernels use a workspace; CPU kernels have scratch memory of their own."""
+    return device.type != "cpu"
+
+
 def _workspace(like: Tensor, size: int) -> Tensor:
-    """CPU kernels have scratch memory of their own."""
-    return torch.empty(0 if like.device.type == "cpu" else size, dtype=torch.float32, device=like.device)
+    return torch.empty(size if needs_workspace(like.device) else 0, dtype=torch.float32, device=like.device)
 
 
 def _register_fakes() -> None:

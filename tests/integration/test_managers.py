@@ -274,7 +274,7 @@ def test_the_smallest_pool_serves_the_longest_request(
 
 
 @BOTH
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", "v2", "v2-cuda"])
 def test_preempted_requests_resume(asynchronous: bool, runner: str) -> None:
     engine = Engine(num_blocks=60, asynchronous=asynchronous, runner=runner, dense_threshold=1000, max_model_len=512)
     requests = [engine.add(prompt(150, seed), max_tokens=120) for seed in range(4)]
@@ -284,7 +284,7 @@ def test_preempted_requests_resume(asynchronous: bool, runner: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", "v2", "v2-cuda"])
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
 def test_generated_tokens_are_a_prompt_once_they_are_computed_again(
     asynchronous: bool, runner: str, caching: bool
@@ -324,7 +324,7 @@ def storm(seed: int, **options: object) -> Engine:
     chosen: dict[str, object] = {
         "num_blocks": draw.choice([70, 90, 150]),
         "asynchronous": draw.random() < 0.5,
-        "runner": draw.choice(["v1", "v2"]),
+        "runner": draw.choice(["v1", "v2", "v2-cuda"]),
         "max_step": draw.choice([33, 96, 300]),
         "caching": draw.random() < 0.8,
         "dense_threshold": draw.choice([0, 128, 200]),

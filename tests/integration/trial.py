@@ -61,6 +61,10 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
         import poison
 
         poison.install()
+    if trial["emulated_cuda"]:
+        import emulated_cuda
+
+        emulated_cuda.install()
     llm = start(trial)
 
     from scenarios import SCENARIOS, Asker
@@ -89,8 +93,9 @@ def start(trial: dict[str, Any]) -> Any:
     backend: dict[str, Any] = {}
     if trial["shadowkv"] is not None:
         backend = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": trial["shadowkv"]}}
-    options = {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 200, "max_num_seqs": 8}
-    return LLM(trial["model"], dtype="float32", skip_tokenizer_init=True, **(options | backend | trial["options"]))
+    options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True}
+    options |= {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 200, "max_num_seqs": 8}
+    return LLM(trial["model"], **(options | backend | trial["options"]))
 
 
 def _allow_asynchronous_scheduling() -> None:
@@ -112,11 +117,11 @@ def _count_events(counts: dict[str, int]) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    from vllm_shadowkv.integration import metadata
+    from vllm_shadowkv.integration import planner
 
     for event, owner, name in (
         ("preemptions", Scheduler, "_preempt_request"),
-        ("seals", metadata, "seal_blocks"),
+        ("seals", planner, "seal_blocks"),
         ("asynchronous steps", EngineCore, "step_with_batch_queue"),
     ):
         counts[event] = 0

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +85,15 @@ def test_it_never_moves_back(
 
 
 @quick
+@given(boundary=RULES, rows=st.lists(st.tuples(LENGTHS, st.booleans(), st.integers(0, 20)), min_size=1, max_size=8))
+def test_many_at_once_are_the_same(boundary: ExactBoundary, rows: list[tuple[int, bool, int]]) -> None:
+    rows = [(computed, prefilling, min(hit * BLOCK, computed // BLOCK * BLOCK)) for computed, prefilling, hit in rows]
+    computed, prefilling, hits = (torch.tensor(column) for column in zip(*rows, strict=True))
+    starts = boundary.exact_starts(computed.int(), prefilling, hits.int())
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [boundary.exact_start(*row) for row in rows]
+
+
 @given(boundary=RULES, computed=LENGTHS, prefilling=st.booleans())
 def test_short_requests_are_exact(boundary: ExactBoundary, computed: int, prefilling: bool) -> None:
     if computed < boundary.dense_threshold:

@@ -90,3 +90,45 @@ def test_a_pool_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MemoryError, match=sentence):
         allocate(num_layers=2, num_blocks=1024, row_bytes=1 << 20)
     assert len(allocate(num_layers=1, num_blocks=1024, row_bytes=1 << 20)) == 1
+
+
+class FakeCudart:
+    """Counts what is pinned; refuses more than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert flags == 0
+        if sum(self.pinned.values()) + size > self.limit:
+            return 2
+        self.pinned[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_pinned_until_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = FakeCudart(limit=1 << 20)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    pools = allocate(num_layers=2, num_blocks=8, row_bytes=4096, pinned=True)
+    view = pools[1][3:]
+    assert cudart.pinned == {pool.data_ptr(): 8 * 4096 for pool in pools}
+    left = pools[1].data_ptr()
+    del pools
+    assert list(cudart.pinned) == [left], "a view keeps its pool"
+    del view
+    assert not cudart.pinned
+
+
+def test_what_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = FakeCudart(limit=3 << 20)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with pytest.raises(
+        MemoryError, match=r"could not pin 0\.0 GiB of host memory \(error 2\); raise the limit on locked"
+    ):
+        allocate(num_layers=4, num_blocks=1024, row_bytes=1024, pinned=True)
+    assert not cudart.pinned

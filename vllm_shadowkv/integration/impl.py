@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as vllm_ops
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_shadowkv.integration.metadata import DenseBatch, Step, cpu_attention_isa
+from vllm_shadowkv.integration.metadata import Step
 from vllm_shadowkv.integration.refusals import check_layer
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.state.prefill import attend_prefill
-
-if TYPE_CHECKING:
-    from vllm_shadowkv.state.layer import LayerMemory
 
 
 class ShadowKVImpl(AttentionImpl[Step]):
@@ -91,14 +87,21 @@ class ShadowKVImpl(AttentionImpl[Step]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("shadowkv does not support fused quantisation of the attention output.")
         if attn_metadata is None:
+            self.runtime.rehearse(query)
             return output.fill_(0)
         assert self.layer_name is not None
         step, bound = attn_metadata, self.runtime.bind()
         memory = bound.memories[self.layer_name]
         query, out = query[: step.num_tokens], output[: step.num_tokens]
-        self._write_exact(memory, key[: step.num_tokens], value[: step.num_tokens], step.slot_mapping)
+        attention = self.runtime.attention
+        attention.write(memory, key[: step.num_tokens], value[: step.num_tokens], step.slot_mapping)
         if step.dense is not None:
-            self._attend_dense(memory, step.dense, query, out)
+            tokens = step.dense.tokens
+            rows_query = query if tokens is None else query[tokens]
+            rows_out = out if tokens is None else torch.empty_like(rows_query)
+            attention.attend_dense(memory, step.dense, rows_query, self.scale, rows_out)
+            if tokens is not None:
+                out[tokens] = rows_out
         if step.decode is not None:
             tokens = step.decode.tokens
             rows_query = query if tokens is None else query[tokens]
@@ -109,6 +112,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
         for row in step.prefills:
             attend_prefill(
                 memory,
+                attention,
                 query[row.tokens],
                 row.block_row,
                 row.exact_row,
@@ -118,39 +122,3 @@ class ShadowKVImpl(AttentionImpl[Step]):
                 out[row.tokens],
             )
         return output
-
-    def _write_exact(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        key_cache, value_cache = _vllm_caches(memory)
-        isa = cpu_attention_isa(memory.layout.head_size, memory.layout.exact_tokens)
-        vllm_ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)
-
-    def _attend_dense(self, memory: LayerMemory, batch: DenseBatch, query: Tensor, output: Tensor) -> None:
-        key_cache, value_cache = _vllm_caches(memory)
-        rows_query = query if batch.tokens is None else query[batch.tokens]
-        rows_out = output if batch.tokens is None else torch.empty_like(rows_query)
-        vllm_ops.cpu_attention_with_kv_cache(
-            query=rows_query,
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=rows_out,
-            query_start_loc=batch.query_start_loc,
-            seq_lens=batch.seq_lens,
-            scale=self.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=batch.block_table,
-            softcap=0,
-            scheduler_metadata=batch.scheduler_metadata,
-            s_aux=None,
-        )
-        if batch.tokens is not None:
-            output[batch.tokens] = rows_out
-
-
-def _vllm_caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
-    """Exact pages as vLLM's CPU kernels take them: per head all keys, then all values (`cpu_attn.py`)."""
-    layout = memory.layout
-    shape = (-1, layout.num_kv_heads, 2 * layout.exact_tokens, layout.head_size)
-    keys, values = memory.exact_pages.view(layout.dtype).view(shape).chunk(2, dim=2)
-    return keys, values

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
-from vllm_shadowkv.integration.metadata import Planner
+from vllm_shadowkv.integration.planner import Planner
 from vllm_shadowkv.integration.refusals import check_engine
 from vllm_shadowkv.integration.rope import rotary_of
 from vllm_shadowkv.integration.specs import ShadowSpec
@@ -27,9 +27,15 @@ from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.decode import DecodeWorkspace
 from vllm_shadowkv.state.layer import LayerMemory
+from vllm_shadowkv.state.low_rank import factorise, mix
+from vllm_shadowkv.state.prefill import TILE_BLOCKS
+from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_shadowkv.integration.cpu_attention import CpuAttention
+    from vllm_shadowkv.integration.flash_attention import FlashAttention
 
 logger = logging.getLogger("vllm.shadowkv")
 
@@ -82,6 +88,9 @@ class Runtime:
         )
         self._shape: tuple[int, int, int, torch.dtype] | None = None
         self._layout: PageLayout | None = None
+        self._workspace: DecodeWorkspace | None = None
+        self._attention: CpuAttention | FlashAttention | None = None
+        self._rehearsed = current_platform.is_cpu()  # where vLLM does not measure
         self._layers: dict[str, _Layer] = {}
         self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
         self._bound: Bound | None = None
@@ -120,10 +129,10 @@ class Runtime:
         return -(-self.config.slot_chunks // self.layout.slots_per_page)
 
     @property
-    def num_heads(self) -> int:
-        """Query heads of a layer, this rank's."""
-        assert self._shape is not None
-        return self._shape[0]
+    def attention(self) -> CpuAttention | FlashAttention:
+        """The platform's attention over exact pages."""
+        assert self._attention is not None, "no layer was built"
+        return self._attention
 
     def lay_out(self, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
         """Plans the page for a layer's shape; all layers must have the same one.
@@ -136,6 +145,16 @@ class Runtime:
             self._layout = plan_page(self.config, num_kv_heads, head_size, dtype)
             self._shape = shape
             sealed = -(-self.boundary.max_model_len // self._layout.block_size)
+            self._attention = _attention(self._layout, num_heads)
+            # Before vLLM measures how much memory is left for its KV cache.
+            self._workspace = DecodeWorkspace(
+                self.config,
+                self._layout,
+                num_heads,
+                self._max_rows(),
+                sealed,
+                torch.device(current_platform.device_type),
+            )
             other_pages = sealed + self.slot_pages_per_request + 1
             self.boundary = dataclasses.replace(self.boundary, other_pages=other_pages)
         elif shape != self._shape:
@@ -179,6 +198,11 @@ class Runtime:
         fields["block_size"] = self.layout.block_size
         return ShadowSpec(**fields, shadow_page_bytes=self.layout.page_bytes)
 
+    def _max_rows(self) -> int:
+        """Most rows of a step, with what a graph pads it to."""
+        graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return max(self.vllm_config.scheduler_config.max_num_seqs, graphs)
+
     # -- Memory
     # ---------------------------------------------------------------------------------------------------------
 
@@ -212,6 +236,26 @@ class Runtime:
             )
         return min(available, blocks * count * layout.page_bytes)
 
+    def rehearse(self, query: Tensor) -> None:
+        """Takes, once, the memory of sealing and of a prefill over sealed blocks, while vLLM measures the peak.
+
+        Args:
+            query: of the largest step, `[tokens, Hq, D]`.
+        """
+        if self._rehearsed:
+            return
+        self._rehearsed = True
+        layout = self.layout
+        if layout.rank:
+            keys = torch.zeros(
+                BLOCKS_AT_ONCE, layout.block_size, layout.width, dtype=torch.float32, device=query.device
+            )
+            mix(factorise(keys, layout.rank))
+            del keys
+        tile = (TILE_BLOCKS, layout.block_size, layout.num_kv_heads, layout.head_size)
+        _ = [torch.empty(tile, dtype=layout.dtype, device=query.device) for _ in range(2)]
+        _ += [torch.empty_like(query) for _ in range(3)]  # one part, another, and both merged
+
     def bind(self) -> Bound:
         """The memory that vLLM has allocated, and ours beside it; made anew whenever vLLM has allocated anew.
 
@@ -227,8 +271,8 @@ class Runtime:
         return self._bound
 
     def _make_bound(self, num_blocks: int, device: torch.device) -> Bound:
-        layout, config = self.layout, self.config
-        pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes)
+        layout = self.layout
+        pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes, pinned=device.type == "cuda")
         memories = {
             name: LayerMemory(
                 layout=layout,
@@ -241,7 +285,6 @@ class Runtime:
             )
             for (name, layer), pool in zip(self._layers.items(), pools, strict=True)
         }
-        max_rows = self.vllm_config.scheduler_config.max_num_seqs
         boundary = self.boundary.resolve(num_blocks)
         gib = len(pools) * num_blocks / host_pool.GIB
         logger.info(
@@ -256,14 +299,25 @@ class Runtime:
             f"keys of rank {layout.rank} of {layout.width}" if layout.rank else "exact keys",
             boundary.prefill_exact_tokens,
         )
-        max_blocks = -(-boundary.max_model_len // layout.block_size)
+        assert self._workspace is not None
         return Bound(
             memories=memories,
             state=BlockState(num_blocks, device),
             boundary=boundary,
-            workspace=DecodeWorkspace(config, layout, max_rows, max_blocks, device),
-            exact_start=torch.zeros(max_rows, dtype=torch.int32, device=device),
+            workspace=self._workspace,
+            exact_start=torch.zeros(self._max_rows(), dtype=torch.int32, device=device),
         )
+
+
+def _attention(layout: PageLayout, num_heads: int) -> CpuAttention | FlashAttention:
+    """The platform's; the other one's module needs not import there."""
+    if current_platform.is_cpu():
+        from vllm_shadowkv.integration.cpu_attention import CpuAttention
+
+        return CpuAttention(layout, num_heads)
+    from vllm_shadowkv.integration.flash_attention import FlashAttention
+
+    return FlashAttention(layout, torch.device(current_platform.device_type))
 
 
 def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from vllm_shadowkv.config import ShadowKVConfig
 
 MOST_DEFAULT_PREFILL_TOKENS = 16_384
@@ -92,6 +95,24 @@ class ExactBoundary:
         if prefilling:  # not less than decode will want, for what has been freed does not come back
             window = max(window, self.prefill_exact_tokens)
         return max((computed - window) // self.block_size * self.block_size, hit)
+
+    def exact_starts(self, computed: Tensor, prefilling: Tensor, hit: Tensor) -> Tensor:
+        """`exact_start` of many requests, on any device.
+
+        Args:
+            computed: int32 `[n]`.
+            prefilling: bool `[n]`.
+            hit: int32 `[n]`.
+
+        Returns:
+            int32 `[n]`.
+        """
+        assert self.prefill_exact_tokens is not None, "resolve() comes first"
+        window = torch.where(
+            prefilling, max(self.decode_exact_tokens, self.prefill_exact_tokens), self.decode_exact_tokens
+        )
+        start = (computed - window).div(self.block_size, rounding_mode="floor") * self.block_size
+        return torch.where(computed < self.dense_threshold, hit, torch.maximum(start, hit)).int()
 
     def reads_sealed(self, num_tokens: int, hit: int) -> bool:
         """Whether a request may attend to sealed blocks in a step that ends at `num_tokens`."""

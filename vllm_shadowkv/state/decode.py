@@ -13,6 +13,10 @@ from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.layer import LayerMemory
 
+MOST_SCRATCH = 64 * 2**20
+"""Values of fp32 that the kernels' scratch memory takes at most, unless one row needs more: they work on some rows at a
+time."""
+
 
 @dataclass(frozen=True)
 class DecodeRows:
@@ -37,13 +41,20 @@ class DecodeWorkspace:
     """What the decode kernels pass to one another, for the widest step. One layer after the other uses it."""
 
     def __init__(
-        self, config: ShadowKVConfig, layout: PageLayout, max_rows: int, max_blocks: int, device: torch.device
+        self,
+        config: ShadowKVConfig,
+        layout: PageLayout,
+        num_heads: int,
+        max_rows: int,
+        max_blocks: int,
+        device: torch.device,
     ):
         """Allocates.
 
         Args:
             config: the settings.
             layout: of the pages.
+            num_heads: query heads.
             max_rows: most rows of a step.
             max_blocks: most sealed blocks of a request.
             device: of the kernels.
@@ -56,7 +67,13 @@ class DecodeWorkspace:
         self._slot_ids = torch.empty(shape, dtype=torch.int32, device=device)
         self._misses = torch.empty(shape, dtype=torch.int32, device=device)
         self._num_misses = torch.empty(shape[:2], dtype=torch.int32, device=device)
-        self._lse: Tensor | None = None
+        self._lse = torch.empty(max_rows, num_heads, dtype=torch.float32, device=device)
+        per_row = (
+            ops.select_chunks_workspace(layout, 1, num_heads, max_blocks),
+            ops.sparse_attention_workspace(layout, 1, num_heads),
+        )
+        values = max(min(max(per_row) * max_rows, MOST_SCRATCH), *per_row)
+        self._scratch = torch.empty(values if ops.needs_workspace(device) else 0, dtype=torch.float32, device=device)
 
     def attend(
         self, memory: LayerMemory, state: BlockState, rows: DecodeRows, query: Tensor, scale: float, output: Tensor
@@ -74,8 +91,6 @@ class DecodeWorkspace:
         count, layout = len(query), memory.layout
         chunk_ids, slot_ids, misses = self._chunk_ids[:count], self._slot_ids[:count], self._misses[:count]
         num_misses = self._num_misses[:count]
-        if self._lse is None:
-            self._lse = torch.empty(self._chunk_ids.shape[0], query.shape[1], device=query.device)
         ops.select_chunks(
             query,
             memory.pages,
@@ -86,6 +101,7 @@ class DecodeWorkspace:
             self.budget_chunks,
             layout,
             chunk_ids,
+            self._scratch,
         )
         ops.plan_slots(
             chunk_ids,
@@ -128,4 +144,5 @@ class DecodeWorkspace:
             layout,
             output,
             self._lse[:count],
+            self._scratch,
         )

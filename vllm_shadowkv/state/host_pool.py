@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import psutil
 import torch
@@ -43,19 +44,20 @@ def max_blocks(host_memory_gib: float | None, row_bytes: int, page_bytes: int, p
     return wanted // ranks // row_bytes
 
 
-def allocate(num_layers: int, num_blocks: int, row_bytes: int) -> list[Tensor]:
+def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = False) -> list[Tensor]:
     """The pool of every layer.
 
     Args:
         num_layers: layers of this rank.
         num_blocks: blocks of the pool; a block's row has its id.
         row_bytes: bytes of one block's values in one layer.
+        pinned: page-locked and mapped, so that CUDA kernels read and write it.
 
     Returns:
-        Per layer uint8 `[num_blocks, row_bytes]`. Memory is taken as rows are first written.
+        Per layer uint8 `[num_blocks, row_bytes]`. Memory that is not pinned is taken as rows are first written.
 
     Raises:
-        MemoryError: it does not fit what is free; the sentence names the bytes and the flags.
+        MemoryError: it does not fit what is free, or cannot be pinned; the sentence names the bytes and the flags.
     """
     needed = num_layers * num_blocks * row_bytes
     free = psutil.virtual_memory().available
@@ -65,4 +67,19 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int) -> list[Tensor]:
             f"{free / GIB:.1f} GiB are free; lower --num-gpu-blocks-override, --kv-cache-memory-bytes or "
             "shadowkv.host_memory_gib."
         )
-    return [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+    pools = [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+    for pool in pools if pinned else ():
+        _pin(pool)
+    return pools
+
+
+def _pin(pool: Tensor) -> None:
+    """Pins the memory of a tensor until it is freed. PyTorch's own pinned tensors take the next power of two."""
+    address, cudart = pool.data_ptr(), torch.cuda.cudart()
+    status = int(cudart.cudaHostRegister(address, pool.nbytes, 0))
+    if status:
+        raise MemoryError(
+            f"shadowkv: CUDA could not pin {pool.nbytes / GIB:.1f} GiB of host memory (error {status}); raise the "
+            "limit on locked memory (ulimit -l unlimited), or lower shadowkv.host_memory_gib."
+        )
+    weakref.finalize(pool.untyped_storage(), cudart.cudaHostUnregister, address)

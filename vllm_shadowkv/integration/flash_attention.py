@@ -1,0 +1,126 @@
+"""Exact attention on CUDA: vLLM's FlashAttention, for exact pages and where sealed blocks join."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+if TYPE_CHECKING:
+    from vllm_shadowkv.integration.metadata import DenseBatch
+    from vllm_shadowkv.page import PageLayout
+    from vllm_shadowkv.state.layer import LayerMemory
+    from vllm_shadowkv.state.prefill import Partial
+
+
+class FlashAttention:
+    """What `state.prefill.ExactAttention` and the layer need, on CUDA (`vllm/v1/attention/backends/flash_attn.py`)."""
+
+    decodes_densely = True
+    """A step of single tokens takes one way for all rows, as a graph does: the decode kernels read exact pages too."""
+    reads_unwritten_values = False
+
+    def __init__(self, layout: PageLayout, device: torch.device) -> None:
+        """For layers with these pages.
+
+        Raises:
+            RuntimeError: FlashAttention does not run here; one sentence.
+        """
+        self.version = fa_utils.get_flash_attn_version(head_size=layout.head_size)
+        if self.version is None or not fa_utils.is_flash_attn_varlen_func_available():
+            raise RuntimeError(
+                "shadowkv computes prefills with vLLM's FlashAttention, which does not run on this device; use another "
+                "--attention-backend."
+            )
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+
+    def write(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Writes new tokens' keys and values `[tokens, Hkv, D]` to exact pages."""
+        keys, values = _caches(memory)
+        fa_utils.reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", self._one, self._one)
+
+    def plan(self, batch: DenseBatch) -> None:
+        """Nothing: FlashAttention plans a launch itself."""
+
+    def attend_dense(self, memory: LayerMemory, batch: DenseBatch, query: Tensor, scale: float, output: Tensor) -> None:
+        """Causal attention of whole rows over their exact pages; query and output `[tokens, Hq, D]`."""
+        keys, values = _caches(memory)
+        fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            out=output,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=batch.max_query_len,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=batch.max_seq_len,
+            softmax_scale=scale,
+            causal=True,
+            block_table=batch.block_table,
+            fa_version=self.version,
+        )
+
+    def attend_exact(
+        self, memory: LayerMemory, query: Tensor, exact_row: Tensor, start: int, end: int, scale: float
+    ) -> Partial:
+        """See `state.prefill.ExactAttention`."""
+        keys, values = _caches(memory)
+        first = start // memory.layout.exact_tokens
+        out, lse = fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            cu_seqlens_q=_ends(query, len(query)),
+            max_seqlen_q=len(query),
+            seqused_k=_lengths(query, end - start),
+            max_seqlen_k=end - start,
+            softmax_scale=scale,
+            causal=True,  # aligned at the end: the last query sees the last key
+            block_table=exact_row[None, first:],
+            return_softmax_lse=True,
+            fa_version=self.version,
+        )
+        return out, lse
+
+    def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
+        """See `state.prefill.ExactAttention`."""
+        out, lse = fa_utils.flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            cu_seqlens_q=_ends(query, len(query)),
+            max_seqlen_q=len(query),
+            cu_seqlens_k=_ends(query, len(keys)),
+            max_seqlen_k=len(keys),
+            softmax_scale=scale,
+            causal=False,
+            return_softmax_lse=True,
+            fa_version=self.version,
+        )
+        return out, lse
+
+    def merge(self, one: Partial, other: Partial) -> Partial:
+        """See `state.prefill.ExactAttention`; a log-sum-exp is `[Hq, T]` here."""
+        out, lse = torch.empty_like(one[0]), torch.empty_like(one[1])
+        merge_attn_states(out, one[0], one[1], other[0], other[1], lse)
+        return out, lse
+
+
+def _caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
+    """Exact pages as vLLM's FlashAttention takes them: K and V `[num_blocks, tokens, Hkv, D]`."""
+    keys, values = (view.transpose(1, 2) for view in memory.layout.exact_views(memory.exact_pages))
+    # One KV head leaves a stride that TMA does not take.
+    return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
+
+
+def _ends(like: Tensor, count: int) -> Tensor:
+    """`[0, count]` on the device, without waiting for it."""
+    return torch.arange(0, count + 1, count, dtype=torch.int32, device=like.device)
+
+
+def _lengths(like: Tensor, count: int) -> Tensor:
+    return torch.full((1,), count, dtype=torch.int32, device=like.device)

@@ -1,0 +1,257 @@
+"""Plans a step: vLLM builds the metadata of our three groups one after the other, and the last one completes the plan.
+
+Between steps is also when blocks are sealed: every block that an earlier step completed and that is not sealed yet.
+
+On CUDA a step in which every row decodes one token is planned without reading the device, unless there may be a block
+to seal or a row begins one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_shadowkv.integration.metadata import DecodeBatch, DenseBatch, PrefillRow, Step
+from vllm_shadowkv.state.decode import DecodeRows
+from vllm_shadowkv.state.seal import seal_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_shadowkv.integration.runtime import Bound, Runtime
+
+logger = logging.getLogger("vllm.shadowkv")
+
+
+class _Row:
+    """One row of the step, on the host."""
+
+    __slots__ = ("computed", "exact_start", "index", "prefilling", "seq_len", "tokens")
+
+    def __init__(self, index: int, tokens: slice, seq_len: int, prefilling: bool) -> None:
+        self.index, self.tokens, self.seq_len, self.prefilling = index, tokens, seq_len, prefilling
+        self.computed = seq_len - (tokens.stop - tokens.start)
+        self.exact_start = 0
+
+
+class Planner:
+    """Makes steps out of the three groups' metadata."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Plans for the layers of `runtime`."""
+        self.runtime = runtime
+        self._step = Step()
+        self._parts: dict[str, CommonAttentionMetadata] = {}
+        self._completed: set[int] = set()
+        """Blocks that steps of several tokens completed, until they are sealed or begun anew."""
+
+    def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
+        """Takes one group's metadata.
+
+        Returns:
+            The step, which the third group's call completes.
+        """
+        if group in self._parts:  # a step that was given up half way
+            self._parts.clear()
+        if not self._parts:
+            self._step = Step()
+        self._parts[group] = metadata
+        if len(self._parts) == 3:
+            self._complete(self._step, capturing=capturing, **self._parts)
+            self._parts.clear()
+        return self._step
+
+    def _complete(
+        self,
+        step: Step,
+        shadow: CommonAttentionMetadata,
+        exact: CommonAttentionMetadata,
+        slots: CommonAttentionMetadata,
+        capturing: bool,
+    ) -> None:
+        bound, count = self.runtime.bind(), shadow.num_reqs
+        step.num_tokens = exact.num_actual_tokens
+        step.slot_mapping = exact.slot_mapping[: step.num_tokens]
+        everything = DecodeRows(
+            block_table=shadow.block_table_tensor[:count],
+            exact_table=exact.block_table_tensor[:count],
+            slot_table=slots.block_table_tensor[:count, : self.runtime.slot_pages_per_request],
+            exact_start=bound.exact_start[:count],
+            seq_lens=shadow.seq_lens[:count],
+        )
+        bound.exact_start.zero_()
+        rows = [] if capturing else _read_rows(shadow)
+        if not capturing:
+            self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
+        # One way of attending for all rows, and persistent tensors only: what a graph replays.
+        attention = self.runtime.attention
+        uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
+        block_size = self.runtime.layout.block_size
+        if not uniform or self._completed or any(row.computed % block_size == 0 for row in rows):
+            block_table, exact_table = everything.block_table.cpu(), everything.exact_table.cpu()
+            rows = self._drop_dummies(rows, exact_table)
+            for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
+                row.exact_start = start
+            self._seal(bound, rows, block_table, exact_table)
+            if attention.reads_unwritten_values:
+                self._clear_new_pages(bound, rows, exact_table)
+            self._note_open(bound, rows, block_table)
+        bound.state.start_step()
+        written = step.slot_mapping.clamp_min(0) // self.runtime.layout.exact_tokens
+        bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
+        if uniform:
+            step.decode = DecodeBatch(None, everything)
+        else:
+            self._sort(step, rows, everything, shadow.query_start_loc)
+
+    def _find_boundary(self, bound: Bound, rows: list[_Row], everything: DecodeRows, starts: Tensor) -> None:
+        """Writes every row's exact boundary; 0 for dummy rows, whose table is null."""
+        device, size = starts.device, self.runtime.layout.exact_tokens
+        flags = torch.zeros(len(everything.seq_lens), dtype=torch.bool)
+        flags[[row.index for row in rows if row.prefilling]] = True
+        counts = starts.diff()
+        held = everything.exact_table > 0
+        last = ((everything.seq_lens - 1) // size).clamp_min(0).long()
+        real = (counts > 0) & (everything.seq_lens >= counts) & held.gather(1, last[:, None])[:, 0]
+        # The manager pads what a prefix hit brought with null pages.
+        hit = held.int().argmax(1) * size
+        start = bound.boundary.exact_starts(
+            everything.seq_lens - counts, flags.to(device, non_blocking=True), hit.int()
+        )
+        everything.exact_start.copy_(start.where(real, 0))
+
+    def _drop_dummies(self, rows: list[_Row], exact_table: Tensor) -> list[_Row]:
+        """The rows without those whose newest token has no page."""
+        size = self.runtime.layout.exact_tokens
+        return [row for row in rows if exact_table[row.index, (row.seq_len - 1) // size] > 0]
+
+    def _seal(self, bound: Bound, rows: list[_Row], block_table: Tensor, exact_table: Tensor) -> None:
+        """Seals every complete block that is not sealed, all layers."""
+        layout = self.runtime.layout
+        pages = layout.block_size // layout.exact_tokens
+        found: dict[int, tuple[Tensor, int]] = {}
+        for row in rows:
+            blocks = block_table[row.index, : row.computed // layout.block_size].long()
+            for place in bound.state.unsealed(blocks).nonzero().flatten().tolist():
+                exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
+                if not (exact_ids > 0).all():
+                    raise RuntimeError(
+                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are "
+                        "gone; this is a bug, please report it."
+                    )
+                found[int(blocks[place])] = (exact_ids, place * layout.block_size)
+        if not found:
+            return
+        device = bound.exact_start.device
+        block_ids = torch.tensor(list(found), dtype=torch.int32)
+        exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
+        first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32, device=device)
+        for memory in bound.memories.values():
+            seal_blocks(memory, block_ids.to(device), exact_ids, first_positions)
+        bound.state.seal(block_ids.long())
+        self._completed.difference_update(found)
+        logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
+
+    def _clear_new_pages(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
+        """Zeroes the values of pages that this step starts and does not fill.
+
+        What an earlier owner left there, read as floats, may be NaN: codes of a sealed block easily are.
+        """
+        size = self.runtime.layout.exact_tokens
+        new = [row for row in rows if row.seq_len % size and row.seq_len // size * size >= row.computed]
+        if not new:
+            return
+        columns = torch.tensor([row.seq_len // size for row in new])
+        pages = exact_table[torch.tensor([row.index for row in new]), columns].long()
+        for memory in bound.memories.values():
+            memory.layout.exact_views(memory.exact_pages)[1][pages] = 0
+
+    def _note_open(self, bound: Bound, rows: list[_Row], block_table: Tensor) -> None:
+        """Tells the block state into which blocks this step's forward pass will write."""
+        size = self.runtime.layout.block_size
+        for row in rows:
+            first, last = row.computed // size, (row.seq_len - 1) // size
+            blocks = block_table[row.index, first : last + 1].long()
+            bound.state.write_open(blocks)
+            self._completed.difference_update(blocks.tolist())
+            if row.seq_len - row.computed > 1:
+                self._completed.update(blocks[: row.seq_len // size - first].tolist())
+
+    def _sort(self, step: Step, rows: list[_Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
+        """Puts each row where it attends."""
+        dense = [row for row in rows if not row.exact_start]
+        decode = [row for row in rows if row.exact_start and not row.prefilling]
+        device = query_start_loc.device
+        if dense:
+            step.dense = self._dense_batch(
+                dense, all_rows=len(dense) == len(everything.seq_lens), of=everything, starts=query_start_loc
+            )
+        if decode:
+            index = torch.tensor([row.index for row in decode], device=device)
+            tokens = torch.tensor([row.tokens.start for row in decode], device=device)
+            step.decode = DecodeBatch(
+                tokens,
+                DecodeRows(
+                    block_table=everything.block_table[index],
+                    exact_table=everything.exact_table[index],
+                    slot_table=everything.slot_table[index],
+                    exact_start=everything.exact_start[index],
+                    seq_lens=everything.seq_lens[index],
+                ),
+            )
+            if not (step.decode.rows.slot_table > 0).all():
+                raise RuntimeError(
+                    "shadowkv: a row attends to sealed blocks but has no slots; this is a bug, please report it."
+                )
+        step.prefills = [
+            PrefillRow(
+                row.tokens,
+                everything.block_table[row.index],
+                everything.exact_table[row.index],
+                row.exact_start,
+                row.seq_len,
+            )
+            for row in rows
+            if row.exact_start and row.prefilling
+        ]
+
+    def _dense_batch(self, rows: list[_Row], all_rows: bool, of: DecodeRows, starts: Tensor) -> DenseBatch:
+        device = starts.device
+        if all_rows:
+            tokens, seq_lens, table = None, of.seq_lens, of.exact_table
+        else:
+            index = torch.tensor([row.index for row in rows], device=device)
+            tokens = torch.cat([torch.arange(row.tokens.start, row.tokens.stop) for row in rows]).to(device)
+            lengths = torch.tensor([0] + [row.tokens.stop - row.tokens.start for row in rows])
+            starts = lengths.cumsum(0).to(device, starts.dtype)
+            seq_lens, table = of.seq_lens[index], of.exact_table[index]
+        batch = DenseBatch(
+            tokens,
+            starts[: len(seq_lens) + 1],
+            seq_lens,
+            table,
+            max_query_len=max(row.tokens.stop - row.tokens.start for row in rows),
+            max_seq_len=max(row.seq_len for row in rows),
+        )
+        batch.plan = self.runtime.attention.plan(batch)
+        return batch
+
+
+def _read_rows(shadow: CommonAttentionMetadata) -> list[_Row]:
+    """The rows that compute tokens, from what vLLM knows on the host."""
+    starts = shadow.query_start_loc_cpu[: shadow.num_reqs + 1].tolist()
+    lengths = shadow.seq_lens_cpu_upper_bound  # exact, for there is no speculative decoding
+    seq_lens = (shadow.seq_lens if lengths is None else lengths)[: shadow.num_reqs].tolist()
+    flags = shadow.is_prefilling
+    prefilling = [] if flags is None else flags.tolist()
+    rows = []
+    for index, seq_len in enumerate(seq_lens):
+        count = starts[index + 1] - starts[index]
+        if 0 < count <= seq_len:
+            # Several tokens of one request are a prompt's, or those of a resumed request being computed again.
+            flag = count > 1 or (index < len(prefilling) and prefilling[index])
+            rows.append(_Row(index, slice(starts[index], starts[index + 1]), seq_len, prefilling=flag))
+    return rows
