@@ -50,6 +50,12 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+template <typename T>
+uint32_t subtract(uint32_t a, uint32_t b) {
+  const auto value = [](uint32_t bits) { return to_float(T{static_cast<uint16_t>(bits)}); };
+  return pack<T>(value(a) - value(b), value(a >> 16) - value(b >> 16));
+}
+
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t both = low | static_cast<uint64_t>(high) << 32;
   uint32_t result = 0;
