@@ -19,7 +19,7 @@ constexpr int kTokensPerCta = 128;
 
 // grid: shares of a block, KV heads, blocks.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
+__global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kTokens))
     expand_blocks_kernel(const ExpandBlocksParams p) {
   const PageLayout& layout = p.layout;
   const int head = blockIdx.y, i = blockIdx.z;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
   T* keys = static_cast<T*>(p.keys) + offset;
   T* values = static_cast<T*>(p.values) + offset;
   const auto clear = [&](T* out) {
-    copy_rows<T, kHeadSize>(nullptr, end - begin, out + begin * stride, stride);
+    clear_rows<kHeadSize>(end - begin, out + begin * stride, stride);
   };
 
   const int64_t block = p.block_ids[i];
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
   const bool covered = p.rotary.covers(position, layout.block_size);
   const bool low_rank = layout.rank != 0 && covered;
   if (layout.rank == 0) {
-    copy_rows<T, kHeadSize>(exact_keys<T>(layout, page, head, begin / size), end - begin,
-                            keys + begin * stride, stride);
+    copy_rows<kHeadSize>(exact_keys<T>(layout, page, head, begin / size), end - begin,
+                         keys + begin * stride, stride);
   } else if (!covered) {
     clear(keys);
   }
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
   for (int64_t o = layout.num_outliers - 1; o >= 0; --o) {  // of equal ids the first one stays
     const int chunk = ids[o];
     if (chunk < begin / size || chunk >= end / size) continue;
-    copy_rows<T, kHeadSize>(exact_keys<T>(layout, page, head, o), size,
-                            keys + chunk * size * stride, stride);
+    copy_rows<kHeadSize>(exact_keys<T>(layout, page, head, o), size, keys + chunk * size * stride,
+                         stride);
   }
 }
 

@@ -1,6 +1,6 @@
-// A CTA takes neighbouring misses of one row and KV head: its keys are rebuilt from the shadow page
-// (rebuild.cuh) while its values are on their way from mapped host memory. Misses are in token
-// order, so neighbours that lie in one block share its basis in shared memory.
+// A CTA takes neighbouring misses of one row and KV head: their keys are rebuilt from the shadow
+// page (rebuild.cuh) while their values are on their way from mapped host memory. Misses are in
+// token order, so neighbours that lie in one block share its basis in shared memory.
 //
 // The link bounds it: a value record per miss. Next come the (chunk_size + head_size) * rank bytes
 // of factors, or chunk_size * head_size exact keys.
@@ -19,15 +19,12 @@ constexpr int64_t kCtas = 1024;
 
 // One miss, found in the tables.
 struct Miss {
-  const uint8_t* page = nullptr;  // null: it names no chunk, block or slot, or has no position
-  const uint8_t* records;         // of its block and head in the host pool
-  int chunk;                      // in its block
-  int64_t position;
-  uint8_t* slot_page;
-  int64_t slot_offset;  // of the slot in the keys and values of its page, in bytes
+  int block = 0;  // 0: it names no chunk, block or slot, or has no position
+  int chunk;      // in its row
+  int slot_page, slot;
 };
 
-template <typename T, int kHeadSize, int kTokens>
+template <int kTokens>
 __device__ __forceinline__ Miss find_miss(const FillSlotsParams& p, int64_t row, int head,
                                           int index) {
   const PageLayout& layout = p.layout;
@@ -38,43 +35,32 @@ __device__ __forceinline__ Miss find_miss(const FillSlotsParams& p, int64_t row,
   const int slot = p.slot_ids[group * p.places + place];
   if (chunk < 0 || slot < 0) return {};
 
-  const int chunks = static_cast<int>(layout.block_size) / kTokens;
   const int slots = static_cast<int>(layout.slots_per_page);
-  const int column = chunk / chunks, slot_column = slot / slots;
+  const int column = chunk / (static_cast<int>(layout.block_size) / kTokens);
+  const int slot_column = slot / slots;
   if (column >= p.max_blocks || slot_column >= p.slot_columns) return {};
-  const int64_t block = p.block_table[row * p.block_table_stride + column];
-  const int64_t slot_page = p.slot_table[row * p.slot_table_stride + slot_column];
+  const int block = p.block_table[row * p.block_table_stride + column];
+  const int slot_page = p.slot_table[row * p.slot_table_stride + slot_column];
   if (block <= 0 || block >= p.num_blocks) return {};
   if (slot_page < 0 || slot_page >= p.num_slot_pages) return {};
-  const int64_t position = static_cast<int64_t>(chunk) * kTokens;
-  if (!p.rotary.covers(position, kTokens)) return {};
-  return {
-      .page = p.pages + block * p.page_stride,
-      .records = p.host_pool + block * p.host_pool_stride +
-                 static_cast<int64_t>(head) * chunks * layout.value_record_bytes,
-      .chunk = chunk % chunks,
-      .position = position,
-      .slot_page = p.slot_pages + slot_page * p.slot_page_stride,
-      .slot_offset = (static_cast<int64_t>(head) * slots + slot % slots) *
-                     static_cast<int64_t>(kTokens * kHeadSize * sizeof(T)),
-  };
+  if (!p.rotary.covers(static_cast<int64_t>(chunk) * kTokens, kTokens)) return {};
+  return {block, chunk, slot_page, slot % slots};
 }
 
-// The keys of a chunk that its page holds exactly, or null.
-template <typename T>
-__device__ __forceinline__ const T* find_exact_keys(const PageLayout& layout, const uint8_t* page,
-                                                    int head, int chunk) {
-  if (layout.rank == 0) return exact_keys<T>(layout, page, head, chunk);
+// Which of the chunks that a page holds exactly (exact_keys) a chunk of the block is, or -1.
+__device__ __forceinline__ int find_exact_keys(const PageLayout& layout, const uint8_t* page,
+                                               int head, int chunk) {
+  if (layout.rank == 0) return chunk;
   const int32_t* ids = outlier_ids(layout, page, head);
   for (int i = 0; i < layout.num_outliers; ++i) {
-    if (ids[i] == chunk) return exact_keys<T>(layout, page, head, i);
+    if (ids[i] == chunk) return i;
   }
-  return nullptr;
+  return -1;
 }
 
 // grid: parts of a row's and head's misses, KV heads, rows.
 template <typename T, int kHeadSize, int kTokens>
-__global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
+__global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kTokens))
     fill_slots_kernel(const FillSlotsParams p) {
   const PageLayout& layout = p.layout;
   const int head = blockIdx.y;
@@ -86,27 +72,31 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize))
   const int end = static_cast<int>(count * (blockIdx.x + 1) / gridDim.x);
   if (begin == end) return;
 
+  const int chunks = static_cast<int>(layout.block_size) / kTokens;
   Rebuilder<T, kHeadSize, kTokens> rebuild(layout);
-  const auto find = [&](int i) { return find_miss<T, kHeadSize, kTokens>(p, row, head, i); };
-  ValueTile<T, kHeadSize, kTokens> values;
-  Miss miss = find(begin);
-  if (miss.page) values.load(layout, miss.records, miss.chunk * kTokens);
+  // Other CTAs hide the lookups. To have two misses' values under way would take moves between
+  // registers, and a move waits for the link.
   for (int i = begin; i < end; ++i) {
-    const Miss next = i + 1 < end ? find(i + 1) : Miss{};
-    ValueTile<T, kHeadSize, kTokens> next_values;
-    if (next.page) next_values.load(layout, next.records, next.chunk * kTokens);
-    if (miss.page) {
-      T* keys = reinterpret_cast<T*>(miss.slot_page + layout.slot_keys + miss.slot_offset);
-      if (const T* exact = find_exact_keys<T>(layout, miss.page, head, miss.chunk)) {
-        copy_rows<T, kHeadSize>(exact, kTokens, keys, kHeadSize);
-      } else {
-        rebuild(miss.page, head, miss.chunk * kTokens, miss.position, p.rotary, keys, kHeadSize);
-      }
-      T* out = reinterpret_cast<T*>(miss.slot_page + layout.slot_values + miss.slot_offset);
-      values.store(layout, out, kHeadSize);
+    const Miss miss = find_miss<kTokens>(p, row, head, i);
+    if (miss.block == 0) continue;
+    const int chunk = miss.chunk % chunks;
+    const uint8_t* records = p.host_pool + miss.block * p.host_pool_stride +
+                             static_cast<int64_t>(head) * chunks * layout.value_record_bytes;
+    ValueTile<T, kHeadSize, kTokens> values;
+    values.load(layout, records, chunk * kTokens);
+
+    const uint8_t* page = p.pages + miss.block * p.page_stride;
+    uint8_t* slot_page = p.slot_pages + miss.slot_page * p.slot_page_stride;
+    const int64_t offset = (head * layout.slots_per_page + miss.slot) * (kTokens * kHeadSize);
+    T* keys = reinterpret_cast<T*>(slot_page + layout.slot_keys) + offset;
+    const int exact = find_exact_keys(layout, page, head, chunk);
+    if (exact >= 0) {
+      copy_rows<kHeadSize>(exact_keys<T>(layout, page, head, exact), kTokens, keys, kHeadSize);
+    } else {
+      const int64_t position = static_cast<int64_t>(miss.chunk) * kTokens;
+      rebuild(page, head, chunk * kTokens, position, p.rotary, keys, kHeadSize);
     }
-    miss = next;
-    values = next_values;
+    values.store(layout, reinterpret_cast<T*>(slot_page + layout.slot_values) + offset, kHeadSize);
   }
 }
 

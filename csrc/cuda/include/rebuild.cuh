@@ -8,16 +8,18 @@
 #pragma once
 
 #include "cuda/include/rotary.cuh"
+#include "cuda/include/value_tile.cuh"
 #include "cuda/include/warp.cuh"
 #include "host_tensor.h"
 #include "layout.h"
 
 namespace shadowkv::cuda {
 
-constexpr int kRebuildThreads = 128;
 constexpr int kRebuildWarps = kRebuildThreads / kWarp;
-// CTAs that a multiprocessor's registers are to hold.
-constexpr int rebuild_ctas(int head_size) { return head_size == 256 ? 3 : 4; }
+// CTAs that a multiprocessor's registers are to hold: the most without spills.
+constexpr int rebuild_ctas(int head_size, int tokens) {
+  return head_size == 256 ? 3 : tokens == 8 ? 5 : 4;
+}
 constexpr int kMaxSharedBytes = 99 << 10;  // of a CTA, since sm_80
 
 // Shared memory of a tile: a panel of basis rows, their weights, the keys. Rows are padded so that
@@ -55,10 +57,6 @@ __device__ __forceinline__ uint32_t widen<BFloat16>(uint32_t codes) {
   // The low 7 bits in the mantissa of 128, less 128, or less 256 for a negative code.
   return subtract<BFloat16>((codes & 0x007f007fu) | 0x43004300u,
                             (codes & 0x00800080u) | 0x43004300u);
-}
-
-__device__ __forceinline__ float code_at(uint32_t word, int i) {
-  return static_cast<float>(static_cast<int8_t>(word >> (8 * i)));
 }
 
 // Rebuilds tiles of one layout; every thread of the CTA calls it with the same arguments.
@@ -267,81 +265,5 @@ __device__ __forceinline__ const int32_t* outlier_ids(const PageLayout& layout, 
                                                       int head) {
   return reinterpret_cast<const int32_t*>(page + layout.outlier_ids) + head * layout.num_outliers;
 }
-
-// Copies `tokens` contiguous rows to rows `stride` elements apart; or zeros, without `from`.
-template <typename T, int kHeadSize>
-__device__ __forceinline__ void copy_rows(const T* from, int tokens, T* out, int64_t stride) {
-  constexpr int kVectors = kHeadSize / 8;
-  for (int v = threadIdx.x; v < tokens * kVectors; v += kRebuildThreads) {
-    *reinterpret_cast<uint4*>(out + v / kVectors * stride + v % kVectors * 8) =
-        from ? reinterpret_cast<const uint4*>(from)[v] : uint4{};
-  }
-}
-
-// The values of kTokens tokens of one head on their way from the host pool: between load() and
-// store() there is time to rebuild their keys.
-template <typename T, int kHeadSize, int kTokens>
-class ValueTile {
-  static constexpr int kRowVectors = kHeadSize / 8;    // of 16 bytes, as T
-  static constexpr int kCodeVectors = kHeadSize / 16;  // as int8
-  static constexpr int kMost = (kTokens * kRowVectors + kRebuildThreads - 1) / kRebuildThreads;
-  static constexpr int kMostCodes =
-      (kTokens * kCodeVectors + kRebuildThreads - 1) / kRebuildThreads;
-
- public:
-  // `records` are those of the head; the tile starts with a chunk.
-  __device__ __forceinline__ void load(const PageLayout& layout, const uint8_t* records,
-                                       int token) {
-    const int size = static_cast<int>(layout.chunk_size);
-    const uint8_t* first = records + token / size * layout.value_record_bytes;
-    if (!layout.value_int8) {  // neighbouring records are one array
-      each<kMost>(kTokens * kRowVectors, [&](int i, int v) {
-        vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(first) + v);
-      });
-      return;
-    }
-    each<kMostCodes>(kTokens * kCodeVectors, [&](int i, int v) {
-      const int t = v / kCodeVectors;
-      const uint8_t* record = first + t / size * layout.value_record_bytes;
-      scales_[i] = reinterpret_cast<const float*>(record)[t % size];
-      vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(record + 4 * size) +
-                                   t % size * kCodeVectors + v % kCodeVectors);
-    });
-  }
-
-  __device__ __forceinline__ void store(const PageLayout& layout, T* out, int64_t stride) const {
-    if (!layout.value_int8) {
-      each<kMost>(kTokens * kRowVectors, [&](int i, int v) {
-        *reinterpret_cast<uint4*>(out + v / kRowVectors * stride + v % kRowVectors * 8) =
-            vectors_[i];
-      });
-      return;
-    }
-    each<kMostCodes>(kTokens * kCodeVectors, [&](int i, int v) {
-      auto* to = reinterpret_cast<uint4*>(out + v / kCodeVectors * stride + v % kCodeVectors * 16);
-      const float s = scales_[i];
-      const auto two = [&](uint32_t word, int at) {
-        return pack<T>(code_at(word, at) * s, code_at(word, at + 1) * s);
-      };
-      const uint4 codes = vectors_[i];
-      to[0] = {two(codes.x, 0), two(codes.x, 2), two(codes.y, 0), two(codes.y, 2)};
-      to[1] = {two(codes.z, 0), two(codes.z, 2), two(codes.w, 0), two(codes.w, 2)};
-    });
-  }
-
- private:
-  // function(i, v) for this thread's vectors v, its i-th each.
-  template <int kCount, typename Function>
-  static __device__ __forceinline__ void each(int vectors, const Function& function) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int v = threadIdx.x + i * kRebuildThreads;
-      if (v < vectors) function(i, v);
-    }
-  }
-
-  uint4 vectors_[kMost];
-  float scales_[kMostCodes];
-};
 
 }  // namespace shadowkv::cuda
