@@ -118,8 +118,8 @@ inline void check_pages(const Tensor& pages, const char* name, DeviceType device
                  pages.stride(0));
 }
 
-// For kernels that read and write 16 bytes at a time: a tensor of 2-byte values whose rows (the last
-// dimension, contiguous) all start at multiples of 16 bytes.
+// For kernels that read and write 16 bytes at a time: a tensor of 2-byte values whose rows (the
+// last dimension, contiguous) all start at multiples of 16 bytes.
 inline void check_vectors(const Tensor& tensor, const char* name) {
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {

@@ -15,13 +15,13 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 _SHAPES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
     (1, 64, F32, {"rank": 16, "num_outliers": 0, "block_size": 64}),
-    (8, 64, BF16, {"rank": 176, "num_outliers": 3, "block_size": 192, "chunk_size": 16}),
+    (8, 64, BF16, {"rank": 48, "num_outliers": 3, "block_size": 64, "chunk_size": 16}),
     (2, 80, F16, {"rank": 48, "num_outliers": 1, "block_size": 128, "chunk_size": 16, "value_int8": True}),
     (1, 80, F32, {"rank": 48, "num_outliers": 3, "block_size": 64}),
     (3, 64, F32, {"rank": 80, "num_outliers": 1, "block_size": 128}),
     (2, 96, BF16, {"rank": 112, "num_outliers": 3, "block_size": 128}),
     (1, 96, F32, {"rank": 80, "num_outliers": 0, "block_size": 128, "chunk_size": 16, "value_int8": True}),
-    (8, 128, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192}),
+    (2, 128, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192}),
     (2, 128, F32, {"rank": 176, "num_outliers": 3, "block_size": 192, "value_int8": True}),
     (1, 128, F16, {"rank": 112, "num_outliers": 1, "block_size": 128}),
     (1, 256, F32, {"rank": 176, "num_outliers": 3, "block_size": 192, "chunk_size": 16}),
@@ -29,6 +29,10 @@ _SHAPES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
     (2, 64, F32, {"rank": 0, "num_outliers": 1, "block_size": 128}),
     (8, 80, BF16, {"rank": 0, "num_outliers": 0, "block_size": 64, "chunk_size": 16}),
     (1, 128, F16, {"rank": 0, "num_outliers": 3, "block_size": 64, "value_int8": True}),
+    (1, 64, F16, {"rank": 64, "num_outliers": 1, "block_size": 192, "value_int8": True}),
+    (1, 80, BF16, {"rank": 80, "num_outliers": 3, "block_size": 128}),
+    (1, 96, F16, {"rank": 16, "num_outliers": 0, "block_size": 64}),
+    (1, 256, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192, "chunk_size": 16, "value_int8": True}),
 ]
 
 
@@ -41,6 +45,13 @@ def _layout(num_kv_heads: int, head_size: int, dtype: torch.dtype, options: dict
 
 
 LAYOUTS = [_layout(*shape) for shape in _SHAPES]
+WIDE = _layout(2, 256, BF16, {"rank": 304, "num_outliers": 1, "block_size": 320})
+"""A head's basis does not fit the shared memory of a CTA."""
+
+
+def small_layout() -> PageLayout:
+    """The dtype is the default of the kernel under test."""
+    return make_layout(1, 64, rank=16, num_outliers=0, block_size=64, compression=1)
 
 
 def layout_id(layout: PageLayout) -> str:

@@ -166,7 +166,8 @@ def fill_slots(
 
     Args:
         chunk_ids, slot_ids, misses, num_misses, block_table, slot_table: see `plan_slots`. A miss that names no place,
-            chunk, valid block or slot page is skipped.
+            chunk, valid block or slot page is skipped; on CUDA also one without rows in `cos_sin`, for which the CPU
+            kernel raises.
         pages: uint8 `[N, P]`, shadow pages.
         host_pool: uint8 `[N, layout.value_row_bytes]`.
         cos_sin: fp32 `[max_position, rotary_dim]`, cosines then sines (`rotary.Rotary`); rotary_dim 0: no RoPE.
@@ -268,7 +269,8 @@ def expand_blocks(
 
     Args:
         block_ids: int32 `[n]`; an invalid id gives zeros.
-        first_positions: int32 `[n]`, position of each block's first token.
+        first_positions: int32 `[n]`, position of each block's first token; on CUDA a block without rows in `cos_sin`
+            gets zeros for keys, for which the CPU kernel raises.
         pages: uint8 `[N, P]`, shadow pages.
         host_pool: uint8 `[N, layout.value_row_bytes]`.
         cos_sin: fp32 `[max_position, rotary_dim]`; see `fill_slots`.

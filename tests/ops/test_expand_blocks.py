@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from generators import make_generator, make_sealed, rope_table
 from numeric import assert_bytes_equal, assert_close
-from rebuilt import BF16, F16, F32, LAYOUTS, every_layout, every_rotary, keys64, layout_id, values64
+from rebuilt import (
+    BF16,
+    F16,
+    F32,
+    LAYOUTS,
+    WIDE,
+    every_layout,
+    every_rotary,
+    keys64,
+    layout_id,
+    small_layout,
+    values64,
+)
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
@@ -73,10 +86,14 @@ def test_expand_blocks(layout: PageLayout, rotary_share: float, is_neox: bool) -
         assert_bytes_equal(values, same_values, "values")
 
 
+def test_basis_in_panels() -> None:
+    test_expand_blocks(WIDE, 1.0, True)
+
+
 def test_layouts_cover_the_range() -> None:
     """What the parametrised tests promise: every head size, dtype, chunk size, codec and some odd ranks."""
-    assert {layout.head_size for layout in LAYOUTS} == {64, 80, 96, 128, 256}
-    assert {layout.dtype for layout in LAYOUTS} == {F32, F16, BF16}
+    factors = {(layout.head_size, layout.dtype) for layout in LAYOUTS if layout.rank}
+    assert factors == set(product((64, 80, 96, 128, 256), (F32, F16, BF16)))
     assert {layout.chunk_size for layout in LAYOUTS} == {8, 16}
     assert {layout.rank for layout in LAYOUTS} >= {0, 16, 48, 112, 176}
     assert {layout.num_outliers for layout in LAYOUTS} == {0, 1, 3}
@@ -84,7 +101,7 @@ def test_layouts_cover_the_range() -> None:
     assert {layout.num_kv_heads for layout in LAYOUTS} == {1, 2, 3, 8}
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[7], LAYOUTS[14]], ids=layout_id)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (3, 7, 14)], ids=layout_id)
 def test_invalid_ids_give_zeros(layout: PageLayout) -> None:
     arguments = make_arguments(layout)
     good = int(arguments["block_ids"][0])
@@ -95,14 +112,18 @@ def test_invalid_ids_give_zeros(layout: PageLayout) -> None:
     arguments["first_positions"] = torch.tensor(first, dtype=torch.int32)
     for name in ("keys", "values"):
         arguments[name] = torch.empty(len(ids), *arguments[name].shape[1:], dtype=layout.dtype)
-    for got, expected in zip(run(arguments), run(arguments, reference.expand_blocks), strict=True):
+    exact = (
+        keys64(arguments["pages"], good, layout.block_size, arguments["cos_sin"], True, layout),
+        values64(arguments["host_pool"], good, layout),
+    )
+    for got, same, expected in zip(run(arguments), run(arguments, reference.expand_blocks), exact, strict=True):
         invalid = torch.tensor([i != 2 for i in range(len(ids))])
         assert_bytes_equal(got[invalid], torch.zeros_like(got[invalid]))
-        assert_close(got[2], expected[2].double(), expected[2])
+        assert_close(got[2], expected, same[2])
 
 
 def test_empty() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     for name in ("block_ids", "first_positions", "keys", "values"):
         arguments[name] = arguments[name][:0]
     keys, values = run(arguments)
@@ -120,19 +141,25 @@ def test_no_rotary_table(shape: tuple[int, ...]) -> None:
     assert_bytes_equal(keys, expected)
 
 
-def test_strided_pages() -> None:
-    """Rows of the pool may lie apart."""
+@pytest.mark.parametrize("gap", [72, 80])
+def test_strided_pages(gap: int, kernel: str) -> None:
+    """Rows of the pool may lie apart; on CUDA by multiples of 16 bytes."""
     arguments = make_arguments(LAYOUTS[5])
     expected = run(arguments)
     for name in ("pages", "host_pool"):
         pages = arguments[name]
-        wide = torch.full((len(pages), pages.shape[1] + 72), 255, dtype=torch.uint8)
-        wide[:, :-72] = pages
-        arguments[name] = wide[:, :-72]
+        wide = torch.full((len(pages), pages.shape[1] + gap), 255, dtype=torch.uint8)
+        wide[:, :-gap] = pages
+        arguments[name] = wide[:, :-gap]
+    if kernel != "cpu" and gap % 16:
+        with pytest.raises(RuntimeError, match="pages: expected rows aligned to 16 bytes"):
+            run(arguments)
+        return
     for got, want in zip(run(arguments), expected, strict=True):
         assert_bytes_equal(got, want)
 
 
+@pytest.mark.cpu_kernel
 def test_threads_do_not_matter() -> None:
     arguments = make_arguments(LAYOUTS[7], num_blocks=3)
     before = torch.get_num_threads()
@@ -148,9 +175,9 @@ def test_threads_do_not_matter() -> None:
             assert_bytes_equal(got, expected)
 
 
-def test_nan_stays_in_its_token() -> None:
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[8]], ids=layout_id)
+def test_nan_stays_in_its_token(layout: PageLayout) -> None:
     """A broken scale spoils the keys and values it belongs to, and no other."""
-    layout = LAYOUTS[8]
     arguments = make_arguments(layout)
     block = int(arguments["block_ids"][1])
     layout.view(arguments["pages"], "outlier_ids")[block] = -1
@@ -180,7 +207,7 @@ def test_garbage_outlier_ids_are_nobody() -> None:
 
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     arguments["layout"] = arguments["layout"].to_ints()
     torch.library.opcheck(torch.ops.shadowkv.expand_blocks.default, tuple(arguments.values()))
 
@@ -197,30 +224,52 @@ def test_opcheck() -> None:
         ("cos_sin", lambda t: t[0], "cos_sin: expected 2 dimensions"),
         ("cos_sin", lambda t: t[:, :63].contiguous(), "cos_sin: expected an even rotary_dim .* 64, got 63"),
         ("cos_sin", lambda t: t.repeat(1, 2), "cos_sin: expected an even rotary_dim .* 64, got 128"),
-        ("cos_sin", lambda t: t[: 64 + 63], "first_positions: expected a block of 64 tokens within the 127 rows"),
-        ("first_positions", lambda t: t - 1, "first_positions: expected a block of 64 tokens .*, got -1 at 1"),
-        ("keys", lambda t: t.half(), "keys: expected dtype Float, got Half"),
+        ("keys", lambda t: t.half(), r"keys: expected dtype B?Float\d*, got Half"),
         ("keys", lambda t: t.transpose(0, 1), "keys: expected contiguous memory"),
         ("values", lambda t: t[:, :32], "values: expected contiguous memory"),
         ("values", lambda t: t[:1], "values: expected shape"),
     ],
 )
 def test_errors(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     ops.expand_blocks(**arguments)
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=message):
         ops.expand_blocks(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message", "good"),
+    [
+        ("cos_sin", lambda t: t[: 64 + 63], "a block of 64 tokens within the 127 rows of cos_sin, got 64 at 0", 1),
+        ("first_positions", lambda t: t - 1, "a block of 64 tokens within .*, got -1 at 1", 0),
+    ],
+)
+def test_positions_beyond_the_table(
+    name: str, change: Callable[[Tensor], Tensor], message: str, good: int, kernel: str
+) -> None:
+    """The CPU kernel raises; on CUDA the block gets zeros for keys."""
+    arguments = make_arguments(small_layout())
+    before = arguments[name]
+    arguments[name] = change(before)
+    if kernel == "cpu":
+        with pytest.raises(RuntimeError, match=f"first_positions: expected {message}"):
+            ops.expand_blocks(**arguments)
+        return
+    keys, values = run(arguments)
+    assert not keys[1 - good].any()
+    assert keys[good].all(-1).any()
+    assert_bytes_equal(values, run(arguments | {name: before})[1])
+
+
 def test_sealed_keys_come_back() -> None:
     """From keys to page to keys: what is lost is noise beyond the rank."""
-    layout = LAYOUTS[0]
+    layout = small_layout()
     sealed = make_sealed(make_generator("round trip"), layout, [1], structured=True)
     arguments = make_arguments(layout, rotary_dim=0, num_blocks=1)
     arguments["block_ids"] = sealed.block_table[0, :1].contiguous()
     arguments |= {"pages": sealed.pages, "host_pool": sealed.host_pool}
     keys, values = run(arguments)
-    assert_bytes_equal(values[0], sealed.values[0])
+    assert_bytes_equal(values[0], sealed.values[0].to(layout.dtype))
     error = (keys[0] - sealed.keys[0]).norm() / sealed.keys[0].norm()
     assert error < 0.2

@@ -5,18 +5,33 @@ from typing import Any
 
 import pytest
 import torch
-from generators import fill_slot_pages, make_generator, make_sealed, make_slot_table, randint, rope_table
+from generators import (
+    exact_keys_layout,
+    fill_slot_pages,
+    make_generator,
+    make_sealed,
+    make_slot_table,
+    randint,
+    rope_table,
+)
 from numeric import assert_bytes_equal, assert_close
-from rebuilt import LAYOUTS, every_layout, every_rotary, keys64, layout_id, values64
+from rebuilt import BF16, F32, LAYOUTS, WIDE, every_layout, every_rotary, keys64, layout_id, small_layout, values64
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
 from vllm_shadowkv.page import PageLayout
 
 Arguments = dict[str, Any]
-EXACT = LAYOUTS[12]  # rank 0, values as they are: every result is a copy
 OUTSIDE = 2**31 - 1
 GUARD = 30  # pages behind the pool
+
+
+def exact_layout(dtype: torch.dtype | None = None) -> PageLayout:
+    """Rank 0, values as they are: every result is a copy."""
+    return exact_keys_layout(2, 64, dtype, rank=None, block_size=128)
+
+
+EXACT = [exact_layout(dtype) for dtype in (F32, BF16)]
 
 
 def make_arguments(
@@ -130,6 +145,24 @@ def test_fill_slots(layout: PageLayout, rotary_share: float, is_neox: bool) -> N
     assert_bytes_equal(actual, same_maths, "all other bytes of the pool")
 
 
+def test_basis_in_panels() -> None:
+    test_fill_slots(WIDE, 1.0, True)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (2, 5, 7, 13)] + [WIDE], ids=layout_id)
+def test_neighbours_of_one_cta(layout: PageLayout) -> None:
+    """Many rows leave several misses of a row to a CTA; rows without any change nothing."""
+    arguments = make_arguments(layout, num_blocks=(1, 2), places=14)
+    arguments["slot_ids"][1, 0, arguments["misses"][1, 0, 1]] = -1  # one of them is skipped
+    expected = run(arguments)
+    rows = 1600 // layout.num_kv_heads
+    for name in ("chunk_ids", "slot_ids", "misses", "num_misses", "block_table", "slot_table"):
+        many = arguments[name].new_zeros(rows, *arguments[name].shape[1:])
+        many[-2:] = arguments[name]
+        arguments[name] = many
+    assert_bytes_equal(run(arguments), expected)
+
+
 def _chunk(tokens: Tensor, layout: PageLayout, chunk: Tensor, head: Tensor) -> Tensor:
     first = int(chunk) * layout.chunk_size
     return tokens[first : first + layout.chunk_size, int(head)]
@@ -166,7 +199,7 @@ def _set(name: str, index: Any, value: int) -> Callable[[Arguments], None]:
     return change
 
 
-@pytest.mark.parametrize("layout", [EXACT, LAYOUTS[5]], ids=layout_id)
+@pytest.mark.parametrize("layout", [*EXACT, LAYOUTS[5]], ids=layout_id)
 @pytest.mark.parametrize(
     "change",
     [
@@ -193,7 +226,7 @@ def test_what_is_invalid_is_skipped(layout: PageLayout, change: Callable[[Argume
 
 def test_another_pool_for_slots() -> None:
     """Slot pages may be a tensor of their own, with another number of pages, rows apart."""
-    arguments = make_arguments(EXACT)
+    arguments = make_arguments(exact_layout())
     expected = run(arguments)
     wide = torch.full((len(expected) + 3, expected.shape[1] + 64), 7, dtype=torch.uint8)
     wide[: len(expected), :-64] = arguments["pages"]
@@ -207,14 +240,14 @@ def test_another_pool_for_slots() -> None:
 @pytest.mark.parametrize("name", ["chunk_ids, slot_ids, misses, num_misses, block_table, slot_table", "num_misses"])
 def test_empty(name: str) -> None:
     """No rows, or rows without a miss."""
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     for part in name.split(", "):
         arguments[part] = arguments[part] * 0 if part == name else arguments[part][:0]
     assert_bytes_equal(run(arguments), arguments["pages"])
 
 
 def test_empty_places() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     for part in ("chunk_ids", "slot_ids", "misses"):
         arguments[part] = arguments[part][..., :0].contiguous()
     arguments["num_misses"].zero_()
@@ -223,7 +256,7 @@ def test_empty_places() -> None:
 
 def test_columns_of_a_wider_table() -> None:
     """Block and slot tables may be the first columns of wider ones."""
-    arguments = make_arguments(EXACT)
+    arguments = make_arguments(exact_layout())
     expected = run(arguments)
     for name in ("block_table", "slot_table"):
         table = arguments[name]
@@ -233,6 +266,7 @@ def test_columns_of_a_wider_table() -> None:
     assert_bytes_equal(run(arguments), expected)
 
 
+@pytest.mark.cpu_kernel
 def test_threads_do_not_matter() -> None:
     arguments = make_arguments(LAYOUTS[1], places=40, num_blocks=(5, 1, 4))
     before = torch.get_num_threads()
@@ -247,8 +281,9 @@ def test_threads_do_not_matter() -> None:
         assert_bytes_equal(result, results[0])
 
 
-def test_position_beyond_the_table() -> None:
-    layout = LAYOUTS[3]
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[16]], ids=layout_id)
+def test_position_beyond_the_table(layout: PageLayout, kernel: str) -> None:
+    """The CPU kernel raises; on CUDA the chunk is skipped."""
     arguments = make_arguments(layout)
     highest = int(arguments["chunk_ids"].amax())
     everywhere = arguments["chunk_ids"] >= 0
@@ -256,15 +291,38 @@ def test_position_beyond_the_table() -> None:
     arguments["num_misses"] = everywhere.sum(-1, dtype=torch.int32)
     needed = (highest + 1) * layout.chunk_size
     arguments["cos_sin"] = rope_table(needed, 64)
-    run(arguments)
+    everything = run(arguments)
     arguments["cos_sin"] = arguments["cos_sin"][:-1]
-    message = f"cos_sin: expected a row for every position up to {needed - 1}, got {needed - 1} rows"
-    with pytest.raises(RuntimeError, match=message):
-        ops.fill_slots(**arguments)
+    if kernel == "cpu":
+        message = f"cos_sin: expected a row for every position up to {needed - 1}, got {needed - 1} rows"
+        with pytest.raises(RuntimeError, match=message):
+            ops.fill_slots(**arguments)
+        return
+    actual = run(arguments)
+    for slot_page, head, place, _, column, chunk in each_miss(arguments):
+        beyond = column * layout.chunks + chunk == highest
+        for section in ("slot_keys", "slot_values"):
+            got = layout.view(actual, section)[slot_page, head, place]
+            expected = arguments["pages"] if beyond else everything
+            assert_bytes_equal(got, layout.view(expected, section)[slot_page, head, place], section)
 
 
-@pytest.mark.parametrize(("layout", "rotary_dim"), [(EXACT, 64), (LAYOUTS[3], 0)], ids=["exact keys", "no RoPE"])
-def test_positions_without_rotation_have_no_bound(layout: PageLayout, rotary_dim: int) -> None:
+@pytest.mark.parametrize(("change", "message"), [(15, r"got \d+ at row 0"), (-15, r"got -\d+ at row 0")])
+def test_impossible_counts(change: int, message: str, kernel: str) -> None:
+    """The CPU kernel raises; on CUDA there are as many misses as places at most, and no fewer than none."""
+    arguments = make_arguments(small_layout())
+    everything = run(arguments)
+    arguments["num_misses"] += change
+    if kernel == "cpu":
+        with pytest.raises(RuntimeError, match=f"num_misses: expected 0 to 14 .*, {message}, KV head 0"):
+            ops.fill_slots(**arguments)
+    else:
+        assert_bytes_equal(run(arguments), everything if change > 0 else arguments["pages"])
+
+
+@pytest.mark.parametrize("layout", [*EXACT, LAYOUTS[3], LAYOUTS[16]], ids=layout_id)
+def test_positions_without_rotation_have_no_bound(layout: PageLayout) -> None:
+    rotary_dim = 0 if layout.rank else 64
     arguments = make_arguments(layout, rotary_dim)
     expected = run(arguments)
     arguments["cos_sin"] = torch.empty(0, rotary_dim)
@@ -273,7 +331,7 @@ def test_positions_without_rotation_have_no_bound(layout: PageLayout, rotary_dim
 
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     arguments |= {"layout": arguments["layout"].to_ints(), "slot_pages": arguments["pages"].clone()}
     torch.library.opcheck(torch.ops.shadowkv.fill_slots.default, tuple(arguments.values()))
 
@@ -286,8 +344,6 @@ def test_opcheck() -> None:
         ("slot_ids", lambda t: t[..., :-1].contiguous(), r"slot_ids: expected shape \[3, 1, 14\], got \[3, 1, 13\]"),
         ("misses", lambda t: t.transpose(0, 2), "misses: expected contiguous memory"),
         ("num_misses", lambda t: t[0], "num_misses: expected 2 dimensions"),
-        ("num_misses", lambda t: t + 15, r"num_misses: expected 0 to 14 .*, got \d+ at row 0, KV head 0"),
-        ("num_misses", lambda t: t - 15, r"num_misses: expected 0 to 14 .*, got -\d+ at row 0, KV head 0"),
         ("pages", lambda t: t[:, 64:], "pages: expected shape"),
         ("block_table", lambda t: t[:2], r"block_table: expected shape \[3, any\]"),
         ("block_table", lambda t: t.repeat(1, 2)[:, ::2], "block_table: expected contiguous memory within a row"),
@@ -300,7 +356,7 @@ def test_opcheck() -> None:
     ],
 )
 def test_errors(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(small_layout())
     ops.fill_slots(**arguments)
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=message):

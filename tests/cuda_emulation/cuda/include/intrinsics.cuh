@@ -50,6 +50,12 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+template <typename T>
+uint32_t subtract(uint32_t a, uint32_t b) {
+  const auto value = [](uint32_t bits) { return to_float(T{static_cast<uint16_t>(bits)}); };
+  return pack<T>(value(a) - value(b), value(a >> 16) - value(b >> 16));
+}
+
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t both = low | static_cast<uint64_t>(high) << 32;
   uint32_t result = 0;
@@ -66,27 +72,31 @@ constexpr int kWarp = 32;
 
 template <typename T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  uint64_t* mine = emulation::lane_memory(emulation::lane());
-  mine[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
-  mine[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
-  mine[2] = b[0] | static_cast<uint64_t>(b[1]) << 32;
+  float mine[12];
+  for (int i = 0; i < 6; ++i) {
+    const uint32_t two = i < 4 ? a[i] : b[i - 4];
+    mine[2 * i] = to_float(T{static_cast<uint16_t>(two)});
+    mine[2 * i + 1] = to_float(T{static_cast<uint16_t>(two >> 16)});
+  }
+  std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
   emulation::sync_warp();
   const auto value = [](int lane, int reg, int half) {
-    const auto word =
-        static_cast<uint32_t>(emulation::lane_memory(lane)[reg / 2] >> (32 * (reg % 2)));
-    return to_float(T{static_cast<uint16_t>(word >> (16 * half))});
+    float result;
+    const auto* memory = reinterpret_cast<const char*>(emulation::lane_memory(lane));
+    std::memcpy(&result, memory + 4 * (2 * reg + half), sizeof result);
+    return result;
   };
   const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const int from = (k % 8) / 2;
-      sum += value(row % 8 * 4 + from, row / 8 + 2 * (k / 8), k % 2) *
-             value(column * 4 + from, 4 + k / 8, k % 2);
-    }
-    c[i] += sum;
+  float sum[4] = {};
+  for (int k = 0; k < 16; ++k) {
+    const int from = (k % 8) / 2;
+    const float rows[2] = {value(4 * group + from, 2 * (k / 8), k % 2),
+                           value(4 * group + from, 2 * (k / 8) + 1, k % 2)};
+    const float columns[2] = {value(8 * pair + from, 4 + k / 8, k % 2),
+                              value(8 * pair + 4 + from, 4 + k / 8, k % 2)};
+    for (int i = 0; i < 4; ++i) sum[i] += rows[i / 2] * columns[i % 2];
   }
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
   emulation::sync_warp();
 }
 

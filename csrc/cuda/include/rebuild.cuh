@@ -1,0 +1,269 @@
+// Keys of a sealed block out of its shadow page, and its values out of the host pool: what
+// fill_slots and expand_blocks share. csrc/cpu/kernels/rebuild.h is its twin.
+//
+// A CTA rebuilds a tile of kTokens keys of one KV head: keys^T [head_size x tokens] = basis^T
+// [head_size x rank] * weights^T [rank x tokens] on tensor cores, where a weight is coefficient *
+// basis_scale. That reads rank * (head_size + kTokens) bytes, which bound it; the basis stays in
+// shared memory for the next tile of the block.
+#pragma once
+
+#include "cuda/include/rotary.cuh"
+#include "cuda/include/value_tile.cuh"
+#include "cuda/include/warp.cuh"
+#include "host_tensor.h"
+#include "layout.h"
+
+namespace shadowkv::cuda {
+
+constexpr int kRebuildWarps = kRebuildThreads / kWarp;
+// CTAs that a multiprocessor's registers are to hold: the most without spills.
+constexpr int rebuild_ctas(int head_size, int tokens) {
+  return head_size == 256 ? 3 : tokens == 8 ? 5 : 4;
+}
+constexpr int kMaxSharedBytes = 99 << 10;  // of a CTA, since sm_80
+
+// Shared memory of a tile: a panel of basis rows, their weights, the keys. Rows are padded so that
+// the lanes of a warp meet no bank twice.
+template <int kHeadSize, int kTokens>
+struct RebuildShape {
+  static constexpr int kPairs = (kHeadSize + 31) / 32;  // of two tiles of 16 dimensions
+  static constexpr int kBasisStride = 32 * kPairs + 16;
+  static constexpr int kKeyStride = kHeadSize + 4;
+  static constexpr int kKeyBytes = kTokens * kKeyStride * static_cast<int>(sizeof(float));
+  static constexpr int kWeightPad = 8;
+
+  // Basis rows that are in shared memory at once, a multiple of 16.
+  static constexpr int panel(int64_t rank) {
+    constexpr int kBytes = kMaxSharedBytes - kKeyBytes - 2 * kWeightPad * kTokens;
+    constexpr int kMost = kBytes / (kBasisStride + 2 * kTokens) / 16 * 16;
+    return rank < kMost ? static_cast<int>(rank) : kMost;
+  }
+  static constexpr int shared_bytes(int64_t rank) {
+    const int rows = panel(rank);
+    return rank == 0 ? 0 : rows * kBasisStride + (rows + kWeightPad) * 2 * kTokens + kKeyBytes;
+  }
+};
+
+// Two int8, the low bytes of the halves of `codes`, as two T. The upper bytes do not matter.
+template <typename T>
+__device__ __forceinline__ uint32_t widen(uint32_t codes);
+template <>
+__device__ __forceinline__ uint32_t widen<Half>(uint32_t codes) {
+  // code + 128 in the mantissa of 1024.
+  return subtract<Half>((codes & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+}
+template <>
+__device__ __forceinline__ uint32_t widen<BFloat16>(uint32_t codes) {
+  // The low 7 bits in the mantissa of 128, less 128, or less 256 for a negative code.
+  return subtract<BFloat16>((codes & 0x007f007fu) | 0x43004300u,
+                            (codes & 0x00800080u) | 0x43004300u);
+}
+
+// Rebuilds tiles of one layout; every thread of the CTA calls it with the same arguments.
+template <typename T, int kHeadSize, int kTokens>
+class Rebuilder {
+  using Shape = RebuildShape<kHeadSize, kTokens>;
+  static constexpr int kTiles = kTokens / 8;
+  // Pairs of 16-dimension tiles that a warp takes.
+  static constexpr int kMine = (Shape::kPairs + kRebuildWarps - 1) / kRebuildWarps;
+
+ public:
+  __device__ __forceinline__ explicit Rebuilder(const PageLayout& layout)
+      : layout_(layout),
+        rank_(static_cast<int>(layout.rank)),
+        panel_(Shape::panel(layout.rank)),
+        basis_(dynamic_shared_memory()),
+        weights_(reinterpret_cast<T*>(basis_ + panel_ * Shape::kBasisStride)),
+        keys_(reinterpret_cast<float*>(weights_ + kTokens * weight_stride())) {}
+
+  // Writes the keys of tokens [token, token + kTokens) of a block, the first at `position`: T rows
+  // `stride` elements apart.
+  __device__ __forceinline__ void operator()(const uint8_t* page, int head, int token,
+                                             int64_t position, const RotaryTable& rotary, T* out,
+                                             int64_t stride) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int8_t* basis = reinterpret_cast<const int8_t*>(page + layout_.basis) +
+                          static_cast<int64_t>(head) * rank_ * kHeadSize;
+    const auto* basis_scales = reinterpret_cast<const float*>(page + layout_.basis_scales);
+    if (basis != staged_) stage(basis, 0);
+
+    // Relative to the largest, basis scales suit fp16; that one goes into the fp32 epilogue.
+    float largest = 1e-37f;  // its inverse is finite
+#pragma unroll 2
+    for (int r = lane; r < rank_; r += kWarp) largest = fmaxf(largest, basis_scales[r]);
+    largest = warp_max(largest);
+    const auto* scales = reinterpret_cast<const float*>(page + layout_.coefficient_scales) + token;
+    const auto* mean = reinterpret_cast<const float*>(page + layout_.mean) + head * kHeadSize;
+    float scale[kTiles][2];
+    float4 centre[kMine];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) scale[n][j] = largest * scales[8 * n + 2 * (lane % 4) + j];
+    }
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) {
+      const int d = first_dim(warp, m, lane);
+      centre[m] = d < kHeadSize ? *reinterpret_cast<const float4*>(mean + d) : float4{};
+    }
+
+    float sums[kMine][2][kTiles][4] = {};
+    for (int first = 0; first < rank_; first += panel_) {
+      if (first > 0) {
+        sync_threads();
+        stage(basis, first);
+      }
+      const int rows = rank_ - first < panel_ ? rank_ - first : panel_;
+      weigh(page, token, basis_scales, 1.0f / largest, first, rows);
+      wait_copies<0>();
+      sync_threads();
+      multiply(rows, sums);
+    }
+    staged_ = rank_ == panel_ ? basis : nullptr;
+
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) {
+      const int d = first_dim(warp, m, lane);
+      if (d >= kHeadSize) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const int n = i / 2, j = i % 2;
+        *reinterpret_cast<float4*>(keys_ + (8 * n + 2 * (lane % 4) + j) * Shape::kKeyStride + d) = {
+            fmaf(sums[m][0][n][j], scale[n][j], centre[m].x),
+            fmaf(sums[m][0][n][2 + j], scale[n][j], centre[m].y),
+            fmaf(sums[m][1][n][j], scale[n][j], centre[m].z),
+            fmaf(sums[m][1][n][2 + j], scale[n][j], centre[m].w)};
+      }
+    }
+    sync_threads();
+    constexpr int kVectors = kHeadSize / 8;
+#pragma unroll 1
+    for (int v = threadIdx.x; v < kTokens * kVectors; v += kRebuildThreads) {
+      const int t = v / kVectors, d = v % kVectors * 8;
+      *reinterpret_cast<uint4*>(out + t * stride + d) =
+          turn<T>(rotary, position + t, keys_ + t * Shape::kKeyStride, d);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int weight_stride() const { return panel_ + Shape::kWeightPad; }
+
+  // A lane holds four neighbouring dimensions of a pair of tiles, in both the basis and the sums:
+  // which dimension a row of a tile is, is free. The last pair of head size 80 is half empty.
+  static __device__ __forceinline__ int first_dim(int warp, int m, int lane) {
+    return 32 * (warp + m * kRebuildWarps) + 4 * (lane / 4);
+  }
+
+  // Starts to copy a panel of the basis.
+  __device__ __forceinline__ void stage(const int8_t* basis, int first) {
+    constexpr int kVectors = kHeadSize / 16;
+    const int rows = rank_ - first < panel_ ? rank_ - first : panel_;
+    const int8_t* from = basis + first * kHeadSize;
+    for (int v = threadIdx.x; v < rows * kVectors; v += kRebuildThreads) {
+      copy_async(basis_ + v / kVectors * Shape::kBasisStride + v % kVectors * 16, from + v * 16);
+    }
+    commit_copies();
+  }
+
+  // Writes the weights of a panel's rows: T [kTokens, rows].
+  __device__ __forceinline__ void weigh(const uint8_t* page, int token, const float* basis_scales,
+                                        float inverse, int first, int rows) {
+    const auto* coefficients = reinterpret_cast<const int8_t*>(page + layout_.coefficients) +
+                               static_cast<int64_t>(token) * rank_ + first;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTokens * rows / 16; i += kRebuildThreads) {
+      const int t = i % kTokens, r = i / kTokens * 16;
+      const uint4 codes = *reinterpret_cast<const uint4*>(coefficients + t * rank_ + r);
+      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+      uint32_t packed[8];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float4 s = *reinterpret_cast<const float4*>(basis_scales + first + r + 4 * w);
+        packed[2 * w] =
+            pack<T>(code_at(words[w], 0) * (s.x * inverse), code_at(words[w], 1) * (s.y * inverse));
+        packed[2 * w + 1] =
+            pack<T>(code_at(words[w], 2) * (s.z * inverse), code_at(words[w], 3) * (s.w * inverse));
+      }
+      auto* to = reinterpret_cast<uint4*>(weights_ + t * weight_stride() + r);
+      to[0] = {packed[0], packed[1], packed[2], packed[3]};
+      to[1] = {packed[4], packed[5], packed[6], packed[7]};
+    }
+  }
+
+  // sums[m][tile of a pair][n] += a panel's product.
+  __device__ __forceinline__ void multiply(int rows, float (&sums)[kMine][2][kTiles][4]) const {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int group = lane / 4, k = 2 * (lane % 4);
+#pragma unroll 2
+    for (int first = 0; first < rows; first += 16) {
+      uint32_t b[kTiles][2];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const T* at = weights_ + (8 * n + group) * weight_stride() + first + k;
+        b[n][0] = *reinterpret_cast<const uint32_t*>(at);
+        b[n][1] = *reinterpret_cast<const uint32_t*>(at + 8);
+      }
+#pragma unroll
+      for (int m = 0; m < kMine; ++m) {
+        if (warp + m * kRebuildWarps >= Shape::kPairs) continue;
+        const uint8_t* at = basis_ + (first + k) * Shape::kBasisStride + first_dim(warp, m, lane);
+        const auto row = [&](int r) {
+          return *reinterpret_cast<const uint32_t*>(at + r * Shape::kBasisStride);
+        };
+        const uint32_t words[4] = {row(0), row(1), row(8), row(9)};
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int byte = 2 * tile + i % 2;
+            a[i] = widen<T>(
+                pick_bytes(words[i / 2 * 2], words[i / 2 * 2 + 1], byte | (4 + byte) << 8));
+          }
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) mma_16x8x16<T>(sums[m][tile][n], a, b[n]);
+        }
+      }
+    }
+  }
+
+  const PageLayout& layout_;
+  const int rank_, panel_;
+  uint8_t* const basis_;
+  T* const weights_;                // [kTokens, panel]
+  float* const keys_;               // [kTokens, kHeadSize]
+  const int8_t* staged_ = nullptr;  // the basis that is in shared memory as a whole
+};
+
+// Sections of pages that kernels read or write 16 bytes at a time.
+inline void check_rebuilt_sections(const PageLayout& layout) {
+  const auto check = [](const char* name, int64_t offset) {
+    SHADOWKV_CHECK(offset % 16 == 0, "layout: ", name, " must be aligned to 16 bytes, got offset ",
+                   offset);
+  };
+  check("coefficients", layout.coefficients);
+  check("basis", layout.basis);
+  check("basis_scales", layout.basis_scales);
+  check("mean", layout.mean);
+  check("exact_keys", layout.exact_keys);
+  check("outlier_keys", layout.outlier_keys);
+  check("slot_keys", layout.slot_keys);
+  check("slot_values", layout.slot_values);
+}
+
+// A page's own keys of a chunk, where it holds them: `index` counts chunks (rank 0) or outliers.
+template <typename T>
+__device__ __forceinline__ const T* exact_keys(const PageLayout& layout, const uint8_t* page,
+                                               int head, int64_t index) {
+  const int64_t section = layout.rank == 0 ? layout.exact_keys : layout.outlier_keys;
+  const int64_t count = layout.rank == 0 ? layout.chunks() : layout.num_outliers;
+  return reinterpret_cast<const T*>(page + section) +
+         (head * count + index) * layout.chunk_size * layout.head_size;
+}
+
+__device__ __forceinline__ const int32_t* outlier_ids(const PageLayout& layout, const uint8_t* page,
+                                                      int head) {
+  return reinterpret_cast<const int32_t*>(page + layout.outlier_ids) + head * layout.num_outliers;
+}
+
+}  // namespace shadowkv::cuda
