@@ -63,6 +63,12 @@ __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float
 // Round to nearest even.
 __device__ __forceinline__ float round_even(float x) { return rintf(x); }
 __device__ __forceinline__ float fast_exp2(float x) { return exp2f(x); }
+// The larger, NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
 
 // ------------------------------------------------------------------------------------------------
 // Tensor cores: c[16 x 8] += a[16 x 16] * b[16 x 8], fp32 sums.

@@ -61,6 +61,7 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 
 inline float round_even(float x) { return std::nearbyint(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 constexpr int kWarp = 32;
 
