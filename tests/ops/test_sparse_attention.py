@@ -96,13 +96,15 @@ def tensor_cores() -> bool:
     return generators.DEFAULT_DTYPE is not torch.float32
 
 
-def in_cuda_order(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """`PageLayout.exact_views` of pages on CUDA: rewrites the pages so, and returns the views."""
+def in_cuda_order(layout: PageLayout, pages: Tensor, slot_table: Tensor) -> tuple[Tensor, Tensor]:
+    """`PageLayout.exact_views` of pages on CUDA: rewrites all that are no slot pages so, and returns the views."""
     heads, tokens, size = layout.num_kv_heads, layout.exact_tokens, layout.head_size
     content = torch.cat(layout.exact_views(pages), -1)
     strides = layout.page_bytes // layout.dtype.itemsize, tokens * 2 * size, 2 * size, 1
     both = pages.view(layout.dtype).as_strided((len(pages), heads, tokens, 2 * size), strides)
-    both[:] = content
+    exact = torch.ones(len(pages), dtype=torch.bool)
+    exact[slot_table.long()] = False
+    both[exact] = content[exact]
     return both[..., :size], both[..., size:]
 
 
@@ -115,8 +117,12 @@ def make_case(
     exact: tuple[tuple[int, int], ...] = ((256, 300), (0, 130), (512, 517)),
     columns: int = 24,
     pages_per_row: int = 4,
+    cuda_order: bool | None = None,
 ) -> Case:
-    """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN."""
+    """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN.
+
+    `cuda_order`: exact pages as on CUDA; default: as on the kernel's device.
+    """
     generator = generators.make_generator(seed)
     rows, heads = len(slots), layout.num_kv_heads
     width = max(-(-end // layout.exact_tokens) for _, end in exact) + 2
@@ -146,7 +152,8 @@ def make_case(
             layout, pages, exact_table[row].tolist(),
             generators.randn(generator, *shape), generators.randn(generator, *shape), start,
         )  # fmt: skip
-    exact_keys, exact_values = in_cuda_order(layout, pages) if tensor_cores() else layout.exact_views(pages)
+    cuda_order = tensor_cores() if cuda_order is None else cuda_order
+    exact_keys, exact_values = in_cuda_order(layout, pages, slot_table) if cuda_order else layout.exact_views(pages)
     query = generators.randn(generator, rows, heads * group, layout.head_size, dtype=layout.dtype)
     return Case(
         query, slot_ids, slot_table, pages, exact_keys, exact_values, exact_table,
@@ -240,22 +247,16 @@ def test_exact_pages_in_any_memory_order(order: str) -> None:
     assert_close(lse, expected_lse)
 
 
-@pytest.mark.parametrize("order", ["pages", "adjacent", "token", "apart"])
+@pytest.mark.parametrize("order", ["pages", "token", "apart"])
 def test_vectors_in_any_order(order: str) -> None:
     """Orders that the CUDA kernel takes too: each key and value is contiguous."""
     layout = generators.make_layout(2, 128, torch.float16)
-    case = make_case("cuda", layout, slots=(3, 0, 7))
-    if order == "pages":
-        case.exact_keys, case.exact_values = in_cuda_order(layout, case.slot_pages) if not tensor_cores() else (
-            case.exact_keys, case.exact_values)  # fmt: skip
-    elif order == "adjacent":
-        both = torch.cat((case.exact_keys, case.exact_values), -1)
-        case.exact_keys, case.exact_values = both[..., :128], both[..., 128:]
-    elif order == "token":  # [pages, tokens, heads, dimensions]
+    case = make_case("cuda", layout, slots=(3, 0, 7), cuda_order=True)
+    if order == "token":  # [pages, tokens, heads, dimensions]
         case.exact_keys, case.exact_values = (
             x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.exact_keys, case.exact_values)
         )
-    else:
+    elif order == "apart":
         case.exact_keys = case.exact_keys.contiguous()
         case.exact_values = torch.cat((case.exact_values, torch.full_like(case.exact_values, NAN)), -1)[..., :128]
     case.check()
@@ -277,6 +278,18 @@ def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
                 assert_bytes_equal(actual, expected[:rows], f"{threads} threads")
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_cuda_kernel_wants_vectors(kernel: str) -> None:
+    """It loads 16 bytes at a time; the CPU kernel takes any order."""
+    for name in ("exact_keys", "exact_values"):
+        case = make_case("vectors", generators.make_layout(2, 64), slots=(3,), exact=((0, 20),))
+        setattr(case, name, getattr(case, name).transpose(2, 3).contiguous().transpose(2, 3))
+        if kernel == "cpu":
+            case.check()
+        else:
+            with pytest.raises(RuntimeError, match=f"{name}: expected rows that are contiguous and aligned to 16"):
+                case.run()
 
 
 def test_a_row_gives_the_same_bytes_alone_and_in_any_batch() -> None:

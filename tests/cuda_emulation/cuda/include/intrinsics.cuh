@@ -67,16 +67,17 @@ constexpr int kWarp = 32;
 
 template <typename T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  uint64_t* mine = emulation::lane_memory(emulation::lane());
-  mine[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
-  mine[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
-  mine[2] = b[0] | static_cast<uint64_t>(b[1]) << 32;
-  emulation::sync_warp();
-  const auto value = [](int lane, int reg, int half) {
-    const auto word =
-        static_cast<uint32_t>(emulation::lane_memory(lane)[reg / 2] >> (32 * (reg % 2)));
-    return to_float(T{static_cast<uint16_t>(word >> (16 * half))});
+  const auto values = [](int lane) {
+    return reinterpret_cast<float*>(emulation::lane_memory(lane));  // of a, then of b
   };
+  const auto put = [&](int i, uint32_t two) {
+    values(emulation::lane())[2 * i] = to_float(T{static_cast<uint16_t>(two)});
+    values(emulation::lane())[2 * i + 1] = to_float(T{static_cast<uint16_t>(two >> 16)});
+  };
+  for (int i = 0; i < 4; ++i) put(i, a[i]);
+  for (int i = 0; i < 2; ++i) put(4 + i, b[i]);
+  emulation::sync_warp();
+  const auto value = [&](int lane, int reg, int half) { return values(lane)[2 * reg + half]; };
   const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
