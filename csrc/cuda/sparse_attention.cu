@@ -8,11 +8,11 @@
 #include "arguments/sparse_attention.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/include/attention_tokens.cuh"
 #include "cuda/include/dispatch.cuh"
 #include "cuda/include/launch.cuh"
+#include "cuda/include/online_softmax.cuh"
 
 namespace shadowkv::cuda {
 namespace {
@@ -22,7 +22,6 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kNegativeInfinity = -INFINITY;
 constexpr float kNoToken = -1;  // as a sum of weights
 
 // Some rows at a time, as many as the workspace has room for.
@@ -48,41 +47,66 @@ __device__ __forceinline__ Partial partial_at(const Pass& pass, int64_t row, int
           pass.workspace + pass.num_rows * per_row * layout.head_size + 2 * i};
 }
 
-// A warp's online softmax for query rows g and g + 8 of lane (g, t).
-struct Softmax {
-  float largest[2] = {kNegativeInfinity, kNegativeInfinity};
-  float total[2] = {};  // this lane's tokens only
-
-  // Turns a step's products into weights, and says by what to scale what was summed before.
-  __device__ __forceinline__ void add(float (&s)[2][4], uint32_t tokens, float scale,
-                                      float (&decay)[2]) {
-    const int t = threadIdx.x % 4;
+// Merges a CTA's warps into its partial results; `seen` tells whether this warp had a token.
+template <int kHeadSize>
+__device__ __forceinline__ void merge_warps(const Pass& pass, int query_head, int num_queries,
+                                            bool seen, const OnlineSoftmax& softmax,
+                                            const float (&sums)[kHeadSize / 8][4]) {
+  __shared__ float shared_values[kWarps][kMaxQueries][kPiece + 4];
+  __shared__ float shared_stats[kWarps][kMaxQueries][2];
+  __shared__ float shared_factors[kWarps][kMaxQueries];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const auto partial = [&](int query) {
+    return partial_at(pass, blockIdx.z, query_head + query, blockIdx.x);
+  };
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float top = largest[row];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[i / 2][2 * row + i % 2];
-        x = tokens >> (i / 2 * kTileTokens + 2 * t + i % 2) & 1 ? x * scale : kNegativeInfinity;
-        top = max_or_nan(top, x);
-      }
-      top = max_or_nan(top, shuffle_xor(top, 1));
-      top = max_or_nan(top, shuffle_xor(top, 2));
-      // While no logit is above -inf, 2 ** (-inf - 0) = 0 is wanted and not 2 ** (-inf + inf).
-      const float base = top == kNegativeInfinity ? 0.0f : top;
-      decay[row] = fast_exp2(largest[row] - base);
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[i / 2][2 * row + i % 2];
-        x = fast_exp2(x - base);
-        sum += x;
-      }
-      total[row] = total[row] * decay[row] + sum;
-      largest[row] = top;
+  for (int i = 0; i < 2; ++i) {
+    float total = softmax.total[i];
+    total += shuffle_xor(total, 1);
+    total += shuffle_xor(total, 2);
+    if (t == 0) {
+      shared_stats[warp][g + 8 * i][0] = softmax.largest[i];
+      shared_stats[warp][g + 8 * i][1] = seen ? total : kNoToken;
     }
   }
-};
+  const bool any = sync_threads_count(seen) > 0;
+  if (static_cast<int>(threadIdx.x) < num_queries) {
+    const int query = threadIdx.x;
+    float largest = kNegativeInfinity, total = 0;
+    for (int w = 0; w < kWarps; ++w) largest = max_or_nan(largest, shared_stats[w][query][0]);
+    const float base = largest == kNegativeInfinity ? 0.0f : largest;
+    for (int w = 0; w < kWarps; ++w) {
+      shared_factors[w][query] = fast_exp2(shared_stats[w][query][0] - base);
+      const float part = shared_stats[w][query][1];
+      if (part != kNoToken) total += shared_factors[w][query] * part;
+    }
+    float* stats = partial(query).stats;
+    stats[0] = largest;
+    stats[1] = any ? total : kNoToken;
+  }
+  if (!any) return;
+  for_pieces<kHeadSize>([&]<int kFirst, int kDims>() {
+    sync_threads();
+#pragma unroll
+    for (int i = 0; i < kDims / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        shared_values[warp][g + j / 2 * 8][(2 * t + j % 2) * (kDims / 8) + i] =
+            sums[kFirst / 8 + i][j];
+      }
+    }
+    sync_threads();
+    for (int i = threadIdx.x; i < num_queries * kDims; i += kThreads) {
+      const int query = i / kDims, d = i % kDims;
+      float value = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        value += shared_factors[w][query] * shared_values[w][query][d];
+      }
+      partial(query).values[kFirst + d] = value;
+    }
+  });
+}
 
 // grid: kSplits, KV heads * tiles of 16 query heads, rows.
 template <typename T, int kHeadSize>
@@ -93,12 +117,9 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
   constexpr int kKeyDims = kWide ? 64 : kHeadSize;
   constexpr int kPieces = (kHeadSize + kPiece - 1) / kPiece;
   __shared__ uint4 shared_queries[kWide ? kHeadSize / 16 : 1][kWarp];
-  __shared__ float shared_values[kWarps][kMaxQueries][kPiece + 4];
-  __shared__ float shared_stats[kWarps][kMaxQueries][2];
-  __shared__ float shared_factors[kWarps][kMaxQueries];
 
   const SparseAttentionParams& p = pass.p;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4;
   const int group = static_cast<int>(p.group);
   const int query_tiles = (group + kMaxQueries - 1) / kMaxQueries;
   const int head = blockIdx.y / query_tiles;
@@ -106,14 +127,13 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
   const int num_queries = group - first_query < kMaxQueries ? group - first_query : kMaxQueries;
   const int query_head = head * group + first_query;
   const int64_t row = pass.first_row + blockIdx.z;
-  const int split = blockIdx.x;
 
   const RowTokens<T, kHeadSize> tokens(p, row, head);
   const auto share = [&](int i) {
     return static_cast<int>(static_cast<int64_t>(tokens.num_steps()) * i / kSplits);
   };
-  int index = share(split) + warp;
-  const int end = share(split + 1);
+  int index = share(blockIdx.x) + warp;
+  const int end = share(blockIdx.x + 1);
   // This warp's next step with a token in it; false at the end.
   const auto find = [&](Step<T>& step) {
     for (; index < end; index += kWarps) {
@@ -149,22 +169,22 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
   }
 
   const float scale = p.scale * kLog2E;
-  Softmax softmax;
+  OnlineSoftmax softmax;
   float sums[kHeadSize / 8][4] = {};
-  Step<T> step = {};
+  Step<T> step = {}, next = {};
   uint32_t keys[2][kKeyDims / 8];
-  bool more = find(step);
+  bool more = find(step), more_next = false;
   const bool seen = more;
-  if (more && !kWide) load_keys<kKeyDims>(step, 0, keys);
+  if (more && !kWide) {
+    load_keys<kKeyDims>(step, 0, keys);
+    more_next = find(next);
+  }
   while (more) {
     uint32_t values[kPieces][4][4];
-    Step<T> next;
     if constexpr (!kWide) {
       for_pieces<kHeadSize>([&]<int kFirst, int kDims>() {
         load_values<kDims>(step, kFirst, values[kFirst / kPiece]);
       });
-      next = step;
-      more = find(next);
     }
 
     float s[2][4] = {};
@@ -186,7 +206,12 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
         mma_16x8x16<T>(s[tile], a, b);
       }
     }
-    if (more && !kWide) load_keys<kKeyDims>(next, 0, keys);
+    Step<T> after = next;
+    bool more_after = false;
+    if constexpr (!kWide) {
+      if (more_next) load_keys<kKeyDims>(next, 0, keys);
+      more_after = find(after);  // its way through the tables hides behind the loads
+    }
 
     float decay[2];
     softmax.add(s, step.tokens, scale, decay);
@@ -205,58 +230,12 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
     if constexpr (kWide) {
       more = find(step);
     } else {
-      step = next;
+      step = next, more = more_next;
+      next = after, more_next = more_after;
     }
   }
 
-  // Merge the warps.
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float total = softmax.total[i];
-    total += shuffle_xor(total, 1);
-    total += shuffle_xor(total, 2);
-    if (t == 0) {
-      shared_stats[warp][g + 8 * i][0] = softmax.largest[i];
-      shared_stats[warp][g + 8 * i][1] = seen ? total : kNoToken;
-    }
-  }
-  const bool any = sync_threads_count(seen) > 0;
-  if (static_cast<int>(threadIdx.x) < num_queries) {
-    const int query = threadIdx.x;
-    float largest = kNegativeInfinity, total = 0;
-    for (int w = 0; w < kWarps; ++w) largest = max_or_nan(largest, shared_stats[w][query][0]);
-    const float base = largest == kNegativeInfinity ? 0.0f : largest;
-    for (int w = 0; w < kWarps; ++w) {
-      shared_factors[w][query] = fast_exp2(shared_stats[w][query][0] - base);
-      const float part = shared_stats[w][query][1];
-      if (part != kNoToken) total += shared_factors[w][query] * part;
-    }
-    float* stats = partial_at(pass, blockIdx.z, query_head + query, split).stats;
-    stats[0] = largest;
-    stats[1] = any ? total : kNoToken;
-  }
-  if (!any) return;
-  for_pieces<kHeadSize>([&]<int kFirst, int kDims>() {
-    sync_threads();
-#pragma unroll
-    for (int i = 0; i < kDims / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        shared_values[warp][g + j / 2 * 8][(2 * t + j % 2) * (kDims / 8) + i] =
-            sums[kFirst / 8 + i][j];
-      }
-    }
-    sync_threads();
-    for (int i = threadIdx.x; i < num_queries * kDims; i += kThreads) {
-      const int query = i / kDims, d = i % kDims;
-      float value = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        value += shared_factors[w][query] * shared_values[w][query][d];
-      }
-      partial_at(pass, blockIdx.z, query_head + query, split).values[kFirst + d] = value;
-    }
-  });
+  merge_warps<kHeadSize>(pass, query_head, num_queries, seen, softmax, sums);
 }
 
 // A warp merges the splits of a query head. grid: query heads / kWarps, 1, rows.

@@ -185,6 +185,14 @@ def test_page_sizes(block_size: int) -> None:
     make_case(block_size, layout, slots=(slots, 0, 1), exact=exact, columns=slots + 3, pages_per_row=1).check()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 17])
+@pytest.mark.parametrize("chunk_size", [8, 16])
+def test_any_number_of_columns(columns: int, chunk_size: int) -> None:
+    layout = generators.make_layout(2, 256, torch.float16, chunk_size=chunk_size)
+    slots = (min(columns, 4 * layout.slots_per_page), 1, 0)
+    make_case((columns, chunk_size), layout, slots=slots, exact=((0, 0), (0, 9), (17, 18)), columns=columns).check()
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 15, 16, 17, 63, 64, 65, 127])
 def test_every_edge_of_the_exact_range(start: int) -> None:
     layout = generators.make_layout(1, 64)
