@@ -53,22 +53,29 @@ class RowTokens {
     const PageLayout& layout = p_.layout;
     const int per_page = static_cast<int>(layout.slots_per_page);
     const bool whole = layout.chunk_size == kStepTokens;  // a step is one chunk, else two
+    // Both tiles at each turn, so that their loads wait for one another no longer than they must.
+    int slots[2], pages[2];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const int column = whole ? index : 2 * index + tile;
+      slots[tile] = column < p_.columns ? load_constant(slots_ + column) : -1;
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const bool there = slots[tile] >= 0 && slots[tile] < p_.pages_per_row * per_page;
+      pages[tile] = there ? load_constant(slot_pages_ + slots[tile] / per_page) : 0;
+    }
     Step<T> step = {};
     step.key_stride = step.value_stride = kHeadSize;
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-      const int column = whole ? index : 2 * index + tile;
-      const int slot = column < p_.columns ? slots_[column] : -1;
-      if (slot < 0 || slot >= p_.pages_per_row * per_page) continue;
-      const int page = slot_pages_[slot / per_page];
-      if (page <= 0 || page >= p_.num_pages) continue;
-      const uint8_t* start = p_.slot_pages + page * p_.page_stride;
-      int64_t token = (static_cast<int64_t>(head_) * per_page + slot % per_page) *
+      if (pages[tile] <= 0 || pages[tile] >= p_.num_pages) continue;
+      const uint8_t* page = p_.slot_pages + pages[tile] * p_.page_stride;
+      int64_t token = (static_cast<int64_t>(head_) * per_page + slots[tile] % per_page) *
                       static_cast<int>(layout.chunk_size);
       if (whole) token += tile * kTileTokens;
-      step.keys[tile] = reinterpret_cast<const T*>(start + layout.slot_keys) + token * kHeadSize;
-      step.values[tile] =
-          reinterpret_cast<const T*>(start + layout.slot_values) + token * kHeadSize;
+      step.keys[tile] = reinterpret_cast<const T*>(page + layout.slot_keys) + token * kHeadSize;
+      step.values[tile] = reinterpret_cast<const T*>(page + layout.slot_values) + token * kHeadSize;
       step.tokens |= 0xffu << (tile * kTileTokens);
     }
     return step;
@@ -109,13 +116,13 @@ template <int kWords>
 __device__ __forceinline__ void load_words(const void* from, bool there, uint32_t* words) {
   static_assert(kWords == 1 || kWords == 2 || kWords == 4);
   if constexpr (kWords == 4) {
-    const uint4 v = there ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+    const uint4 v = there ? load_constant(static_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
   } else if constexpr (kWords == 2) {
-    const uint2 v = there ? *static_cast<const uint2*>(from) : uint2{0, 0};
+    const uint2 v = there ? load_constant(static_cast<const uint2*>(from)) : uint2{0, 0};
     words[0] = v.x, words[1] = v.y;
   } else {
-    words[0] = there ? *static_cast<const uint32_t*>(from) : 0;
+    words[0] = there ? load_constant(static_cast<const uint32_t*>(from)) : 0;
   }
 }
 

@@ -131,6 +131,12 @@ __device__ __forceinline__ int sync_threads_count(bool value) { return __syncthr
 // ------------------------------------------------------------------------------------------------
 // Memory
 
+// From global memory that nobody writes while the kernel runs: for pointers of which the compiler
+// does not see where they point.
+template <typename T>
+__device__ __forceinline__ T load_constant(const T* from) {
+  return __ldg(from);
+}
 // 16 bytes that are read once: past the L1 cache. `from` may be mapped host memory.
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
 // 16 bytes from global to shared memory without registers; wait_copies() makes this thread's

@@ -124,6 +124,10 @@ inline void sync_warp() { emulation::sync_warp(); }
 inline void sync_threads() { emulation::sync_threads(); }
 inline int sync_threads_count(bool value) { return emulation::sync_threads(value); }
 
+template <typename T>
+T load_constant(const T* from) {
+  return *from;
+}
 inline uint4 load_streaming(const uint4* from) { return *from; }
 inline void copy_async(void* shared, const void* global) {
   emulation::copy_async(shared, global, 16);
