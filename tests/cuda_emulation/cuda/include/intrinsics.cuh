@@ -67,28 +67,31 @@ constexpr int kWarp = 32;
 
 template <typename T>
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto values = [](int lane) {
-    return reinterpret_cast<float*>(emulation::lane_memory(lane));  // of a, then of b
-  };
-  const auto put = [&](int i, uint32_t two) {
-    values(emulation::lane())[2 * i] = to_float(T{static_cast<uint16_t>(two)});
-    values(emulation::lane())[2 * i + 1] = to_float(T{static_cast<uint16_t>(two >> 16)});
-  };
-  for (int i = 0; i < 4; ++i) put(i, a[i]);
-  for (int i = 0; i < 2; ++i) put(4 + i, b[i]);
-  emulation::sync_warp();
-  const auto value = [&](int lane, int reg, int half) { return values(lane)[2 * reg + half]; };
-  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + 8 * (i / 2), column = 2 * pair + i % 2;
-    float sum = 0;
-    for (int k = 0; k < 16; ++k) {
-      const int from = (k % 8) / 2;
-      sum += value(row % 8 * 4 + from, row / 8 + 2 * (k / 8), k % 2) *
-             value(column * 4 + from, 4 + k / 8, k % 2);
-    }
-    c[i] += sum;
+  float mine[12];
+  for (int i = 0; i < 6; ++i) {
+    const uint32_t two = i < 4 ? a[i] : b[i - 4];
+    mine[2 * i] = to_float(T{static_cast<uint16_t>(two)});
+    mine[2 * i + 1] = to_float(T{static_cast<uint16_t>(two >> 16)});
   }
+  std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
+  emulation::sync_warp();
+  const auto value = [](int lane, int reg, int half) {
+    float result;
+    const auto* memory = reinterpret_cast<const char*>(emulation::lane_memory(lane));
+    std::memcpy(&result, memory + 4 * (2 * reg + half), sizeof result);
+    return result;
+  };
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
+  float sum[4] = {};
+  for (int k = 0; k < 16; ++k) {
+    const int from = (k % 8) / 2;
+    const float rows[2] = {value(4 * group + from, 2 * (k / 8), k % 2),
+                           value(4 * group + from, 2 * (k / 8) + 1, k % 2)};
+    const float columns[2] = {value(8 * pair + from, 4 + k / 8, k % 2),
+                              value(8 * pair + 4 + from, 4 + k / 8, k % 2)};
+    for (int i = 0; i < 4; ++i) sum[i] += rows[i / 2] * columns[i % 2];
+  }
+  for (int i = 0; i < 4; ++i) c[i] += sum[i];
   emulation::sync_warp();
 }
 
