@@ -18,7 +18,7 @@ from vllm_shadowkv.page import PageLayout
 _ops = extension.load()
 
 ATTENTION_SPLITS = 8
-"""Parts into which the CUDA kernel cuts a row's tokens (kSplits in csrc/cuda/sparse_attention.cu)."""
+"""Parts into which the CUDA kernel cuts a row's tokens (kSplits in csrc/cuda/include/attention_partials.cuh)."""
 
 
 def pack_block(

@@ -7,15 +7,32 @@ import pytest
 import torch
 from generators import garbage_pages, make_generator, make_layout, randn, structured_keys
 from numeric import assert_bytes_equal, assert_close
-from rebuilt import LAYOUTS, every_layout, layout_id
+from rebuilt import LAYOUTS, layout_id
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
-from vllm_shadowkv.page import PageLayout
+from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
 Arguments = dict[str, Any]
 COPIES = ("exact_keys", "outlier_ids", "outlier_keys", "mean")
 CODES = ("coefficients", "coefficient_scales", "basis", "basis_scales")
+
+# Every head size in every dtype, and with every kind of page.
+SMALL_LAYOUTS = [
+    make_layout(
+        1 + i % 3, size, dtype, block_size=(64, 192)[i % 2], chunk_size=(8, 16)[i // 2 % 2], compression=1,
+        rank=None if exact_keys else 16 * (1 + i % 3), num_outliers=(2, 0, 1)[i % 3], exact_keys=exact_keys,
+    )
+    for exact_keys in (False, True)
+    for i, (size, dtype) in enumerate((size, dtype) for size in HEAD_SIZES for dtype in DTYPES)
+]  # fmt: skip
+
+
+def simple_layout() -> PageLayout:
+    """Of the kernel's default dtype."""
+    layout = make_layout(1, 64, block_size=64, rank=16, num_outliers=0, compression=1)
+    assert layout.rank == 16
+    return layout
 
 
 def make_arguments(layout: PageLayout, block_ids: tuple[int, ...] = (3, 1)) -> Arguments:
@@ -50,7 +67,7 @@ def chunk_means(arguments: Arguments) -> Tensor:
     return arguments["keys"].double().unflatten(1, (layout.chunks, layout.chunk_size)).mean(2).transpose(1, 2)
 
 
-@every_layout
+@pytest.mark.parametrize("layout", LAYOUTS + SMALL_LAYOUTS, ids=layout_id)
 def test_pack_block(layout: PageLayout) -> None:
     arguments = make_arguments(layout)
     actual, expected = run(arguments), run(arguments, reference.pack_block)
@@ -77,7 +94,7 @@ def test_pack_block(layout: PageLayout) -> None:
     assert_bytes_equal(actual, expected, "all other bytes of the pages")
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5], LAYOUTS[12]], ids=layout_id)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (0, 5, 11, 12, 14)], ids=layout_id)
 def test_invalid_ids_are_skipped(layout: PageLayout) -> None:
     arguments = make_arguments(layout, (-1, 0, 2, 5, 2**31 - 1, -(2**31)))
     actual = run(arguments)
@@ -88,14 +105,14 @@ def test_invalid_ids_are_skipped(layout: PageLayout) -> None:
 
 
 def test_empty() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(simple_layout())
     for name in ("block_ids", "keys", "mean", "coefficients", "basis"):
         arguments[name] = arguments[name][:0]
     assert_bytes_equal(run(arguments), arguments["pages"])
 
 
 def test_halves_go_to_the_even_code() -> None:
-    layout = LAYOUTS[0]
+    layout = simple_layout()
     arguments = make_arguments(layout, (1,))
     row = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5, 0, -0.0, 0.49, 0.51, -127, 1, -1])
     arguments["coefficients"][0, 7] = row
@@ -110,7 +127,7 @@ def test_halves_go_to_the_even_code() -> None:
 
 def test_tiny_rows() -> None:
     """The inverse of their scale is infinite; zeros in them stay zeros all the same."""
-    layout = LAYOUTS[0]
+    layout = simple_layout()
     arguments = make_arguments(layout, (1,))
     arguments["coefficients"][0, 7] = torch.tensor([1.27e-37, 0, -1.27e-37, 0] * 4)
     pages = run(arguments)
@@ -131,7 +148,7 @@ def test_zeros() -> None:
     assert not layout.view(pages, "outlier_cosines")[2].any()
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[5], LAYOUTS[10], LAYOUTS[14]], ids=layout_id)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (1, 3, 5, 10, 14)], ids=layout_id)
 def test_ties_go_to_the_lower_chunk(layout: PageLayout) -> None:
     """Equal chunks have equal cosines, bit for bit; two that are worse come before them."""
     arguments = make_arguments(layout, (2,))
@@ -160,7 +177,7 @@ def test_planted_outlier() -> None:
         assert_bytes_equal(layout.view(pages, "outlier_keys")[4, head, 0], chunks[chunk, :, head])
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[5], LAYOUTS[12]], ids=layout_id)
+@pytest.mark.parametrize("layout", [LAYOUTS[i] for i in (1, 3, 5, 12, 14)], ids=layout_id)
 def test_nan_and_infinity(layout: PageLayout) -> None:
     """They spoil the rows they are in, and their chunk is no outlier, as a NaN orders last."""
     clean = make_arguments(layout, (2,))
@@ -207,21 +224,21 @@ def test_strided_pages_and_threads() -> None:
     """Rows of the pool may lie apart; how many threads share the work does not matter."""
     arguments = make_arguments(LAYOUTS[1])
     expected = run(arguments)
-    wide = torch.full((5, expected.shape[1] + 72), 255, dtype=torch.uint8)
-    wide[:, :-72] = arguments["pages"]
+    wide = torch.full((5, expected.shape[1] + 80), 255, dtype=torch.uint8)
+    wide[:, :-80] = arguments["pages"]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        ops.pack_block(**(arguments | {"pages": wide[:, :-72]}))
+        ops.pack_block(**(arguments | {"pages": wide[:, :-80]}))
     finally:
         torch.set_num_threads(before)
-    assert_bytes_equal(wide[:, :-72], expected)
-    assert (wide[:, -72:] == 255).all()
+    assert_bytes_equal(wide[:, :-80], expected)
+    assert (wide[:, -80:] == 255).all()
 
 
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(simple_layout())
     arguments["layout"] = arguments["layout"].to_ints()
     torch.library.opcheck(torch.ops.shadowkv.pack_block.default, tuple(arguments.values()))
 
@@ -231,7 +248,7 @@ def test_opcheck() -> None:
     [
         ("block_ids", lambda t: t.long(), "block_ids: expected dtype Int, got Long"),
         ("block_ids", lambda t: t[None], "block_ids: expected 1 dimensions"),
-        ("keys", lambda t: t.half(), "keys: expected dtype Float, got Half"),
+        ("keys", lambda t: t.double(), "keys: expected dtype .*, got Double"),
         ("keys", lambda t: t[:, :-8].contiguous(), r"keys: expected shape \[2, 64, 1, 64\], got \[2, 56, 1, 64\]"),
         ("keys", lambda t: t.repeat(1, 1, 2, 1)[:, :, ::2], "keys: expected contiguous memory"),
         ("mean", lambda t: t.double(), "mean: expected dtype Float, got Double"),
@@ -243,8 +260,23 @@ def test_opcheck() -> None:
     ],
 )
 def test_errors(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
-    arguments = make_arguments(LAYOUTS[0])
+    arguments = make_arguments(simple_layout())
     ops.pack_block(**arguments)
     arguments[name] = change(arguments[name])
     with pytest.raises(RuntimeError, match=message):
         ops.pack_block(**arguments)
+
+
+def test_the_cuda_kernel_wants_aligned_pages(kernel: str) -> None:
+    """It writes 16 bytes at a time."""
+    arguments = make_arguments(simple_layout())
+    expected = run(arguments)
+    wide = torch.zeros(5, expected.shape[1] + 8, dtype=torch.uint8)
+    wide[:, :-8] = arguments["pages"]
+    unaligned = arguments | {"pages": wide[:, :-8]}
+    if kernel == "cpu":
+        ops.pack_block(**unaligned)
+        assert_bytes_equal(wide[:, :-8], expected)
+    else:
+        with pytest.raises(RuntimeError, match="pages: expected rows aligned to 16 bytes"):
+            ops.pack_block(**unaligned)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm_shadowkv import ops, reference
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
-GROUPS = (1, 2, 3, 4, 7, 8, 16)
+GROUPS = (1, 2, 3, 4, 7, 8, 16, 20)
 NAN = float("nan")
 
 
@@ -34,26 +34,78 @@ class Case:
     output: Tensor
     lse: Tensor
 
-    def run(self, function=ops.sparse_attention) -> tuple[Tensor, Tensor]:
+    def run(self, function=ops.sparse_attention, **options) -> tuple[Tensor, Tensor]:
         function(
             self.query, self.slot_ids, self.slot_table, self.slot_pages, self.exact_keys, self.exact_values,
             self.exact_table, self.exact_start, self.seq_lens, self.scale, self.layout, self.output, self.lse,
+            **options,
         )  # fmt: skip
         return self.output, self.lse
+
+    def rows(self, *rows: int) -> Case:
+        """Some of the rows, with outputs of their own."""
+        names = ("query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")
+        return replace(self, **{name: getattr(self, name)[list(rows)].clone() for name in names})
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """The reference in fp32: of the same inputs, not rounded to the dtype."""
         output = torch.full_like(self.query, NAN, dtype=torch.float32)
         return replace(self, output=output, lse=torch.zeros_like(self.lse)).run(reference.sparse_attention)
 
+    def rounded_weights(self) -> Tensor:
+        """The output in fp32, but for softmax weights that are rounded to the dtype: tensor cores take no others."""
+        layout, output = self.layout, torch.zeros_like(self.query)
+        pages = (*(layout.view(self.slot_pages, name) for name in ("slot_keys", "slot_values")),)
+        group = self.query.shape[1] // layout.num_kv_heads
+        for row in range(len(output)):
+            end = min(int(self.seq_lens[row]), self.exact_table.shape[1] * layout.exact_tokens)
+            exact = [divmod(token, layout.exact_tokens) for token in range(max(int(self.exact_start[row]), 0), end)]
+            exact = [(int(self.exact_table[row, column]), place) for column, place in exact]
+            exact = [at for at in exact if 0 < at[0] < len(self.exact_keys)]
+            for head in range(layout.num_kv_heads):
+                slots = [divmod(slot, layout.slots_per_page) for slot in self.slot_ids[row, head].tolist() if slot >= 0]
+                slots = [(int(self.slot_table[row, i]), at) for i, at in slots if i < self.slot_table.shape[1]]
+                slots = [at for at in slots if 0 < at[0] < len(self.slot_pages)]
+                keys, values = (
+                    torch.cat((*(in_slots[page, head, at] for page, at in slots),
+                               *(in_pages[page, head, at][None] for page, at in exact),
+                               torch.empty(0, layout.head_size))).float()
+                    for in_slots, in_pages in zip(pages, (self.exact_keys, self.exact_values), strict=True)
+                )  # fmt: skip
+                heads = slice(head * group, (head + 1) * group)
+                weights = (self.scale * (self.query[row, heads].float() @ keys.T)).softmax(-1)
+                output[row, heads] = (weights.to(layout.dtype).float() @ values).to(layout.dtype)
+        return output
+
     def check(self) -> tuple[Tensor, Tensor]:
         self.output.fill_(NAN)
         self.lse.fill_(NAN)
         output, lse = self.run()
         expected, expected_lse = self.reference()
-        assert_close(output, expected, what="output")
+        same = None
+        if tensor_cores():
+            same = self.rounded_weights().float()
+            same = same.where(same.isfinite(), expected)
+        assert_close(output, expected, same, what="output")
         assert_close(lse, expected_lse, what="lse")
         return output, lse
+
+
+def tensor_cores() -> bool:
+    """Whether this test runs with the CUDA kernel."""
+    return generators.DEFAULT_DTYPE is not torch.float32
+
+
+def in_cuda_order(layout: PageLayout, pages: Tensor, slot_table: Tensor) -> tuple[Tensor, Tensor]:
+    """`PageLayout.exact_views` of pages on CUDA: rewrites all that are no slot pages so, and returns the views."""
+    heads, tokens, size = layout.num_kv_heads, layout.exact_tokens, layout.head_size
+    content = torch.cat(layout.exact_views(pages), -1)
+    strides = layout.page_bytes // layout.dtype.itemsize, tokens * 2 * size, 2 * size, 1
+    both = pages.view(layout.dtype).as_strided((len(pages), heads, tokens, 2 * size), strides)
+    exact = torch.ones(len(pages), dtype=torch.bool)
+    exact[slot_table.long()] = False
+    both[exact] = content[exact]
+    return both[..., :size], both[..., size:]
 
 
 def make_case(
@@ -65,8 +117,12 @@ def make_case(
     exact: tuple[tuple[int, int], ...] = ((256, 300), (0, 130), (512, 517)),
     columns: int = 24,
     pages_per_row: int = 4,
+    cuda_order: bool | None = None,
 ) -> Case:
-    """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN."""
+    """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN.
+
+    `cuda_order`: exact pages as on CUDA; default: as on the kernel's device.
+    """
     generator = generators.make_generator(seed)
     rows, heads = len(slots), layout.num_kv_heads
     width = max(-(-end // layout.exact_tokens) for _, end in exact) + 2
@@ -96,7 +152,8 @@ def make_case(
             layout, pages, exact_table[row].tolist(),
             generators.randn(generator, *shape), generators.randn(generator, *shape), start,
         )  # fmt: skip
-    exact_keys, exact_values = layout.exact_views(pages)
+    cuda_order = tensor_cores() if cuda_order is None else cuda_order
+    exact_keys, exact_values = in_cuda_order(layout, pages, slot_table) if cuda_order else layout.exact_views(pages)
     query = generators.randn(generator, rows, heads * group, layout.head_size, dtype=layout.dtype)
     return Case(
         query, slot_ids, slot_table, pages, exact_keys, exact_values, exact_table,
@@ -128,9 +185,17 @@ def test_page_sizes(block_size: int) -> None:
     make_case(block_size, layout, slots=(slots, 0, 1), exact=exact, columns=slots + 3, pages_per_row=1).check()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 17])
+@pytest.mark.parametrize("chunk_size", [8, 16])
+def test_any_number_of_columns(columns: int, chunk_size: int) -> None:
+    layout = generators.make_layout(2, 256, torch.float16, chunk_size=chunk_size)
+    slots = (min(columns, 4 * layout.slots_per_page), 1, 0)
+    make_case((columns, chunk_size), layout, slots=slots, exact=((0, 0), (0, 9), (17, 18)), columns=columns).check()
+
+
 @pytest.mark.parametrize("start", [0, 1, 7, 15, 16, 17, 63, 64, 65, 127])
 def test_every_edge_of_the_exact_range(start: int) -> None:
-    layout = generators.make_layout(1, 64, torch.float32)
+    layout = generators.make_layout(1, 64)
     ends = (*tuple(range(start, start + 20)), start + 63, start + 64, start + 65, 191, 192, 193)
     exact = tuple((start, end) for end in ends)
     make_case(start, layout, group=2, slots=(0,) * len(exact), exact=exact).check()
@@ -169,6 +234,7 @@ def test_large_logits_stay_finite() -> None:
     case.check()
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("order", ["dim", "token", "head", "page", "apart"])
 def test_exact_pages_in_any_memory_order(order: str) -> None:
     layout = generators.make_layout(3, 80, torch.bfloat16)
@@ -189,14 +255,22 @@ def test_exact_pages_in_any_memory_order(order: str) -> None:
     assert_close(lse, expected_lse)
 
 
-def test_cuda_order_of_exact_pages() -> None:
+@pytest.mark.parametrize("order", ["pages", "token", "apart"])
+def test_vectors_in_any_order(order: str) -> None:
+    """Orders that the CUDA kernel takes too: each key and value is contiguous."""
     layout = generators.make_layout(2, 128, torch.float16)
-    case = make_case("cuda", layout)
-    both = torch.cat((case.exact_keys, case.exact_values), -1)
-    case.exact_keys, case.exact_values = both[..., :128], both[..., 128:]
+    case = make_case("cuda", layout, slots=(3, 0, 7), cuda_order=True)
+    if order == "token":  # [pages, tokens, heads, dimensions]
+        case.exact_keys, case.exact_values = (
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.exact_keys, case.exact_values)
+        )
+    elif order == "apart":
+        case.exact_keys = case.exact_keys.contiguous()
+        case.exact_values = torch.cat((case.exact_values, torch.full_like(case.exact_values, NAN)), -1)[..., :128]
     case.check()
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
     layout = generators.make_layout(1, 64, torch.bfloat16)
@@ -214,8 +288,56 @@ def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_the_cuda_kernel_wants_vectors(kernel: str) -> None:
+    """It loads 16 bytes at a time; the CPU kernel takes any order."""
+    for name in ("exact_keys", "exact_values"):
+        case = make_case("vectors", generators.make_layout(2, 64), slots=(3,), exact=((0, 20),))
+        setattr(case, name, getattr(case, name).transpose(2, 3).contiguous().transpose(2, 3))
+        if kernel == "cpu":
+            case.check()
+        else:
+            with pytest.raises(RuntimeError, match=f"{name}: expected rows that are contiguous and aligned to 16"):
+                case.run()
+
+
+def test_a_row_gives_the_same_bytes_alone_and_in_any_batch() -> None:
+    layout = generators.make_layout(2, 80, torch.float16)
+    exact = ((256, 300), (0, 130), (0, 0), (3, 517))
+    case = make_case("rows", layout, group=3, slots=(20, 0, 0, 7), exact=exact)
+    whole = [x.clone() for x in case.check()]
+    for rows in ([0], [1], [2], [3], [3, 1], [2, 0, 3, 1]):
+        for actual, expected in zip(case.rows(*rows).run(), whole, strict=True):
+            assert_bytes_equal(actual, expected[rows], f"rows {rows}")
+
+
+def test_a_small_workspace_gives_the_same_bytes() -> None:
+    layout = generators.make_layout(2, 96, torch.bfloat16)
+    case = make_case("workspace", layout, slots=(20, 0, 7, 0, 3), exact=((256, 300), (0, 130), (3, 70), (0, 0), (0, 9)))
+    whole = [x.clone() for x in case.check()]
+    for rows in (1, 2, 7):
+        size = ops.sparse_attention_workspace(layout, rows, 8)
+        room = torch.full((size + 100,), 7.0)
+        room[:size] = NAN
+        case.output.fill_(NAN)
+        for actual, expected in zip(case.run(workspace=room[: size + 1]), whole, strict=True):
+            assert_bytes_equal(actual, expected, f"{rows} rows at a time")
+        assert (room[size:] == 7.0).all(), "wrote outside the workspace"
+
+
+def test_a_workspace_needs_room_for_one_row(kernel: str) -> None:
+    case = make_case("no room", generators.make_layout(2, 64))
+    size = ops.sparse_attention_workspace(case.layout, 1, 8)
+    if kernel == "cpu":
+        case.run(workspace=torch.empty(0))
+        return
+    with pytest.raises(RuntimeError, match=rf"workspace: expected at least {size} values, .* got {size - 1}"):
+        case.run(workspace=torch.empty(size - 1))
+    with pytest.raises(RuntimeError, match="workspace: expected dtype Float, got Half"):
+        case.run(workspace=torch.empty(size).half())
+
+
 def test_the_place_of_a_chunk_does_not_change_a_bit() -> None:
-    layout = generators.make_layout(1, 64, torch.float32)
+    layout = generators.make_layout(1, 64)
     case = make_case("place", layout, slots=(20,), exact=((256, 300),))
     before = [x.clone() for x in case.check()]
     generator = generators.make_generator("shuffle")
@@ -360,7 +482,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("query", lambda t: t.half(), r"query: expected dtype Float, got Half"),
+        ("query", lambda t: t.double(), r"query: expected dtype .*, got Double"),
         ("query", lambda t: t[:, :5].contiguous(), r"query: expected a multiple of 2 heads, got 5"),
         ("query", lambda t: t.mT.contiguous().mT, r"query: expected stride 1 in the last dimension, got strides"),
         ("slot_ids", lambda t: t.long(), r"slot_ids: expected dtype Int, got Long"),
@@ -368,12 +490,12 @@ def test_opcheck() -> None:
         ("slot_table", lambda t: t[:2], r"slot_table: expected shape \[3, any\], got \[2, 4\]"),
         ("slot_pages", lambda t: t.float(), r"slot_pages: expected dtype Byte, got Float"),
         ("exact_keys", lambda t: t[..., :32], r"exact_keys: expected shape \[any, 2, 64, 64\], got"),
-        ("exact_keys", lambda t: t.bfloat16(), r"exact_keys: expected dtype Float, got BFloat16"),
+        ("exact_keys", lambda t: t.double(), r"exact_keys: expected dtype .*, got Double"),
         ("exact_values", lambda t: t[1:], r"exact_values: expected shape \[\d+, 2, 64, 64\], got"),
         ("exact_table", lambda t: t.float(), r"exact_table: expected dtype Int, got Float"),
         ("exact_start", lambda t: t[:, None], r"exact_start: expected 1 dimensions \[3\], got 2 dimensions \[3, 1\]"),
         ("seq_lens", lambda t: t.long(), r"seq_lens: expected dtype Int, got Long"),
-        ("output", lambda t: t.bfloat16(), r"output: expected dtype Float, got BFloat16"),
+        ("output", lambda t: t.double(), r"output: expected dtype .*, got Double"),
         ("output", lambda t: t[:, :4], r"output: expected shape \[3, 8, 64\], got \[3, 4, 64\]"),
         ("lse", lambda t: t.T.contiguous().T, r"lse: expected contiguous memory, got strides \[1, 3\]"),
         ("lse", lambda t: t.double(), r"lse: expected dtype Float, got Double"),

@@ -79,6 +79,12 @@ __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float
 // Round to nearest even.
 __device__ __forceinline__ float round_even(float x) { return rintf(x); }
 __device__ __forceinline__ float fast_exp2(float x) { return exp2f(x); }
+// The larger, NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
 
 // ------------------------------------------------------------------------------------------------
 // Tensor cores: c[16 x 8] += a[16 x 16] * b[16 x 8], fp32 sums.
@@ -141,6 +147,12 @@ __device__ __forceinline__ int sync_threads_count(bool value) { return __syncthr
 // ------------------------------------------------------------------------------------------------
 // Memory
 
+// From global memory that nobody writes while the kernel runs: for pointers of which the compiler
+// does not see where they point.
+template <typename T>
+__device__ __forceinline__ T load_constant(const T* from) {
+  return __ldg(from);
+}
 // 16 bytes that are read once: past the L1 cache. `from` may be mapped host memory.
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
 // 16 bytes from global to shared memory without registers; wait_copies() makes this thread's

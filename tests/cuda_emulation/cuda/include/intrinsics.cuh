@@ -67,6 +67,7 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 
 inline float round_even(float x) { return std::nearbyint(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 constexpr int kWarp = 32;
 
@@ -132,6 +133,10 @@ inline void sync_warp() { emulation::sync_warp(); }
 inline void sync_threads() { emulation::sync_threads(); }
 inline int sync_threads_count(bool value) { return emulation::sync_threads(value); }
 
+template <typename T>
+T load_constant(const T* from) {
+  return *from;
+}
 inline uint4 load_streaming(const uint4* from) { return *from; }
 inline void copy_async(void* shared, const void* global) {
   emulation::copy_async(shared, global, 16);

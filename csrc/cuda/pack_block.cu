@@ -1,0 +1,220 @@
+// Writes a block's shadow page in two kernels. `keys`: a CTA per block and KV head; its warps find
+// the chunks' landmarks and lowest cosines, then it ranks the chunks and copies the worst (rank 0:
+// all keys). `factors`: a warp per row of coefficients or of the basis.
+//
+// A block reads block_size * num_kv_heads * head_size keys and (block_size + num_kv_heads *
+// head_size) * rank * 4 bytes of factors from memory (and a second time from the cache), and writes
+// its shadow page.
+#include "arguments/pack_block.h"
+
+#include <cmath>
+
+#include "cuda/include/dispatch.cuh"
+#include "cuda/include/launch.cuh"
+#include "cuda/include/quantise.cuh"
+
+namespace shadowkv::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// The page of packed block i, or nullptr for an invalid id.
+__device__ __forceinline__ uint8_t* page_of(const PackBlockParams& p, int64_t i) {
+  const int64_t block = p.block_ids[i];
+  return block > 0 && block < p.num_blocks ? p.pages + block * p.page_stride : nullptr;
+}
+
+// A warp's chunk of `size` keys that are `stride` elements apart: writes their mean to shared
+// memory and returns the lowest cosine between it and a key, NaN where one is NaN.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, int size,
+                                               float* mean) {
+  // Lane l has dimensions 2l and 2l + 1 of every 64.
+  constexpr int kPairs = (kHeadSize + 2 * kWarp - 1) / (2 * kWarp);
+  const int lane = threadIdx.x % kWarp;
+  const auto pair = [&](int t, int i, float& low, float& high) {
+    const int d = 2 * (i * kWarp + lane);
+    if (d >= kHeadSize) {
+      low = high = 0;
+      return;
+    }
+    const uint32_t both = *reinterpret_cast<const uint32_t*>(keys + t * stride + d);
+    low = to_float(T{static_cast<uint16_t>(both)});
+    high = to_float(T{static_cast<uint16_t>(both >> 16)});
+  };
+
+  float landmark[kPairs][2] = {};
+  for (int t = 0; t < size; ++t) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float low, high;
+      pair(t, i, low, high);
+      landmark[i][0] += low;
+      landmark[i][1] += high;
+    }
+  }
+  float square = 0;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      landmark[i][j] /= static_cast<float>(size);
+      square += landmark[i][j] * landmark[i][j];
+      const int d = 2 * (i * kWarp + lane) + j;
+      if (d < kHeadSize) mean[d] = landmark[i][j];
+    }
+  }
+  const float norm = sqrtf(warp_sum(square));
+  float lowest = 2.0f;  // above every cosine
+  for (int t = 0; t < size; ++t) {
+    float dot = 0, key_square = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float low, high;
+      pair(t, i, low, high);
+      dot += low * landmark[i][0] + high * landmark[i][1];
+      key_square += low * low + high * high;
+    }
+    const float product = sqrtf(warp_sum(key_square)) * norm;
+    const float cosine = warp_sum(dot) / (product < 1e-12f ? 1e-12f : product);
+    if (!(cosine >= lowest)) lowest = cosine;  // a NaN stays
+  }
+  return lowest;
+}
+
+// Whether chunk a is a worse fit than chunk b: the lower cosine, NaN last, ties to the lower chunk.
+__device__ __forceinline__ bool is_worse(float a, int chunk_a, float b, int chunk_b) {
+  const bool a_is_nan = a != a, b_is_nan = b != b;
+  if (a_is_nan != b_is_nan) return b_is_nan;
+  return a < b || (!(b < a) && chunk_a < chunk_b);
+}
+
+// grid: blocks, KV heads.
+template <typename T, int kHeadSize>
+__global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockParams p) {
+  const PageLayout& layout = p.layout;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t i = blockIdx.x, head = blockIdx.y;
+  uint8_t* page = page_of(p, i);
+  if (page == nullptr) return;
+
+  __shared__ float means[kWarps][kHeadSize];
+  auto* cosines = reinterpret_cast<float*>(dynamic_shared_memory());  // [chunks]
+  const int size = static_cast<int>(layout.chunk_size);
+  const int chunks = static_cast<int>(layout.chunks());
+  auto* outliers = reinterpret_cast<int32_t*>(cosines + chunks);  // [num_outliers]
+  const int num_outliers = static_cast<int>(layout.num_outliers);
+  const int64_t stride = layout.width();
+  const T* keys = static_cast<const T*>(p.keys) + i * layout.block_size * stride + head * kHeadSize;
+
+  auto* landmarks = reinterpret_cast<int8_t*>(page + layout.landmarks) + head * chunks * kHeadSize;
+  auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
+  for (int chunk = warp; chunk < chunks; chunk += kWarps) {
+    float* mean = means[warp];
+    const float cosine =
+        lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size, mean);
+    sync_warp();
+    const float scale =
+        quantise_row<kHeadSize>([&](int d) { return mean[d]; }, landmarks + chunk * kHeadSize);
+    if (lane == 0) {
+      scales[chunk] = scale;
+      cosines[chunk] = cosine;
+    }
+    sync_warp();
+  }
+  sync_threads();
+
+  if (num_outliers > 0) {
+    auto* ids = reinterpret_cast<int32_t*>(page + layout.outlier_ids) + head * num_outliers;
+    auto* lowest = reinterpret_cast<float*>(page + layout.outlier_cosines) + head * num_outliers;
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
+      int rank = 0;
+      for (int other = 0; other < chunks; ++other) {
+        rank += is_worse(cosines[other], other, cosines[chunk], chunk);
+      }
+      if (rank >= num_outliers) continue;
+      outliers[rank] = ids[rank] = chunk;
+      lowest[rank] = cosines[chunk];
+    }
+    sync_threads();
+  }
+
+  constexpr int kVectors = kHeadSize * sizeof(T) / sizeof(uint4);
+  const bool exact = layout.rank == 0;
+  const int64_t tokens = exact ? layout.block_size : num_outliers * size;
+  auto* to = reinterpret_cast<uint4*>(page + (exact ? layout.exact_keys : layout.outlier_keys)) +
+             head * tokens * kVectors;
+  for (int64_t v = threadIdx.x; v < tokens * kVectors; v += kThreads) {
+    int64_t token = v / kVectors;
+    if (!exact) token = static_cast<int64_t>(outliers[token / size]) * size + token % size;
+    to[v] = reinterpret_cast<const uint4*>(keys + token * stride)[v % kVectors];
+  }
+}
+
+// grid: blocks, (coefficient rows + basis rows + 1, the mean) / kWarps.
+template <int kHeadSize>
+__global__ void __launch_bounds__(kThreads) pack_factors_kernel(const PackBlockParams p) {
+  const PageLayout& layout = p.layout;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t i = blockIdx.x;
+  uint8_t* page = page_of(p, i);
+  if (page == nullptr) return;
+
+  const int width = static_cast<int>(layout.width());
+  const int rank = static_cast<int>(layout.rank);
+  const int tokens = static_cast<int>(layout.block_size);
+  const int row = blockIdx.y * kWarps + threadIdx.x / kWarp;
+  if (row < tokens) {
+    const float* from = p.coefficients + (i * tokens + row) * rank;
+    auto* codes = reinterpret_cast<int8_t*>(page + layout.coefficients) + row * rank;
+    const float scale =
+        quantise_row(rank, [&](int d) { return from[d]; }, [&](int d) { return codes + d; });
+    if (lane == 0) reinterpret_cast<float*>(page + layout.coefficient_scales)[row] = scale;
+  } else if (row < tokens + rank) {
+    const int r = row - tokens;
+    const float* from = p.basis + (i * rank + r) * width;
+    auto* codes = reinterpret_cast<int8_t*>(page + layout.basis);
+    const float scale = quantise_row(
+        width, [&](int d) { return from[d]; },
+        [&](int d) { return codes + (d / kHeadSize * rank + r) * kHeadSize + d % kHeadSize; });
+    if (lane == 0) reinterpret_cast<float*>(page + layout.basis_scales)[r] = scale;
+  } else if (row == tokens + rank) {
+    auto* mean = reinterpret_cast<float*>(page + layout.mean);
+    for (int d = lane; d < width; d += kWarp) mean[d] = p.mean[i * width + d];
+  }
+}
+
+}  // namespace
+
+void pack_block(const Tensor& block_ids, const Tensor& keys, const Tensor& mean,
+                const Tensor& coefficients, const Tensor& basis, const Tensor& pages,
+                const std::vector<int64_t>& layout_ints) {
+  const PackBlockParams p =
+      read_pack_block(block_ids, keys, mean, coefficients, basis, pages, layout_ints, kDevice);
+  check_vectors(keys, "keys");
+  check_vector_rows(pages, "pages");
+  const PageLayout& layout = p.layout;
+  const int64_t copies = layout.rank == 0 ? layout.exact_keys : layout.outlier_keys;
+  SHADOWKV_CHECK(copies % 16 == 0, "layout: exact_keys and outlier_keys must be multiples of 16, ",
+                 "got ", copies);
+  const int64_t shared_bytes = 4 * (layout.chunks() + layout.num_outliers);
+  constexpr int64_t kMaxSharedBytes = 80 << 10;
+  SHADOWKV_CHECK(shared_bytes <= kMaxSharedBytes, "layout: the CUDA kernel takes at most ",
+                 kMaxSharedBytes / 4, " chunks and outliers in a block, got ", shared_bytes / 4);
+
+  const Launcher launch(block_ids);
+  const auto n = static_cast<unsigned>(p.num_packed);
+  dispatch_layout(layout, [&]<typename T, int kHeadSize>() {
+    launch("pack_block keys", pack_keys_kernel<T, kHeadSize>, dim3(n, layout.num_kv_heads),
+           kThreads, shared_bytes, p);
+    if (layout.rank == 0) return;
+    const int64_t rows = layout.block_size + layout.rank + 1;
+    launch("pack_block factors", pack_factors_kernel<kHeadSize>,
+           dim3(n, (rows + kWarps - 1) / kWarps), kThreads, 0, p);
+  });
+}
+
+}  // namespace shadowkv::cuda
+
+SHADOWKV_CUDA_KERNEL(pack_block)
