@@ -292,7 +292,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("query", lambda t: t.double(), r"query: expected dtype Float, got Double"),
+        ("query", lambda t: t.double(), r"query: expected dtype B?Float(16)?, got Double"),
         ("query", lambda t: t[:, :3].contiguous(), r"query: expected a multiple of 2 heads, got 3"),
         ("query", lambda t: t[0], r"query: expected 3 dimensions \[any, any, 64\], got 2"),
         ("query", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), r"query: expected stride 1 in the last"),
