@@ -220,7 +220,7 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
       };
       const int64_t most_ctas = std::max<int64_t>(kLogitCtas / (rows * heads), 1);
       launch("select_chunks: logits", logits_kernel<T, kHeadSize>,
-             dim3(std::min(p.table_width, most_ctas), heads, rows), kLogitWarps * kWarp, 0, pass);
+             dim3(std::min(p.table_width, most_ctas), heads, rows), kLogitThreads, 0, pass);
       launch("select_chunks: pick", pick_kernel, dim3(rows, heads),
              pick_threads(p.table_width * chunks), cache_outliers ? outlier_bytes : 0, pass);
     }

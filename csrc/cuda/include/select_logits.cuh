@@ -9,6 +9,7 @@
 namespace shadowkv::cuda {
 
 constexpr int kLogitWarps = 4;
+constexpr int kLogitThreads = kLogitWarps * kWarp;
 constexpr int kMaxGroup = 16;  // rows of a tensor core's tile
 constexpr int kTile = 8;       // its columns
 
@@ -74,7 +75,8 @@ struct LandmarkBytes {
 
 // grid: blocks (or fewer), KV heads, rows.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kLogitWarps* kWarp) logits_kernel(const SelectPass pass) {
+__global__ void __launch_bounds__(kLogitThreads, kHeadSize > 128 ? 4 : 6)
+    logits_kernel(const SelectPass pass) {
   constexpr int kSteps = kHeadSize / 16;
   const SelectChunksParams& p = pass.p;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -113,6 +115,7 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp) logits_kernel(const Select
     const auto* scales = section<float>(p, block, p.layout.landmark_scales, index);
     SoftmaxPart part[2] = {no_softmax(), no_softmax()};
     for (int tile = warp * kTile; tile < chunks; tile += kLogitWarps * kTile) {
+      sync_warp();  // tensor cores want all lanes together
       float c[4] = {zeros[0], zeros[1], zeros[2], zeros[3]};
       if (block != 0) {
         LandmarkBytes<kHeadSize> bytes;
@@ -124,26 +127,34 @@ __global__ void __launch_bounds__(kLogitWarps* kWarp) logits_kernel(const Select
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int chunk = tile + 2 * t + i % 2, member = g + i / 2 * 8;
-        if (chunk >= chunks || member >= group) continue;
-        const float logit = block != 0 ? c[i] * (scales[chunk] * p.scale) : -infinity();
-        pass.logits[((first_head + member) * p.table_width + column) * chunks + chunk] = logit;
-        part[i / 2] = add(part[i / 2], logit);
+      for (int half = 0; half < 2; ++half) {
+        const int member = g + 8 * half;
+        if (8 * half >= group) break;
+        float logit[2] = {-infinity(), -infinity()};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int chunk = tile + 2 * t + i;
+          if (chunk >= chunks || member >= group) continue;
+          if (block != 0) logit[i] = c[2 * half + i] * (scales[chunk] * p.scale);
+          pass.logits[((first_head + member) * p.table_width + column) * chunks + chunk] = logit[i];
+        }
+        part[half] = add(part[half], logit[0], logit[1]);
       }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (8 * half >= group) break;
       part[half] = merge_lanes(part[half], 4);
       if (t == 0) parts[copy][warp][g + 8 * half] = part[half];
     }
     sync_threads();
     const int member = threadIdx.x;
-    if (member >= group) continue;
-    SoftmaxPart all = parts[copy][0][member];
-    for (int i = 1; i < kLogitWarps; ++i) all = merge(all, parts[copy][i][member]);
-    pass.tops[(first_head + member) * p.table_width + column] = all.top;
-    pass.sums[(first_head + member) * p.table_width + column] = all.sum;
+    if (member < group) {
+      SoftmaxPart all = parts[copy][0][member];
+      for (int i = 1; i < kLogitWarps; ++i) all = merge(all, parts[copy][i][member]);
+      pass.tops[(first_head + member) * p.table_width + column] = all.top;
+      pass.sums[(first_head + member) * p.table_width + column] = all.sum;
+    }
   }
 }
 

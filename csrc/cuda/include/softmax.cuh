@@ -12,21 +12,26 @@ __device__ __forceinline__ float max_or_nan(float a, float b) { return a > b || 
 
 struct SoftmaxPart {
   float top;  // the largest x; -infinity for none, NaN where one is
-  float sum;  // of exp(x - top); 0 where top is infinite
+  float sum;  // of exp(x - top); says nothing where top is infinite
 };
 
 __device__ __forceinline__ SoftmaxPart no_softmax() { return {-infinity(), 0.0f}; }
 
-__device__ __forceinline__ SoftmaxPart merge(SoftmaxPart a, SoftmaxPart b) {
+// exp(x - top); exp(x) where top is infinite, so that no infinities are subtracted.
+__device__ __forceinline__ float exp_below(float x, float top) {
   constexpr float kLog2E = 1.4426950408889634f;
-  const float top = max_or_nan(a.top, b.top);
-  if (fabsf(top) == infinity()) return {top, 0.0f};
-  return {top,
-          a.sum * fast_exp2((a.top - top) * kLog2E) + b.sum * fast_exp2((b.top - top) * kLog2E)};
+  return fast_exp2((x - (fabsf(top) == infinity() ? 0.0f : top)) * kLog2E);
 }
 
-__device__ __forceinline__ SoftmaxPart add(SoftmaxPart part, float x) {
-  return merge(part, {x, 1});
+__device__ __forceinline__ SoftmaxPart merge(SoftmaxPart a, SoftmaxPart b) {
+  const float top = max_or_nan(a.top, b.top);
+  return {top, a.sum * exp_below(a.top, top) + b.sum * exp_below(b.top, top)};
+}
+
+// Adds two numbers.
+__device__ __forceinline__ SoftmaxPart add(SoftmaxPart part, float x, float y) {
+  const float top = max_or_nan(part.top, max_or_nan(x, y));
+  return {top, part.sum * exp_below(part.top, top) + exp_below(x, top) + exp_below(y, top)};
 }
 
 // Of lanes whose indices differ in the bits below `lanes`, a power of two; all of them get it.
