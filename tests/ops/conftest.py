@@ -1,8 +1,8 @@
 """Runs every test of an op with the CPU kernel, and with the CUDA kernel on emulated threads.
 
 A test marked `cpu_kernel` is about the CPU kernel alone. CUDA kernels take float16 and bfloat16, so a test whose
-parameter is float32, or a layout of it, runs with the CPU kernel only; a test that names no dtype gets the `generators.DEFAULT_DTYPE` of the
-kernel.
+parameter is float32, or a layout of it, runs with the CPU kernel only; a test that names no dtype gets the
+`generators.DEFAULT_DTYPE` of the kernel.
 """
 
 from __future__ import annotations

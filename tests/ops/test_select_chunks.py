@@ -32,11 +32,13 @@ class Case:
         self, function=ops.select_chunks, budget: int | None = None, columns: int | None = None, **options: Tensor
     ) -> Tensor:
         shape = (len(self.query), self.layout.num_kv_heads, self.columns if columns is None else columns)
-        chunk_ids = torch.full(shape, 12345, dtype=torch.int32)
+        guarded = torch.full((len(self.query) + 1, *shape[1:]), 12345, dtype=torch.int32)
+        chunk_ids = guarded[:-1]
         function(
             self.query, self.pages, self.block_table, self.exact_start, self.seq_lens, self.scale,
             self.budget if budget is None else budget, self.layout, chunk_ids, **options,
         )  # fmt: skip
+        assert (guarded[-1] == 12345).all(), "a write behind the ids"
         return chunk_ids
 
     def scores(self, row: int, head: int) -> Tensor:
@@ -156,7 +158,9 @@ def test_a_workspace_for_some_rows_gives_the_same(rows_at_once: int) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("workspace", layout, blocks=(2, 0, 3, 1, 2))
     size = ops.select_chunks_workspace(layout, rows_at_once, case.query.shape[1], case.block_table.shape[1])
-    assert torch.equal(case.run(workspace=torch.full((size + 3,), torch.nan)), case.check())
+    workspace = torch.full((size + 3,), torch.nan)
+    assert torch.equal(case.run(workspace=workspace), case.check())
+    assert workspace[-3:].isnan().all(), "a write behind the workspace"
 
 
 @pytest.mark.cpu_kernel
