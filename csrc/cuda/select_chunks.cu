@@ -154,13 +154,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   for (int i = begin + lane; i < end; i += kWarp) mine += picked(float_bits(keys[i]), i);
   const PrefixSum counts = prefix_sum(mine, memory.warps);
   int64_t place = shuffle(counts.before, 0);
-#pragma unroll 4
-  for (int first = begin; first < end; first += kWarp) {
-    const int i = first + lane;
-    const uint32_t found = ballot(i < end && picked(float_bits(keys[i]), i));
-    const int64_t at = place + count_bits(found & ((1u << lane) - 1));
-    if ((found >> lane & 1) && at < p.columns) ids[at] = i;
-    place += count_bits(found);
+  constexpr int kUnroll = 4;
+  for (int first = begin; first < end; first += kUnroll * kWarp) {
+    uint32_t key[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kWarp + lane;
+      key[u] = i < end ? float_bits(keys[i]) : kUnusable;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = first + u * kWarp + lane;
+      const bool take = picked(key[u], i);
+      const uint32_t all = ballot(take);
+      const int64_t at = place + count_bits(all & ((1u << lane) - 1));
+      if (take && at < p.columns) ids[at] = i;
+      place += count_bits(all);
+    }
   }
   for (int64_t i = counts.total + static_cast<int>(threadIdx.x); i < p.columns; i += threads) {
     ids[i] = -1;
@@ -187,8 +197,7 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
   check_vectors(query, "query");
   check_vector_rows(pages, "pages");
   SHADOWKV_CHECK(p.layout.landmarks % 16 == 0,
-                 "layout: landmarks must be aligned to 16 bytes, got ", "offset ",
-                 p.layout.landmarks);
+                 "layout: landmarks must be aligned to 16 bytes, got offset ", p.layout.landmarks);
   SHADOWKV_CHECK(p.group <= kMaxGroup, "query: expected at most ", kMaxGroup,
                  " query heads per KV head, got ", p.group);
   const int64_t heads = p.layout.num_kv_heads, chunks = p.layout.chunks();
