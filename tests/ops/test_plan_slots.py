@@ -412,8 +412,11 @@ def test_full_hash_tables(num_pages: int) -> None:
     tags = layout.view(state.slot_pages, "slot_tags")
     tags[:] = torch.randint(1, 2**40, tags.shape, generator=generator)
     tags[17, 0, 3], tags[num_pages, 0, 6] = known[0, 1] + 5, known[0, 2]
+    for slot in (500, 1100):  # the higher one may come first into the table
+        tags[state.slot_table[0, slot // layout.slots_per_page], 0, slot % layout.slots_per_page] = known[0, 3]
     layout.view(state.slot_pages, "slot_used")[:] = torch.randint(0, 5, tags.shape, generator=generator)
-    state.step(pick(generator, state, most=40))
     ids = torch.full_like(state.chunk_ids, -1)
-    ids[0, 0, :3] = torch.tensor([2, layout.chunks + 5, 2 * layout.chunks])
+    ids[0, 0, :4] = torch.tensor([2, layout.chunks + 5, 2 * layout.chunks, 3 * layout.chunks])
     state.step(ids)
+    assert state.slot_ids[0, 0, 3] == 500
+    state.step(pick(generator, state, most=40))

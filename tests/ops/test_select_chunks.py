@@ -198,6 +198,17 @@ def test_outliers_up_to_the_room(room: int) -> None:
     case.check()
 
 
+def test_outliers_of_equal_cosines_are_the_lower_ids() -> None:
+    layout = generators.make_layout(2, 64, num_outliers=3)
+    case = make_case("equal cosines", layout, blocks=(3, 2), budget=0, outliers=4)
+    layout.view(case.pages, "outlier_cosines")[:] = torch.tensor([0.5, -0.25, 0.5])
+    layout.view(case.pages, "outlier_ids")[:] = torch.tensor([9, 20, 2], dtype=torch.int32)
+    case.seq_lens = case.exact_start + 100
+    chunks = layout.chunks
+    assert case.check()[0, 1].tolist() == [0, 2, 20, chunks + 20, 2 * chunks + 20, -1, -1, -1, -1]
+    assert case.check()[1, 0].tolist() == [0, 2, 9, 20, chunks + 20, -1, -1, -1, -1]
+
+
 def test_outliers_of_a_page_of_garbage_stay_in_bounds() -> None:
     layout = generators.make_layout(2, 64, num_outliers=3)
     case = make_case("garbage", layout, blocks=(3,), budget=2)
@@ -306,6 +317,7 @@ def test_strided_query_and_table() -> None:
 def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout, blocks=(3, 3))
+    layout.view(case.pages, "landmarks")[..., 5] |= 1  # no product with zero
     healthy = case.run()
     case.query[0, 2, 5] = value
     actual = case.run()
