@@ -255,6 +255,37 @@ def test_more_chunks_than_slots_leave_the_last_ones_out() -> None:
     assert state.num_misses.tolist() == [[0, 0]]
 
 
+def test_many_slots() -> None:
+    # Several slots and columns per thread of a CTA, whose number is no power of two.
+    generator = generators.make_generator("many slots")
+    state = make_state(generator, rows=1, heads=1, columns=330, pages_per_row=50, max_blocks=12)
+    for step in range(4):
+        state.step(pick(generator, state, drift=(0.2, 0.9)[step % 2], most=330))
+
+
+def test_stamps_order_up_to_2_to_the_50() -> None:
+    state = make_state(generators.make_generator("stamps"), rows=1, heads=1, columns=7, pages_per_row=2)
+    state.step(torch.arange(7, dtype=torch.int32).view(1, 1, 7))
+    stamps = [2**50 - 2, 3, 2**33, 2**33 - 1, 2**32, 1, 2**50 - 3, 2, 9, 2**49, 2**31, 7, 8, 4]
+    pages = state.slot_table[0].long()
+    state.layout.view(state.slot_pages, "slot_epoch")[pages] = state.epochs[pages]
+    state.layout.view(state.slot_pages, "slot_used")[pages] = torch.tensor(stamps).view(2, 1, 7)
+    state.clock[:] = 2**50 - 2
+    state.step(torch.arange(20, 27, dtype=torch.int32).view(1, 1, 7))
+    assert state.slot_ids[0, 0].tolist() == [5, 7, 1, 13, 11, 12, 8]
+
+
+def test_equal_tags_hit_the_lower_slot() -> None:
+    state = make_state(generators.make_generator("equal tags"), rows=1, heads=1, columns=4)
+    state.step(torch.tensor([[[3, 4, 5, 6]]], dtype=torch.int32))
+    tags = state.layout.view(state.slot_pages, "slot_tags")
+    pages = state.slot_table[0].long()
+    tags[pages[2], 0, 1:5] = tags[pages[0], 0, :4].flip(-1)
+    tags[pages[1], 0] = tags[pages[0], 0, 0] + 100
+    state.step(torch.tensor([[[3, 4, 7, 6]]], dtype=torch.int32))
+    assert state.slot_ids[0, 0].tolist() == [0, 1, 4, 3]
+
+
 def test_no_chunks_touch_nothing() -> None:
     state = make_state(generators.make_generator("nothing"))
     pages = state.slot_pages.clone()
@@ -325,12 +356,12 @@ def test_opcheck() -> None:
         ("epochs", lambda t: t.int(), r"epochs: expected dtype Long, got Int"),
         ("clock", lambda t: t[0], r"clock: expected 1 dimensions \[1\], got 0 dimensions \[\]"),
         ("slot_table", lambda t: t.T.contiguous().T, r"slot_table: expected contiguous memory within a row, got"),
-        ("slot_pages", lambda t: t[:, 64:].contiguous(), r"slot_pages: expected shape \[any, 65536\], got"),
+        ("slot_pages", lambda t: t[:, 64:].contiguous(), r"slot_pages: expected shape \[any, \d+\], got"),
         ("slot_ids", lambda t: t[:, :, :-1].contiguous(), r"slot_ids: expected shape \[3, 2, 12\], got \[3, 2, 11\]"),
         ("slot_ids", lambda t: t.mT.contiguous().mT, r"slot_ids: expected contiguous memory, got strides"),
         ("misses", lambda t: t.long(), r"misses: expected dtype Int, got Long"),
         ("num_misses", lambda t: t[:2], r"num_misses: expected shape \[3, 2\], got \[2, 2\]"),
-        ("layout", lambda x: replace(x, slot_tags=4), r"layout: slot_tags must be \d+ bytes inside a page of 65536"),
+        ("layout", lambda x: replace(x, slot_tags=4), r"layout: slot_tags must be \d+ bytes inside a page of \d+"),
         ("layout", lambda x: replace(x, slots_per_page=0), r"layout: slots_per_page must be positive, got 0"),
     ],
 )  # fmt: skip
@@ -352,3 +383,40 @@ def test_unaligned_pages_are_refused() -> None:
     state.slot_pages = memory[4 : 4 * size + 4].view(4, size)
     with pytest.raises(RuntimeError, match="slot_pages: expected rows aligned to 8 bytes"):
         state.run()
+
+
+def test_more_slots_than_the_cuda_kernel_takes(kernel: str) -> None:
+    if kernel == "cpu":
+        pytest.skip("the CPU kernel takes any number")
+    state = make_state(generators.make_generator("too many slots"), rows=1)
+    state.slot_table = torch.zeros(1, 878, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"slot_table: expected pages of at most 6144 slots per row, got 878 pages"):
+        state.run()
+    state.slot_table = state.slot_table[:, :877]
+    state.run()
+    assert (state.slot_ids == -1).all()
+
+
+@pytest.mark.parametrize("num_pages", [300, 877])
+def test_full_hash_tables(num_pages: int) -> None:
+    # Random tags in every slot: chains of the CUDA kernel's table, up to its most slots.
+    generator = generators.make_generator("full", num_pages)
+    state = make_state(generator, rows=1, heads=1, columns=40, pages_per_row=1, max_blocks=4)
+    layout = state.layout
+    state.slot_pages = generators.garbage_pages(generator, 1, layout.page_bytes).expand(num_pages + 5, -1).contiguous()
+    state.epochs = torch.randperm(5000, generator=generator)[: num_pages + 5] + 1
+    state.block_table = torch.arange(num_pages + 1, num_pages + 5, dtype=torch.int32)[None]
+    state.slot_table = (torch.randperm(num_pages, generator=generator).int() + 1)[None]
+    layout.view(state.slot_pages, "slot_epoch")[:] = state.epochs
+    known = state.epochs[state.block_table.long()] * layout.chunks
+    tags = layout.view(state.slot_pages, "slot_tags")
+    tags[:] = torch.randint(1, 2**40, tags.shape, generator=generator)
+    tags[17, 0, 3], tags[num_pages, 0, 6] = known[0, 1] + 5, known[0, 2]
+    for slot in (500, 1100):  # the higher one may come first into the table
+        tags[state.slot_table[0, slot // layout.slots_per_page], 0, slot % layout.slots_per_page] = known[0, 3]
+    layout.view(state.slot_pages, "slot_used")[:] = torch.randint(0, 5, tags.shape, generator=generator)
+    ids = torch.full_like(state.chunk_ids, -1)
+    ids[0, 0, :4] = torch.tensor([2, layout.chunks + 5, 2 * layout.chunks, 3 * layout.chunks])
+    state.step(ids)
+    assert state.slot_ids[0, 0, 3] == 500
+    state.step(pick(generator, state, most=40))

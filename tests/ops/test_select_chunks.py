@@ -13,7 +13,7 @@ from vllm_shadowkv import ops, reference
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
-GROUPS = (1, 2, 3, 4, 7, 8, 16)
+GROUPS = (1, 2, 3, 4, 7, 8, 9, 16)
 
 
 @dataclass
@@ -28,13 +28,17 @@ class Case:
     layout: PageLayout
     columns: int
 
-    def run(self, function=ops.select_chunks, budget: int | None = None, columns: int | None = None) -> Tensor:
+    def run(
+        self, function=ops.select_chunks, budget: int | None = None, columns: int | None = None, **options: Tensor
+    ) -> Tensor:
         shape = (len(self.query), self.layout.num_kv_heads, self.columns if columns is None else columns)
-        chunk_ids = torch.full(shape, 12345, dtype=torch.int32)
+        guarded = torch.full((len(self.query) + 1, *shape[1:]), 12345, dtype=torch.int32)
+        chunk_ids = guarded[:-1]
         function(
             self.query, self.pages, self.block_table, self.exact_start, self.seq_lens, self.scale,
-            self.budget if budget is None else budget, self.layout, chunk_ids,
+            self.budget if budget is None else budget, self.layout, chunk_ids, **options,
         )  # fmt: skip
+        assert (guarded[-1] == 12345).all(), "a write behind the ids"
         return chunk_ids
 
     def scores(self, row: int, head: int) -> Tensor:
@@ -102,8 +106,9 @@ def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chunk_size", [8, 16])
 @pytest.mark.parametrize("group", GROUPS)
 def test_groups_and_chunk_sizes(group: int, chunk_size: int) -> None:
-    layout = generators.make_layout(3, 64, torch.bfloat16, chunk_size=chunk_size, num_outliers=2)
-    make_case((group, chunk_size), layout, group=group, structured=True).check()
+    dtype = torch.bfloat16 if chunk_size == 8 else torch.float16
+    layout = generators.make_layout(2, 64, dtype, chunk_size=chunk_size, num_outliers=2)
+    make_case((group, chunk_size), layout, group=group, blocks=(4, 0, 2), structured=True).check()
 
 
 def test_exact_key_pages() -> None:
@@ -116,6 +121,49 @@ def test_smallest_blocks() -> None:
     make_case("small", layout, blocks=(9, 1, 3), budget=5).check()
 
 
+@pytest.mark.parametrize("block_size", [64, 192, 640])
+def test_block_sizes(block_size: int) -> None:
+    # 4, 12 and 40 chunks: tiles of 8 are cut, and there are more of them than warps.
+    layout = generators.make_layout(2, 80, block_size=block_size, chunk_size=16, compression=1)
+    make_case(block_size, layout, group=3, blocks=(4, 1), budget=7).check()
+
+
+def test_long_context() -> None:
+    layout = generators.make_layout(1, 64)
+    case = make_case("long", layout, blocks=(4,), budget=300)
+    columns = torch.randint(0, 4, (180,), generator=generators.make_generator("long table"))
+    case.block_table = case.block_table[:, columns].contiguous()
+    case.exact_start[:] = 180 * layout.block_size
+    case.seq_lens = case.exact_start + 9
+    case.check()
+
+
+def test_wide_table() -> None:
+    # csrc/cuda/select_chunks.cu: the outliers of so many blocks do not fit shared memory.
+    layout = generators.make_layout(1, 64, num_outliers=3)
+    case = make_case("wide", layout, group=1, blocks=(3, 2), budget=9, outliers=4)
+    narrow = case.check()
+    case.block_table = torch.cat((case.block_table, torch.ones(2, 3000, dtype=torch.int32)), -1)
+    assert torch.equal(case.run(), narrow)
+
+
+def test_more_blocks_than_ctas() -> None:
+    # csrc/cuda/select_chunks.cu: from 8192 on, blocks * KV heads * rows share CTAs.
+    layout = generators.make_layout(1, 64, block_size=64, chunk_size=16, compression=1, rank=16)
+    make_case("many", layout, group=2, blocks=(67, *(0,) * 126, 1), budget=9).check()
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 100])
+def test_a_workspace_for_some_rows_gives_the_same(rows_at_once: int) -> None:
+    layout = generators.make_layout(2, 64)
+    case = make_case("workspace", layout, blocks=(2, 0, 3, 1, 2))
+    size = ops.select_chunks_workspace(layout, rows_at_once, case.query.shape[1], case.block_table.shape[1])
+    workspace = torch.full((size + 3,), torch.nan)
+    assert torch.equal(case.run(workspace=workspace), case.check())
+    assert workspace[-3:].isnan().all(), "a write behind the workspace"
+
+
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_threads_do_not_change_the_choice(rows: int) -> None:
     layout = generators.make_layout(1, 64, torch.bfloat16)
@@ -148,6 +196,17 @@ def test_outliers_up_to_the_room(room: int) -> None:
         for head in range(2):
             assert (case.run(budget=0, columns=5 + room)[row, head] >= 0).sum() <= SINK_CHUNKS + LOCAL_CHUNKS + room
     case.check()
+
+
+def test_outliers_of_equal_cosines_are_the_lower_ids() -> None:
+    layout = generators.make_layout(2, 64, num_outliers=3)
+    case = make_case("equal cosines", layout, blocks=(3, 2), budget=0, outliers=4)
+    layout.view(case.pages, "outlier_cosines")[:] = torch.tensor([0.5, -0.25, 0.5])
+    layout.view(case.pages, "outlier_ids")[:] = torch.tensor([9, 20, 2], dtype=torch.int32)
+    case.seq_lens = case.exact_start + 100
+    chunks = layout.chunks
+    assert case.check()[0, 1].tolist() == [0, 2, 20, chunks + 20, 2 * chunks + 20, -1, -1, -1, -1]
+    assert case.check()[1, 0].tolist() == [0, 2, 9, 20, chunks + 20, -1, -1, -1, -1]
 
 
 def test_outliers_of_a_page_of_garbage_stay_in_bounds() -> None:
@@ -225,6 +284,12 @@ def test_more_forced_chunks_than_columns_fill_the_columns() -> None:
     assert case.run()[0, 0].tolist() == [*range(6)]
 
 
+def test_no_columns_in_the_table() -> None:
+    case = make_case("no columns", generators.make_layout(2, 64), blocks=(2, 1))
+    case.block_table = case.block_table[:, :0]
+    assert (case.run() == -1).all()
+
+
 def test_no_rows() -> None:
     case = make_case("no rows", generators.make_layout(2, 64))
     for name in ("query", "block_table", "exact_start", "seq_lens"):
@@ -252,6 +317,7 @@ def test_strided_query_and_table() -> None:
 def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout, blocks=(3, 3))
+    layout.view(case.pages, "landmarks")[..., 5] |= 1  # no product with zero
     healthy = case.run()
     case.query[0, 2, 5] = value
     actual = case.run()
@@ -261,6 +327,11 @@ def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     assert len(ids) == (healthy[0, 0] >= 0).sum()
     assert torch.equal(ids, ids.unique())
     assert int(ids.max()) < 3 * layout.chunks
+    # All scores are NaN, so the lower ids win.
+    forced = case.run(budget=0, columns=case.columns - case.budget)[0, 0]
+    forced = forced[forced >= 0].tolist()
+    rest = [chunk for chunk in range(3 * layout.chunks) if chunk not in forced]
+    assert ids.tolist() == sorted(forced + rest[: case.budget])
 
 
 def test_bad_landmarks_stay_in_bounds() -> None:
@@ -292,7 +363,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("query", lambda t: t.double(), r"query: expected dtype Float, got Double"),
+        ("query", lambda t: t.double(), r"query: expected dtype B?Float(16)?, got Double"),
         ("query", lambda t: t[:, :3].contiguous(), r"query: expected a multiple of 2 heads, got 3"),
         ("query", lambda t: t[0], r"query: expected 3 dimensions \[any, any, 64\], got 2"),
         ("query", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), r"query: expected stride 1 in the last"),
@@ -315,3 +386,29 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(RuntimeError, match=message):
         case.run()
+
+
+def test_what_the_cuda_kernel_refuses(kernel: str) -> None:
+    if kernel == "cpu":
+        pytest.skip("the CPU kernel takes it")
+    layout = generators.make_layout(2, 64)
+    case = make_case("cuda errors", layout, blocks=(2, 1))
+
+    def refused(message: str, workspace: Tensor | None = None, **changes: object) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            replace(case, **changes).run(workspace=workspace)
+
+    row = 8 * case.block_table.shape[1] * (layout.chunks + 2)
+    refused(rf"workspace: expected at least {row} values, those of one row, got {row - 1}", torch.zeros(row - 1))
+    refused(r"workspace: expected dtype Float, got Double", torch.zeros(2 * row).double())
+    refused(r"workspace: expected contiguous memory", torch.zeros(4 * row)[::2])
+    refused(r"query: expected at most 16 query heads per KV head, got 17", query=case.query[:, :1].repeat(1, 34, 1))
+    odd = torch.zeros(2, 8, 68, dtype=layout.dtype)[..., 2:66]
+    refused(r"query: expected rows that are contiguous and aligned to 16 bytes", query=odd)
+    memory = torch.zeros(case.pages.numel() + 64, dtype=torch.uint8)[8 : case.pages.numel() + 8]
+    refused(r"pages: expected rows aligned to 16 bytes", pages=memory.view_as(case.pages))
+    moved = replace(layout, landmarks=layout.landmarks + 8)
+    refused(r"layout: landmarks must be aligned to 16 bytes", layout=moved)
+    fp32 = make_case("fp32", generators.make_layout(2, 64, torch.float32), blocks=(2, 1))
+    with pytest.raises(RuntimeError, match="the CUDA kernels take float16 and bfloat16, got float32"):
+        fp32.run()

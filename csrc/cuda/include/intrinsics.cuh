@@ -53,18 +53,18 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return packed;
 }
 
-// a - b of two values side by side.
+// a - b of two pairs of values, each rounded to nearest even.
 template <typename T>
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b);
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
 template <>
-__device__ __forceinline__ uint32_t subtract<Half>(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
   uint32_t difference;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
   return difference;
 }
 template <>
-__device__ __forceinline__ uint32_t subtract<BFloat16>(uint32_t a, uint32_t b) {
-  uint32_t difference;  // sm_80 has no other arithmetic of bf16 than this
+__device__ __forceinline__ uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t difference;  // sm_80 has no sub.bf16x2
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xbf80bf80u), "r"(a));
   return difference;
 }
@@ -175,6 +175,9 @@ __device__ __forceinline__ uint64_t atomic_cas(uint64_t* at, uint64_t expected, 
   return atomicCAS(reinterpret_cast<unsigned long long*>(at),
                    static_cast<unsigned long long>(expected),
                    static_cast<unsigned long long>(value));
+}
+__device__ __forceinline__ int atomic_cas(int* at, int expected, int value) {
+  return atomicCAS(at, expected, value);
 }
 __device__ __forceinline__ int atomic_min(int* to, int value) { return atomicMin(to, value); }
 

@@ -51,9 +51,11 @@ uint32_t pack(float low, float high) {
 }
 
 template <typename T>
-uint32_t subtract(uint32_t a, uint32_t b) {
-  const auto value = [](uint32_t bits) { return to_float(T{static_cast<uint16_t>(bits)}); };
-  return pack<T>(value(a) - value(b), value(a >> 16) - value(b >> 16));
+uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  const auto value = [](uint32_t pair, int half) {
+    return to_float(T{static_cast<uint16_t>(pair >> (16 * half))});
+  };
+  return pack<T>(value(a, 0) - value(b, 0), value(a, 1) - value(b, 1));
 }
 
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
@@ -154,6 +156,11 @@ inline int atomic_add(int* to, int value) {
 }
 inline uint64_t atomic_cas(uint64_t* at, uint64_t expected, uint64_t value) {
   const uint64_t old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+inline int atomic_cas(int* at, int expected, int value) {
+  const int old = *at;
   if (old == expected) *at = value;
   return old;
 }
