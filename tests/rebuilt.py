@@ -15,7 +15,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 _SHAPES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
     (1, 64, F32, {"rank": 16, "num_outliers": 0, "block_size": 64}),
-    (8, 64, BF16, {"rank": 48, "num_outliers": 3, "block_size": 64, "chunk_size": 16}),
+    (8, 64, BF16, {"rank": 48, "num_outliers": 3, "block_size": 128, "chunk_size": 16}),
     (2, 80, F16, {"rank": 48, "num_outliers": 1, "block_size": 128, "chunk_size": 16, "value_int8": True}),
     (1, 80, F32, {"rank": 48, "num_outliers": 3, "block_size": 64}),
     (3, 64, F32, {"rank": 80, "num_outliers": 1, "block_size": 128}),

@@ -96,7 +96,7 @@ def main(backend: str, result: str, haystacks: int, questions: int) -> None:
             select = ops.select_chunks
             plant(Runtime.latest())
             # Other haystacks: slots filled before the error was planted would still be right.
-            scores[name] = score(llm, 2, questions, FIRST_SEED + 1000)
+            scores[name] = score(llm, 4, questions, FIRST_SEED + 1000)
             ops.select_chunks = select
     Path(result).write_text(json.dumps(scores))
 

@@ -15,17 +15,11 @@ from benchmarks.needle.tasks import FAMILIES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-HAYSTACKS, QUESTIONS = 4, 10  # 40 prompts a family; one is 2.5 points
-# How many points below full attention a family may be. The aim is 5 points over 200 prompts; the shipped model is not
-# there for the last four families, because some of its landmarks hide the one key that matters (docs/accuracy.md).
-POINTS = {
-    "single": 5,
-    "multi_key": 12.5,
-    "variable_tracking": 15,
-    "mixed": 20,
-    "multi_value": 25,
-    "multi_query": 35,
-}
+HAYSTACKS, QUESTIONS = 20, 10  # 200 prompts a family
+POINTS = 5
+"""How far below full attention a family may be."""
+PLANTED_POINTS = 15
+"""How far a wrong build must be below in one family at least: the test above then notices it whatever the prompts."""
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +49,16 @@ def percent(right: list[bool]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_within_points_of_full_attention(scores, family: str) -> None:
+def test_answers_within_five_points_of_full_attention(scores, family: str) -> None:
     full, ours = (scores[name]["as built"][family] for name in ("stock", "shadowkv"))
     assert len(full) == len(ours) == HAYSTACKS * QUESTIONS
-    assert percent(full) >= 80, "the model itself cannot answer"
-    assert percent(ours) >= percent(full) - POINTS[family]
+    assert percent(full) >= 85, "the model itself cannot answer"
+    assert percent(ours) >= percent(full) - POINTS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", ["random selection", "flipped rotation"])
 def test_a_wrong_build_fails(scores, plant: str) -> None:
-    full = scores["stock"]["as built"]
-    wrong = scores["shadowkv"][plant]
-    failed = [family for family in FAMILIES if percent(wrong[family]) < percent(full[family]) - POINTS[family]]
-    assert failed, "the test above would not notice"
+    full, wrong = scores["stock"]["as built"], scores["shadowkv"][plant]
+    lost = {family: percent(full[family]) - percent(wrong[family]) for family in FAMILIES}
+    assert max(lost.values()) > PLANTED_POINTS, lost

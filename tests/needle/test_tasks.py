@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from benchmarks.needle.tasks import FAMILIES, HOPS, TOKEN_ID, VOCAB, Prompt, make_prompt
@@ -17,6 +19,7 @@ def solve(prompt: Prompt) -> str:
     words = prompt.text.split()
     needles: dict[str, list[str]] = {}
     assigned: dict[str, str] = {}
+    written: dict[str, int] = {}
     for i, word in enumerate(words):
         if word == "@":
             values = []
@@ -24,12 +27,13 @@ def solve(prompt: Prompt) -> str:
                 if not value.startswith("v"):
                     break
                 values.append(value)
-            assert words[i + 1] not in needles, "a key has one needle"
+            written[words[i + 1]] = written.get(words[i + 1], 0) + 1
             needles[words[i + 1]] = values
         if word == "#":
             assert words[i + 1] not in assigned, "a variable is assigned once"
             assigned[words[i + 1]] = words[i + 2]
 
+    assert len(set(written.values())) <= 1, "every key is written equally often"
     if "&" in words:
         listed = words[words.index("&") + 1 : words.index("?")]
         assert words[-1] == listed[0]
@@ -88,6 +92,12 @@ def test_prompts_never_change() -> None:
 def test_mixed_asks_both_kinds() -> None:
     asked = {make_prompt("mixed", 512, seed).text.split()[-2] for seed in range(20)}
     assert asked == {"?", "!"}
+
+
+def test_overwritten_keys_are_written_twice() -> None:
+    words = make_prompt("overwritten", 512, 0).text.split()
+    keys = [key for sign, key in pairwise(words) if sign == "@"]
+    assert {keys.count(key) for key in keys} == {2}
 
 
 def test_vocabulary_has_distinct_words() -> None:

@@ -7,6 +7,7 @@
 // shared memory for the next tile of the block.
 #pragma once
 
+#include "cuda/include/int8.cuh"
 #include "cuda/include/rotary.cuh"
 #include "cuda/include/value_tile.cuh"
 #include "cuda/include/warp.cuh"
@@ -43,21 +44,6 @@ struct RebuildShape {
     return rank == 0 ? 0 : rows * kBasisStride + (rows + kWeightPad) * 2 * kTokens + kKeyBytes;
   }
 };
-
-// Two int8, the low bytes of the halves of `codes`, as two T. The upper bytes do not matter.
-template <typename T>
-__device__ __forceinline__ uint32_t widen(uint32_t codes);
-template <>
-__device__ __forceinline__ uint32_t widen<Half>(uint32_t codes) {
-  // code + 128 in the mantissa of 1024.
-  return subtract_pairs<Half>((codes & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
-}
-template <>
-__device__ __forceinline__ uint32_t widen<BFloat16>(uint32_t codes) {
-  // The low 7 bits in the mantissa of 128, less 128, or less 256 for a negative code.
-  return subtract_pairs<BFloat16>((codes & 0x007f007fu) | 0x43004300u,
-                                  (codes & 0x00800080u) | 0x43004300u);
-}
 
 // Rebuilds tiles of one layout; every thread of the CTA calls it with the same arguments.
 template <typename T, int kHeadSize, int kTokens>

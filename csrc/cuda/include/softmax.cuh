@@ -7,9 +7,6 @@ namespace shadowkv::cuda {
 
 __device__ __forceinline__ float infinity() { return bits_float(0x7f800000u); }
 
-// NaN if either is; fmaxf would ignore it.
-__device__ __forceinline__ float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
-
 struct SoftmaxPart {
   float top;  // the largest x; -infinity for none, NaN where one is
   float sum;  // of exp(x - top); says nothing where top is infinite
