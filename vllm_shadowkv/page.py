@@ -28,6 +28,9 @@ RANK_STEP = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Model dtypes; a layout stores the index."""
 
+KEYS_TRANSPOSED_ON = "cpu"
+"""The device whose exact pages hold a head's keys transposed, as vLLM's kernel there wants them."""
+
 _Section = tuple[int, tuple[int, ...], torch.dtype]  # offset in bytes, shape without the block dimension, dtype
 
 
@@ -140,7 +143,7 @@ class PageLayout:
             on CUDA a token's K and V are adjacent (`FLASH_ATTN`).
         """
         heads, tokens, size = self.num_kv_heads, self.exact_tokens, self.head_size
-        if pages.device.type == "cpu":
+        if pages.device.type == KEYS_TRANSPOSED_ON:
             split = _strided_view(pages, 0, (heads, 2, tokens * size), self.dtype)
             keys = split[:, :, 0].unflatten(-1, (size, tokens)).transpose(-1, -2)
             return keys, split[:, :, 1].unflatten(-1, (tokens, size))

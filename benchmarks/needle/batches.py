@@ -27,8 +27,17 @@ BROAD = Mix(
     least_density=0.3,
     asked_share=1 / 3,
 )
+SETTLED = BROAD._replace(family_weights=BROAD.family_weights | {"overwritten": 5})
 HARD = Mix(
-    {"single": 1, "multi_key": 6, "mixed": 4, "variable_tracking": 4, "multi_value": 8, "multi_query": 5},
+    {
+        "single": 1,
+        "multi_key": 5,
+        "mixed": 4,
+        "variable_tracking": 4,
+        "multi_value": 8,
+        "multi_query": 6,
+        "overwritten": 4,
+    },
     sparse_share=0.15,
     least_density=0.7,
     asked_share=1 / 4,
@@ -105,7 +114,7 @@ def _sequence(
         asked.append(question)
 
     asked_tokens = sum(len(q.ask) + len(q.answer) for q in asked)
-    tokens, starts = scatter(draw.facts, num_tokens - asked_tokens, rng)
+    tokens, starts = scatter(draw, num_tokens - asked_tokens, rng)
     wanted, targets, sources = [], [], []
     for question in asked:
         begin = len(tokens)

@@ -24,7 +24,7 @@ class NeedleConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    rope_theta: float = 1e6
+    rope_theta: float = 1e7
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 32768
 

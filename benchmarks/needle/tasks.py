@@ -7,6 +7,8 @@ A haystack is filler words with facts scattered in it; a question follows. The g
     @ key v1 v2 v3 v4       ? key                key v1 v2 v3 v4         (a long needle)
     # x y                   ! x                  x y z w u               (four hops)
     @ key v1 v2             & a b c d ? a        a v1 v2 b v1 v2 c v1 v2 d v1 v2
+    @ key v1 v2, later      ? key                key w1 w2               (what was written last)
+    @ key w1 w2
 
 Every answer starts with an echo of the key. A server computes the first output token during
 prefill, so without the echo the first value would never pass through the decode path.
@@ -44,6 +46,7 @@ FAMILIES = (
     "variable_tracking",
     "multi_value",
     "multi_query",
+    "overwritten",
 )
 
 
@@ -66,10 +69,12 @@ class Question(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Facts in no particular order and every question that can be asked about them."""
+    """Facts and every question that can be asked about them."""
 
     facts: list[list[int]]
     questions: list[Question]
+    run: int = 1
+    """Facts come in runs of so many whose order in the haystack matters; otherwise they are in no particular order."""
 
 
 def make_prompt(family: str, num_tokens: int, seed: int) -> Prompt:
@@ -101,7 +106,7 @@ def make_prompts(family: str, num_tokens: int, seed: int, count: int) -> list[Pr
     rng = random.Random(f"eval/{family}/{num_tokens}/{seed}")
     draw = draw_facts(family, num_tokens, rng)
     first = rng.choice(draw.questions)
-    haystack, _ = scatter(draw.facts, num_tokens - len(first.ask), rng)
+    haystack, _ = scatter(draw, num_tokens - len(first.ask), rng)
     # Questions of one family are equally long, so every prompt has its length.
     others = [question for question in draw.questions if question is not first]
     questions = [first, *rng.sample(others, min(count - 1, len(others)))]
@@ -139,19 +144,27 @@ def draw_facts(family: str, num_tokens: int, rng: random.Random, density: float 
         needles = _needles(keys[: count(16, 240)], 2, rng)
         chains = _chains(keys[len(needles.facts) :], count(128, 48))
         return _join(needles, chains)
+    if family == "overwritten":
+        return _overwritten(keys[: count(16, 240)], rng)
     if family == "multi_query":
         num_needles = max(QUERIES, count(8, 480))
         return _queries(_needles(keys[:num_needles], 2, rng), rng)
     raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
 
 
-def scatter(facts: list[list[int]], num_tokens: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Spreads facts over filler; returns the haystack and where each fact starts in it."""
+def scatter(draw: Draw, num_tokens: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Spreads a draw's facts over filler; returns the haystack and where each fact starts in it."""
+    facts = draw.facts
     num_filler = num_tokens - sum(map(len, facts))
     if num_filler < 0:
         raise ValueError(f"facts need {num_tokens - num_filler} tokens, got room for {num_tokens}")
     order = list(range(len(facts))) + [-1] * num_filler
     rng.shuffle(order)
+    if draw.run > 1:
+        places = [order.index(fact) for fact in range(len(facts))]
+        for start in range(0, len(facts), draw.run):
+            for fact, place in enumerate(sorted(places[start : start + draw.run]), start):
+                order[place] = fact
     filler = iter(rng.choices(FILLER, k=num_filler))
     haystack: list[int] = []
     starts = [0] * len(facts)
@@ -177,6 +190,17 @@ def _needles(keys: list[int], num_values: int, rng: random.Random) -> Draw:
         sources = [(QUESTION, 1), *((i, 2 + j) for j in range(num_values))]
         questions.append(Question([ASK, key], [key, *values], sources))
     return Draw(facts, questions)
+
+
+def _overwritten(keys: list[int], rng: random.Random) -> Draw:
+    """Every key is written twice; only a model that knows what came later can answer."""
+    facts, questions = [], []
+    for i, key in enumerate(keys):
+        values = rng.sample(VALUES, 4)
+        facts += [[NEEDLE, key, *values[:2]], [NEEDLE, key, *values[2:]]]
+        sources = [(QUESTION, 1), (2 * i + 1, 2), (2 * i + 1, 3)]
+        questions.append(Question([ASK, key], [key, *values[2:]], sources))
+    return Draw(facts, questions, run=2)
 
 
 def _chains(keys: list[int], num_chains: int) -> Draw:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import BROAD, HARD, Batch, Mix, make_batch
+from .batches import BROAD, HARD, SETTLED, Batch, Mix, make_batch
 from .export import write_checkpoint
 from .model import NeedleModel, Window
 
@@ -80,14 +80,14 @@ SETTLE = Phase(
     steps=600,
     peak_rate=1e-3,
     landmark_weight=0.5,
-    mix=BROAD,
+    mix=SETTLED,
     far_keys=256,
 )
 SHARPEN = Phase(
     name="sharpen",
     stages=[Stage(4096, 1, 192, 8192)] * 7 + [Stage(8192, 1, 192, 32768)],
     climb=False,
-    steps=700,
+    steps=1500,
     peak_rate=1e-3,
     landmark_weight=1.0,
     mix=HARD,

@@ -16,8 +16,9 @@ from vllm.v1.attention.backends import fa_utils
 
 def install() -> None:
     """Makes this process's engines run the CUDA side."""
-    from vllm_shadowkv import ops
+    from vllm_shadowkv import ops, page
 
+    page.KEYS_TRANSPOSED_ON = "nowhere"
     cuda_emulation.load()
     ops._ops = torch.ops.shadowkv_emulated
     ops.needs_workspace = lambda device: True

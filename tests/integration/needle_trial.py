@@ -1,4 +1,4 @@
-"""Asks one backend the needle model's questions and writes which answers were right; test_needle_accuracy.py runs it.
+"""Asks one backend the needle model's questions and writes how right its answers were; test_needle_accuracy.py runs it.
 
 usage: needle_trial.py {stock|shadowkv} RESULT_JSON HAYSTACKS QUESTIONS
 """
@@ -26,17 +26,23 @@ SETTINGS = {"sparse_budget": 240, "slot_chunks": 64, "dense_threshold": 1024}
 assert ENVIRONMENT  # the parent sets it
 
 
-def ask(llm: LLM, prompts: list[Prompt]) -> list[bool]:
-    """Whether each greedy answer is right."""
+SEVERAL = ("multi_value", "multi_query")
+"""Families that ask for several things at once. As in RULER (arXiv 2404.06654), each that is right counts."""
+
+
+def ask(llm: LLM, family: str, prompts: list[Prompt]) -> list[float]:
+    """How right each greedy answer is: 1 or 0, or the share of right tokens of a family that asks for several."""
     params = [SamplingParams(temperature=0, max_tokens=len(p.answer_ids), ignore_eos=True) for p in prompts]
     outputs = llm.generate([{"prompt_token_ids": p.token_ids} for p in prompts], params, use_tqdm=False)
-    return [
-        list(output.outputs[0].token_ids) == prompt.answer_ids for output, prompt in zip(outputs, prompts, strict=True)
-    ]
+    scores = []
+    for output, prompt in zip(outputs, prompts, strict=True):
+        right = [one == other for one, other in zip(output.outputs[0].token_ids, prompt.answer_ids, strict=True)]
+        scores.append(sum(right) / len(right) if family in SEVERAL else float(all(right)))
+    return scores
 
 
-def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str, list[bool]]:
-    """Right answers by family: `haystacks * questions` prompts each.
+def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str, list[float]]:
+    """Scores by family: `haystacks * questions` prompts each.
 
     The first question about a haystack is prefilled exactly. The others hit its blocks in the prefix cache, so their
     prefill reads sealed context too. A haystack of the family `single` holds one fact, so there all are firsts.
@@ -46,9 +52,9 @@ def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str
         groups: list[list[Prompt]] = []
         while sum(map(len, groups)) < haystacks * questions:
             groups.append(make_prompts(family, LENGTH, first_seed + len(groups), questions))
-        first = ask(llm, [group[0] for group in groups])
+        first = ask(llm, family, [group[0] for group in groups])
         later = [prompt for group in groups for prompt in group[1:]]
-        right[family] = (first + (ask(llm, later) if later else []))[: haystacks * questions]
+        right[family] = (first + (ask(llm, family, later) if later else []))[: haystacks * questions]
     return right
 
 

@@ -23,7 +23,7 @@ PLANTED_POINTS = 15
 
 
 @pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, list[bool]]]]:
+def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, list[float]]]]:
     directory = tmp_path_factory.mktemp("needle")
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": f"{ROOT}:{HERE}"}
     results = {name: directory / f"{name}.json" for name in ("stock", "shadowkv")}
@@ -43,8 +43,8 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict
     return {name: json.loads(path.read_text()) for name, path in results.items()}
 
 
-def percent(right: list[bool]) -> float:
-    return 100 * sum(right) / len(right)
+def percent(scores: list[float]) -> float:
+    return 100 * sum(scores) / len(scores)
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
 
         poison.install()
     if trial["emulated_cuda"]:
+        sys.path.append(str(Path(__file__).parents[1]))
         import emulated_cuda
 
         emulated_cuda.install()
