@@ -16,7 +16,7 @@ from simulation import vllm_config, write_tiny_llama
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import compat, refusals, runtime
-from vllm_shadowkv.integration.refusals import check_engine, check_layer, check_process
+from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.host_pool import GIB
@@ -159,6 +159,28 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
 )
 def test_an_engine_that_works_is_accepted(changes: dict[str, Any]) -> None:
     check_engine(engine(**changes), ShadowKVConfig())
+
+
+def test_float32_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "cuda", built_with_cuda=True)
+    with pytest.raises(
+        ValueError, match=r"^shadowkv computes in float16 or bfloat16 on CUDA, .*; use --dtype bfloat16\.$"
+    ):
+        check_engine(engine(model_config__dtype=torch.float32), ShadowKVConfig())
+    check_engine(engine(model_config__dtype=torch.float16), ShadowKVConfig())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((34, 2, 400), r"at most 16 query heads per KV head, this model has 17; use another --attention-backend"),
+        ((32, 2, 6160), r"at most 6144 slots per KV head, slot_chunks asks for 6160; lower shadowkv\.slot_chunks\."),
+    ],
+)
+def test_shapes_beyond_the_cuda_kernels(shape: tuple[int, int, int], sentence: str) -> None:
+    check_cuda_shape(32, 2, 6144)
+    with pytest.raises(ValueError, match=f"^shadowkv's CUDA kernels take {sentence}"):
+        check_cuda_shape(*shape)
 
 
 # -- The layers ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from vllm_shadowkv.page import DTYPES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
 OTHER_BACKEND = "use another --attention-backend"
 
 
@@ -87,9 +88,38 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             "--dtype",
         ),
     ]
+    if current_platform.is_cuda():
+        refusals.append(
+            (
+                vllm_config.model_config.dtype == torch.float32,
+                "computes in float16 or bfloat16 on CUDA, not in float32; use --dtype bfloat16",
+            )
+        )
     for wrong, sentence in refusals:
         if wrong:
             raise ValueError(f"shadowkv {sentence}.")
+
+
+def check_cuda_shape(num_heads: int, num_kv_heads: int, slots: int) -> None:
+    """Refuses what the CUDA kernels have no room for (csrc/cuda/select_chunks.cu, plan_slots.cu).
+
+    Args:
+        num_heads, num_kv_heads: of a layer, this rank's.
+        slots: chunks per KV head in a request's slot pages.
+
+    Raises:
+        ValueError: the sentence names the limit and the way out.
+    """
+    if num_heads > MOST_CUDA_GROUP * num_kv_heads:
+        raise ValueError(
+            f"shadowkv's CUDA kernels take at most {MOST_CUDA_GROUP} query heads per KV head, this model has "
+            f"{num_heads // num_kv_heads}; {OTHER_BACKEND} for this model."
+        )
+    if slots > MOST_CUDA_SLOTS:
+        raise ValueError(
+            f"shadowkv's CUDA kernels take at most {MOST_CUDA_SLOTS} slots per KV head, slot_chunks asks for {slots}; "
+            "lower shadowkv.slot_chunks."
+        )
 
 
 def check_layer(

@@ -17,7 +17,7 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
 from vllm_shadowkv.integration.planner import Planner
-from vllm_shadowkv.integration.refusals import check_engine
+from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.integration.rope import rotary_of
 from vllm_shadowkv.integration.specs import ShadowSpec
 from vllm_shadowkv.page import PageLayout, plan_page
@@ -144,6 +144,8 @@ class Runtime:
         if self._shape is None:
             self._layout = plan_page(self.config, num_kv_heads, head_size, dtype)
             self._shape = shape
+            if current_platform.is_cuda():
+                check_cuda_shape(num_heads, num_kv_heads, self.slot_pages_per_request * self._layout.slots_per_page)
             sealed = -(-self.boundary.max_model_len // self._layout.block_size)
             self._attention = _attention(self._layout, num_heads)
             # Before vLLM measures how much memory is left for its KV cache.
