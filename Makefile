@@ -1,7 +1,8 @@
 # `make test` is what CI runs. Everything lives in .venv, which scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
-# As many test processes as cores, with one thread each: more of either fight over the cores.
+# As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
+# so that the engines, which take longest, are not last.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -23,7 +24,7 @@ format: install
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
 
 # Needs the CUDA toolkit, but no GPU.

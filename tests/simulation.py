@@ -295,6 +295,7 @@ class Worker:
             bind=lambda: self.bound,
             layout=layout,
             slot_pages_per_request=slot_pages,
+            max_drafts=0,
             attention=SimpleNamespace(
                 plan=lambda batch: None,
                 decodes_densely=runner == "v2-cuda",
@@ -421,11 +422,12 @@ class Worker:
 
     def _check_slots(self, names: list[str], rows: list[_Row], step: Step) -> None:
         self.prefilled_over_sealed += len(step.prefills)
-        if step.decode is None:
+        if not step.decode:
             return
-        sparse = step.decode.rows.exact_start > 0
+        decoding = step.decode[0].rows
+        sparse = decoding.exact_start > 0
         self.decoded += int(sparse.sum())
-        taken = step.decode.rows.slot_table[sparse].flatten().tolist()
+        taken = decoding.slot_table[sparse].flatten().tolist()
         assert 0 not in taken, "a row that attends to sealed blocks lacks slots"
         assert len(set(taken)) == len(taken), "two rows share a slot page"
         for name, row in zip(names, rows, strict=True):

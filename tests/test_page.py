@@ -203,7 +203,7 @@ def test_host_rows_hold_values_and_scales(layout: PageLayout) -> None:
 
 
 def test_kernels_read_the_fields_in_this_order() -> None:
-    struct = re.search(r"struct PageLayout \{(.*?)\n\n  int64_t chunks\(\)", HEADER, re.DOTALL)
+    struct = re.search(r"struct PageLayout \{(.*?)\n\n  constexpr int64_t chunks\(\)", HEADER, re.DOTALL)
     assert struct
     members = re.findall(r"^  int64_t (\w+);", struct[1], re.MULTILINE)
     assert members == [field.name for field in fields(PageLayout)]

@@ -1,6 +1,6 @@
 """Asks one backend the needle model's questions and writes how right its answers were; test_needle_accuracy.py runs it.
 
-usage: needle_trial.py {stock|shadowkv} RESULT_JSON HAYSTACKS QUESTIONS
+usage: needle_trial.py {stock|shadowkv|planted} RESULT_JSON HAYSTACKS QUESTIONS
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ PLANTS: dict[str, Callable[[Any], None]] = {"random selection": random_selection
 
 def main(backend: str, result: str, haystacks: int, questions: int) -> None:
     options: dict[str, Any] = {}
-    if backend == "shadowkv":
+    if backend != "stock":
         options = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": SETTINGS}}
     llm = LLM(
         str(CHECKPOINT),
@@ -93,17 +93,19 @@ def main(backend: str, result: str, haystacks: int, questions: int) -> None:
         enforce_eager=True,
         **options,
     )
-    scores = {"as built": score(llm, haystacks, questions, FIRST_SEED)}
-    if backend == "shadowkv":
+    scores = {}
+    if backend == "planted":
         from vllm_shadowkv import ops
         from vllm_shadowkv.integration.runtime import Runtime
 
-        for name, plant in PLANTS.items():
-            select = ops.select_chunks
+        select = ops.select_chunks
+        for number, (name, plant) in enumerate(PLANTS.items()):
             plant(Runtime.latest())
-            # Other haystacks: slots filled before the error was planted would still be right.
-            scores[name] = score(llm, 4, questions, FIRST_SEED + 1000)
+            # Other haystacks each time: slots filled before the error was planted would still be right.
+            scores[name] = score(llm, haystacks // 5, questions, FIRST_SEED + 1000 * (number + 1))
             ops.select_chunks = select
+    else:
+        scores["as built"] = score(llm, haystacks, questions, FIRST_SEED)
     Path(result).write_text(json.dumps(scores))
 
 

@@ -63,9 +63,9 @@ def not_persistent(tensor: str) -> Any:
 
     def add(original: Any, planner: Any, group: str, common: Any, capturing: bool) -> Any:
         step = original(planner, group, common, capturing)
-        if capturing and step.decode is not None:
-            rows = step.decode.rows
-            step.decode.rows = replace(rows, **{tensor: getattr(rows, tensor).clone()})
+        if capturing and step.decode:
+            rows = step.decode[0].rows
+            step.decode[0].rows = replace(rows, **{tensor: getattr(rows, tensor).clone()})
         return step
 
     return _patched(Planner, "add", add)

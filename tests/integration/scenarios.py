@@ -179,6 +179,13 @@ def short(asker: Asker) -> dict[str, Generated]:
     return asker.ask(_named(_prompts("short", 150, 210), tokens=60))
 
 
+def twice(asker: Asker) -> dict[str, Generated]:
+    """The same again: what was said the first time can be drafted (`trial.py`)."""
+    requests = _named(_prompts("twice", 230, 500, 90), tokens=120)
+    first = asker.ask(requests)
+    return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
+
+
 SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -193,5 +200,6 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         longest,
         aborts,
         short,
+        twice,
     )
 }

@@ -20,7 +20,6 @@ HALF: dict[str, Any] = {"dtype": "float16"}
 LOSSLESS = {"compression": 1, "key_codec": "none", "dense_threshold": 0, "sparse_budget": 2048, "slot_chunks": 280}
 
 STOCK = Trial("stock-half", SCENARIOS, shadowkv=None, options=HALF)
-V1 = Trial("cuda-v1", SCENARIOS, LOSSLESS | {"block_size": 256}, options=HALF, emulated_cuda=True, poison=True)
 # Prefill and decode read sealed blocks early.
 WINDOWS = Trial(
     "cuda-windows",
@@ -53,7 +52,7 @@ def stock(trials: Trials) -> Result:
     ("trial", "scenario"),
     [
         pytest.param(trial, scenario, id=f"{trial.name} {scenario}")
-        for trial in (V1, WINDOWS, V2_GRAPHS)
+        for trial in (WINDOWS, V2_GRAPHS)
         for scenario in trial.scenarios
     ],
 )
@@ -62,7 +61,7 @@ def test_says_what_the_stock_backend_says(trials: Trials, stock: Result, trial: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", [V1, WINDOWS, V2_GRAPHS], ids=lambda trial: trial.name)
+@pytest.mark.parametrize("trial", [WINDOWS, V2_GRAPHS], ids=lambda trial: trial.name)
 def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     assert counts["seals"] > 20

@@ -26,7 +26,7 @@ PLANTED_POINTS = 15
 def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, list[float]]]]:
     directory = tmp_path_factory.mktemp("needle")
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": f"{ROOT}:{HERE}"}
-    results = {name: directory / f"{name}.json" for name in ("stock", "shadowkv")}
+    results = {name: directory / f"{name}.json" for name in ("stock", "shadowkv", "planted")}
     processes = {
         name: subprocess.Popen(
             [sys.executable, str(HERE / "needle_trial.py"), name, str(path), str(HAYSTACKS), str(QUESTIONS)],
@@ -59,6 +59,6 @@ def test_answers_within_five_points_of_full_attention(scores, family: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", ["random selection", "flipped rotation"])
 def test_a_wrong_build_fails(scores, plant: str) -> None:
-    full, wrong = scores["stock"]["as built"], scores["shadowkv"][plant]
+    full, wrong = scores["stock"]["as built"], scores["planted"][plant]
     lost = {family: percent(full[family]) - percent(wrong[family]) for family in FAMILIES}
     assert max(lost.values()) > PLANTED_POINTS, lost

@@ -118,7 +118,11 @@ def hybrid() -> Any:
 
 ENGINES: list[tuple[dict[str, Any], str]] = [
     ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
-    ({"speculative_config": SimpleNamespace()}, "speculative decoding yet; drop --speculative-config"),
+    ({"speculative_config": SimpleNamespace(method="eagle3")}, "of ngram and suffix, not of eagle3, .*; use one of"),
+    (
+        {"speculative_config": SimpleNamespace(method="ngram"), "scheduler_config__async_scheduling": True},
+        "before it seals; add --no-async-scheduling to --speculative-config",
+    ),
     ({"parallel_config__decode_context_parallel_size": 2}, "drop --decode-context-parallel-size"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "drop --prefill-context-parallel-size"),
     ({"parallel_config__enable_dbo": True}, "dual batch overlap; drop --enable-dbo"),
@@ -292,7 +296,9 @@ def make_runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
         return made
 
     monkeypatch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
-    monkeypatch.setattr(runtime, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
+    monkeypatch.setattr(runtime, "current_platform", platform)
+    monkeypatch.setattr(runtime, "_attention", lambda layout, num_heads: None)
     memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=8 * GIB))
     monkeypatch.setattr(host_pool, "psutil", memory)
     return make

@@ -67,6 +67,8 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
 
         emulated_cuda.install()
     llm = start(trial)
+    if "speculative_config" in trial["options"]:
+        _draft_from_memory()
 
     from scenarios import SCENARIOS, Asker
 
@@ -127,6 +129,43 @@ def _count_events(counts: dict[str, int]) -> None:
     ):
         counts[event] = 0
         setattr(owner, name, _counting(counts, event, getattr(owner, name)))
+
+    counts["accepted drafts"] = 0
+    original = Scheduler.make_spec_decoding_stats
+
+    def make_spec_decoding_stats(self: Any, *args: Any, num_accepted_tokens: int, **kwargs: Any) -> Any:
+        counts["accepted drafts"] += num_accepted_tokens
+        return original(self, *args, num_accepted_tokens=num_accepted_tokens, **kwargs)
+
+    Scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+
+
+def _draft_from_memory() -> None:
+    """Drafts go on as a sequence with the same beginning once went on; one in five is wrong."""
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+    memory: dict[bytes, Any] = {}
+
+    def propose(
+        self: Any, count: int, sampled: list[list[int]], lengths: Any, token_ids: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        drafts = []
+        for row, tokens in enumerate(sampled):
+            length = int(lengths[row])
+            sequence = token_ids[row, :length].copy()
+            beginning = sequence[:40].tobytes()
+            known = memory.get(beginning, sequence)
+            draft = []
+            if len(known) <= length:
+                memory[beginning] = sequence
+            elif tokens and (known[:length] == sequence).all():
+                draft = known[length : length + count].tolist()
+            if draft and length % 5 == 0:
+                draft[-1] += 1
+            drafts.append(draft)
+        return drafts
+
+    NgramProposer.propose = propose
 
 
 def _counting(counts: dict[str, int], event: str, original: Any) -> Any:

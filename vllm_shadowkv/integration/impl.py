@@ -102,13 +102,14 @@ class ShadowKVImpl(AttentionImpl[Step]):
             attention.attend_dense(memory, step.dense, rows_query, self.scale, rows_out)
             if tokens is not None:
                 out[tokens] = rows_out
-        if step.decode is not None:
-            tokens = step.decode.tokens
-            rows_query = query if tokens is None else query[tokens]
-            rows_out = out if tokens is None else torch.empty_like(rows_query)
-            bound.workspace.attend(memory, bound.state, step.decode.rows, rows_query, self.scale, rows_out)
-            if tokens is not None:
-                out[tokens] = rows_out
+        for number, batch in enumerate(step.decode):
+            if number:  # what the token before has in slots may be evicted again
+                bound.state.start_step()
+            rows_query = query if batch.tokens is None else query[batch.tokens]
+            rows_out = out if batch.tokens is None else torch.empty_like(rows_query)
+            bound.workspace.attend(memory, bound.state, batch.rows, rows_query, self.scale, rows_out)
+            if batch.tokens is not None:
+                out[batch.tokens] = rows_out
         for row in step.prefills:
             attend_prefill(
                 memory,

@@ -43,7 +43,7 @@ class DenseBatch:
 
 @dataclass
 class DecodeBatch:
-    """Rows that decode one token over sealed blocks. `tokens` as in `DenseBatch`."""
+    """One token each of rows that decode over sealed blocks. `tokens` as in `DenseBatch`."""
 
     tokens: Tensor | None
     rows: DecodeRows
@@ -67,13 +67,14 @@ class Step:
     Attributes:
         num_tokens: tokens of the step, padding included where a graph pads.
         slot_mapping: int64 `[num_tokens]`, place of each token in the exact pages; -1: none.
-        dense, decode, prefills: the rows, by how they attend.
+        dense, decode, prefills: the rows, by how they attend; `decode` in the order of tokens, where a row has several
+            that were drafted.
     """
 
     num_tokens: int = 0
     slot_mapping: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     dense: DenseBatch | None = None
-    decode: DecodeBatch | None = None
+    decode: list[DecodeBatch] = field(default_factory=list)
     prefills: list[PrefillRow] = field(default_factory=list)
 
 

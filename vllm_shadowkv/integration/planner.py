@@ -83,7 +83,7 @@ class Planner:
             seq_lens=shadow.seq_lens[:count],
         )
         bound.exact_start.zero_()
-        rows = [] if capturing else _read_rows(shadow)
+        rows = [] if capturing else _read_rows(shadow, self.runtime.max_drafts)
         if not capturing:
             self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
@@ -103,7 +103,7 @@ class Planner:
         written = step.slot_mapping.clamp_min(0) // self.runtime.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
         if uniform:
-            step.decode = DecodeBatch(None, everything)
+            step.decode = [DecodeBatch(None, everything)]
         else:
             self._sort(step, rows, everything, shadow.query_start_loc)
 
@@ -184,28 +184,12 @@ class Planner:
         """Puts each row where it attends."""
         dense = [row for row in rows if not row.exact_start]
         decode = [row for row in rows if row.exact_start and not row.prefilling]
-        device = query_start_loc.device
         if dense:
             step.dense = self._dense_batch(
                 dense, all_rows=len(dense) == len(everything.seq_lens), of=everything, starts=query_start_loc
             )
-        if decode:
-            index = torch.tensor([row.index for row in decode], device=device)
-            tokens = torch.tensor([row.tokens.start for row in decode], device=device)
-            step.decode = DecodeBatch(
-                tokens,
-                DecodeRows(
-                    block_table=everything.block_table[index],
-                    exact_table=everything.exact_table[index],
-                    slot_table=everything.slot_table[index],
-                    exact_start=everything.exact_start[index],
-                    seq_lens=everything.seq_lens[index],
-                ),
-            )
-            if not (step.decode.rows.slot_table > 0).all():
-                raise RuntimeError(
-                    "shadowkv: a row attends to sealed blocks but has no slots; this is a bug, please report it."
-                )
+        for number in range(max((row.seq_len - row.computed for row in decode), default=0)):
+            step.decode.append(self._decode_batch(decode, number, everything))
         step.prefills = [
             PrefillRow(
                 row.tokens,
@@ -217,6 +201,26 @@ class Planner:
             for row in rows
             if row.exact_start and row.prefilling
         ]
+
+    def _decode_batch(self, rows: list[_Row], number: int, everything: DecodeRows) -> DecodeBatch:
+        """Token `number` of those rows that have so many: the first is certain, the others are drafts to verify."""
+        rows = [row for row in rows if row.seq_len - row.computed > number]
+        device = everything.seq_lens.device
+        index = torch.tensor([row.index for row in rows], device=device)
+        tokens = torch.tensor([row.tokens.start + number for row in rows], device=device)
+        lengths = torch.tensor([row.computed + number + 1 for row in rows], dtype=torch.int32, device=device)
+        batch = DecodeRows(
+            block_table=everything.block_table[index],
+            exact_table=everything.exact_table[index],
+            slot_table=everything.slot_table[index],
+            exact_start=everything.exact_start[index],
+            seq_lens=lengths,
+        )
+        if not (batch.slot_table > 0).all():
+            raise RuntimeError(
+                "shadowkv: a row attends to sealed blocks but has no slots; this is a bug, please report it."
+            )
+        return DecodeBatch(tokens, batch)
 
     def _dense_batch(self, rows: list[_Row], all_rows: bool, of: DecodeRows, starts: Tensor) -> DenseBatch:
         device = starts.device
@@ -240,10 +244,10 @@ class Planner:
         return batch
 
 
-def _read_rows(shadow: CommonAttentionMetadata) -> list[_Row]:
+def _read_rows(shadow: CommonAttentionMetadata, max_drafts: int) -> list[_Row]:
     """The rows that compute tokens, from what vLLM knows on the host."""
     starts = shadow.query_start_loc_cpu[: shadow.num_reqs + 1].tolist()
-    lengths = shadow.seq_lens_cpu_upper_bound  # exact, for there is no speculative decoding
+    lengths = shadow.seq_lens_cpu_upper_bound  # exact, for drafts are not verified asynchronously (refusals.py)
     seq_lens = (shadow.seq_lens if lengths is None else lengths)[: shadow.num_reqs].tolist()
     flags = shadow.is_prefilling
     prefilling = [] if flags is None else flags.tolist()
@@ -251,7 +255,7 @@ def _read_rows(shadow: CommonAttentionMetadata) -> list[_Row]:
     for index, seq_len in enumerate(seq_lens):
         count = starts[index + 1] - starts[index]
         if 0 < count <= seq_len:
-            # Several tokens of one request are a prompt's, or those of a resumed request being computed again.
-            flag = count > 1 or (index < len(prefilling) and prefilling[index])
+            # More tokens than one and its drafts are a prompt's, or those of a resumed request being computed again.
+            flag = count > 1 + max_drafts or (index < len(prefilling) and prefilling[index])
             rows.append(_Row(index, slice(starts[index], starts[index + 1]), seq_len, prefilling=flag))
     return rows

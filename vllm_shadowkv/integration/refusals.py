@@ -15,6 +15,7 @@ from vllm_shadowkv.page import DTYPES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+DRAFT_METHODS = ("ngram", "suffix")
 MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
 OTHER_BACKEND = "use another --attention-backend"
 
@@ -48,6 +49,7 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ValueError: the sentence names the setting and the way out.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
     refusals: list[tuple[Any, str]] = [
         (
             vllm_config.kv_transfer_config is not None,
@@ -55,8 +57,14 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             "in the host pool; drop the connector",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "does not support speculative decoding yet; drop --speculative-config",
+            speculative is not None and speculative.method not in DRAFT_METHODS,
+            f"verifies drafts of {' and '.join(DRAFT_METHODS)}, not of {getattr(speculative, 'method', None)}, whose "
+            "own layers it cannot serve; use one of those methods in --speculative-config",
+        ),
+        (
+            speculative is not None and vllm_config.scheduler_config.async_scheduling,
+            "must know how many drafts were accepted before it seals; add --no-async-scheduling to "
+            "--speculative-config",
         ),
         (
             parallel.decode_context_parallel_size > 1,

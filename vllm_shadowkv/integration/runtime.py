@@ -200,6 +200,12 @@ class Runtime:
         fields["block_size"] = self.layout.block_size
         return ShadowSpec(**fields, shadow_page_bytes=self.layout.page_bytes)
 
+    @property
+    def max_drafts(self) -> int:
+        """Most tokens that speculative decoding drafts for a request and step."""
+        speculative = self.vllm_config.speculative_config
+        return speculative.num_speculative_tokens if speculative else 0
+
     def _max_rows(self) -> int:
         """Most rows of a step, with what a graph pads it to."""
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
