@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test cuda-check demo clean
+.PHONY: install lint format test cuda-check gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -30,6 +30,13 @@ test: lint
 # Needs the CUDA toolkit, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# Both need a GPU and a build with the CUDA kernels (CUDA_HOME, or SHADOWKV_CUDA=1).
+gpu-test: install
+	$(BIN)/python -m pytest -m gpu tests/ops tests/gpu $(PYTEST_FLAGS)
+
+gpu-bench: install
+	$(BIN)/python -m benchmarks.bench_ops --device cuda --json benchmarks/results/ops_cuda.json
 
 demo: install
 	$(BIN)/python -m benchmarks.demo

@@ -1,6 +1,6 @@
 """Asks one backend the needle model's questions and writes how right its answers were; test_needle_accuracy.py runs it.
 
-usage: needle_trial.py {stock|shadowkv|planted} RESULT_JSON HAYSTACKS QUESTIONS
+usage: needle_trial.py {stock|shadowkv|planted} RESULT_JSON HAYSTACKS QUESTIONS [graphs]
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def flipped_rotation(runtime: Any) -> None:
 PLANTS: dict[str, Callable[[Any], None]] = {"random selection": random_selection, "flipped rotation": flipped_rotation}
 
 
-def main(backend: str, result: str, haystacks: int, questions: int) -> None:
+def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool) -> None:
     options: dict[str, Any] = {}
     if backend != "stock":
         options = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": SETTINGS}}
@@ -90,7 +90,7 @@ def main(backend: str, result: str, haystacks: int, questions: int) -> None:
         max_model_len=LENGTH + 64,
         max_num_seqs=16,
         max_num_batched_tokens=4096,
-        enforce_eager=True,
+        enforce_eager=not graphs,
         **options,
     )
     scores = {}
@@ -110,4 +110,4 @@ def main(backend: str, result: str, haystacks: int, questions: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), "graphs" in sys.argv[5:])

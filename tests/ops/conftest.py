@@ -20,11 +20,11 @@ from vllm_shadowkv import ops
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    kernels = ["cpu"]
+    kernels: list[Any] = ["cpu"]
     if not metafunc.definition.get_closest_marker("cpu_kernel"):
         kernels.append("emulated")
         if torch.cuda.is_available() and vllm_shadowkv.has_cuda():
-            kernels.append("cuda")
+            kernels.append(pytest.param("cuda", marks=pytest.mark.gpu))
     metafunc.parametrize("kernel", kernels, indirect=True)
 
 
