@@ -55,6 +55,13 @@ V1_SMALL_POOL = Trial(
     "v1-small-pool", EVERYWHERE, LOSSLESS | {"block_size": 256}, options={"num_gpu_blocks_override": 23}, poison=True
 )
 V1_SPAWNED = Trial("v1-spawned", ("short", "prefixes"), LOSSLESS | {"block_size": 256}, in_process=False)
+V1_TWO_RANKS = Trial(
+    "v1-two-ranks",
+    ("short", "prefixes"),
+    LOSSLESS | {"block_size": 256},
+    options={"tensor_parallel_size": 2},
+    in_process=False,
+)
 V1_COMPILED = Trial(
     "v1-compiled", ("short", "eight"), LOSSLESS | {"block_size": 256}, options={"enforce_eager": False}, poison=True
 )
@@ -80,7 +87,7 @@ V1_DRAFTS = Trial(
     options={"speculative_config": NGRAM},
     poison=True,
 )
-LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_DRAFTS, V2, V2_GRAPHS)
+LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2, V2_GRAPHS)
 
 # The CUDA side: its planner, kernels on emulated threads, FlashAttention in PyTorch (`emulated_cuda.py`). In float16,
 # because the kernels take 16 bits.
