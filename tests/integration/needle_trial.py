@@ -27,7 +27,7 @@ assert ENVIRONMENT  # the parent sets it
 
 
 SEVERAL = ("multi_value", "multi_query")
-"""Families that ask for several things at once. As in RULER (arXiv 2404.06654), each that is right counts."""
+"""Families that ask for several things at once. Each token that is right counts, echoed keys included."""
 
 
 def ask(llm: LLM, family: str, prompts: list[Prompt]) -> list[float]:
