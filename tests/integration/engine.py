@@ -159,13 +159,16 @@ def _tail(log: Path, characters: int = 6000) -> str:
     return log.read_text()[-characters:] if log.exists() else "(no log)"
 
 
-def differences(ours: Mapping[str, Any], stock: Mapping[str, Any], tolerance: float) -> list[str]:
+def differences(
+    ours: Mapping[str, Any], stock: Mapping[str, Any], tolerance: float, undecided: float = 0.0
+) -> list[str]:
     """What differs between two engines' sequences of one scenario.
 
     Args:
         ours: sequences by name.
         stock: the same of the other engine.
         tolerance: of log-probabilities; tokens must be equal.
+        undecided: margin of a choice of the stock engine below which another token ends the comparison of its sequence.
 
     Returns:
         Sentences.
@@ -176,7 +179,7 @@ def differences(ours: Mapping[str, Any], stock: Mapping[str, Any], tolerance: fl
         if len(tokens) != len(expected):
             found.append(f"{name}: {len(tokens)} tokens, stock {len(expected)}")
         wrong = next((i for i, (one, other) in enumerate(zip(tokens, expected, strict=False)) if one != other), None)
-        if wrong is not None:
+        if wrong is not None and not (undecided and stock[name]["margins"][wrong] < undecided):
             found.append(f"{name}: token {wrong} is {tokens[wrong]}, stock {expected[wrong]}")
         error = largest_error({name: ours[name]}, {name: stock[name]}, tokens=wrong)
         if not error <= tolerance:  # NaN is not

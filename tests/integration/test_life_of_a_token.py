@@ -164,7 +164,8 @@ def test_equals_stock(trials: Trials, stock: Result, trial: Trial, scenario: str
 )
 def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str) -> None:
     stock = trials(STOCK_HALF)
-    assert differences(trials(trial).sequences[scenario], stock.sequences[scenario], HALF_TOLERANCE) == []
+    ours, theirs = trials(trial).sequences[scenario], stock.sequences[scenario]
+    assert differences(ours, theirs, HALF_TOLERANCE, undecided=2 * HALF_TOLERANCE) == []
 
 
 @pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS, *CUDA_TRIALS], ids=trial_id)
