@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -279,6 +280,7 @@ def main() -> None:
     cuda = arguments.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {_cpu_isa()}"
     machine = {
+        "command": "python -m benchmarks.bench_ops " + " ".join(sys.argv[1:]),
         "device": where,
         "threads": arguments.threads,
         "torch": torch.__version__,

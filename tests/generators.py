@@ -27,6 +27,11 @@ def make_generator(*seed: Any) -> Generator:
 DEFAULT_DTYPE = torch.float32
 
 
+def default_dtype_name() -> str:
+    """`DEFAULT_DTYPE` as the ops' messages name it."""
+    return {torch.float32: "Float", torch.bfloat16: "BFloat16"}[DEFAULT_DTYPE]
+
+
 def make_layout(
     num_kv_heads: int = 2,
     head_size: int = 64,

@@ -168,11 +168,22 @@ def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str)
     assert differences(ours, theirs, HALF_TOLERANCE, undecided=2 * HALF_TOLERANCE) == []
 
 
-@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS, *CUDA_TRIALS], ids=trial_id)
-def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
+@pytest.mark.parametrize("trial", CUDA_TRIALS, ids=trial_id)
+def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) -> None:
+    """The trials are shorter, so the numbers are lower."""
     counts = trials(trial).counts
     assert counts["seals"] > 20
     assert counts["poisoned"] > 100
+    if trial.graphs:
+        assert counts["replays"] > 50
+        assert counts["asynchronous steps"] > 50
+
+
+@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS], ids=trial_id)
+def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
+    counts = trials(trial).counts
+    assert counts["seals"] > 100
+    assert counts["poisoned"] > 1000
 
 
 @pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
@@ -185,11 +196,11 @@ def test_drafts_were_accepted(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["accepted drafts"] > 200
 
 
-@pytest.mark.parametrize("trial", [V2_GRAPHS, CUDA_V2_GRAPHS], ids=trial_id)
+@pytest.mark.parametrize("trial", [V2_GRAPHS], ids=trial_id)
 def test_graphs_and_asynchronous_steps_were_used(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
-    assert counts["replays"] > 50
-    assert counts["asynchronous steps"] > 50
+    assert counts["replays"] > 1000
+    assert counts["asynchronous steps"] > 1000
 
 
 @pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V1_SPAWNED, V2, V2_GRAPHS, COMPRESSED], ids=trial_id)

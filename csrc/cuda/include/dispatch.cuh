@@ -23,6 +23,7 @@ void dispatch_layout(const PageLayout& layout, const Function& function) {
       case 256:
         return function.template operator()<T, 256>();
     }
+    fail("layout: head_size must be 64, 80, 96, 128 or 256, got ", layout.head_size);
   };
   switch (static_cast<DType>(layout.dtype_index)) {
     case DType::kHalf:
@@ -30,8 +31,9 @@ void dispatch_layout(const PageLayout& layout, const Function& function) {
     case DType::kBFloat16:
       return with_size.template operator()<BFloat16>();
     case DType::kFloat:
-      fail("layout: the CUDA kernels take float16 and bfloat16, got float32");
+      break;
   }
+  fail("layout: the CUDA kernels take float16 and bfloat16, got float32");
 }
 
 }  // namespace shadowkv::cuda
