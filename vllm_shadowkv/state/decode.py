@@ -38,7 +38,12 @@ class DecodeRows:
 
 
 class DecodeWorkspace:
-    """What the decode kernels pass to one another, for the widest step. One layer after the other uses it."""
+    """What the decode kernels pass to one another, for the widest step. One layer after the other uses it.
+
+    Attributes:
+        budget_chunks: chunks picked by score per KV head.
+        columns: most chunks of a KV head, the forced ones included.
+    """
 
     def __init__(
         self,
@@ -61,8 +66,8 @@ class DecodeWorkspace:
         """
         self.budget_chunks = config.budget_chunks
         wanted = config.budget_chunks + config.forced_chunks + config.num_outlier_chunks * max_blocks
-        width = min(wanted, config.slot_chunks)
-        shape = (max_rows, layout.num_kv_heads, width)
+        self.columns = min(wanted, config.slot_chunks)
+        shape = (max_rows, layout.num_kv_heads, self.columns)
         self._chunk_ids = torch.empty(shape, dtype=torch.int32, device=device)
         self._slot_ids = torch.empty(shape, dtype=torch.int32, device=device)
         self._misses = torch.empty(shape, dtype=torch.int32, device=device)
@@ -88,9 +93,13 @@ class DecodeWorkspace:
             scale: of the logits.
             output: float `[B, Hq, D]`, written.
         """
-        count, layout = len(query), memory.layout
-        chunk_ids, slot_ids, misses = self._chunk_ids[:count], self._slot_ids[:count], self._misses[:count]
-        num_misses = self._num_misses[:count]
+        self.select(memory, rows, query, scale)
+        self.plan(memory, state, rows)
+        self.fill(memory, rows)
+        self.attend_tokens(memory, rows, query, scale, output)
+
+    def select(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float) -> None:
+        """Picks every row's chunks; the first of the four parts of `attend`, with the same arguments."""
         ops.select_chunks(
             query,
             memory.pages,
@@ -99,27 +108,35 @@ class DecodeWorkspace:
             rows.seq_lens,
             scale,
             self.budget_chunks,
-            layout,
-            chunk_ids,
+            memory.layout,
+            self._chunk_ids[: len(query)],
             self._scratch,
         )
+
+    def plan(self, memory: LayerMemory, state: BlockState, rows: DecodeRows) -> None:
+        """Finds the picked chunks in the rows' slots, and slots for those that are not there."""
+        count = len(rows.seq_lens)
         ops.plan_slots(
-            chunk_ids,
+            self._chunk_ids[:count],
             rows.block_table,
             state.epochs,
             state.clock,
             rows.slot_table,
             memory.slot_pages,
-            layout,
-            slot_ids,
-            misses,
-            num_misses,
+            memory.layout,
+            self._slot_ids[:count],
+            self._misses[:count],
+            self._num_misses[:count],
         )
+
+    def fill(self, memory: LayerMemory, rows: DecodeRows) -> None:
+        """Rebuilds the keys and fetches the values of the chunks that were not in the slots."""
+        count = len(rows.seq_lens)
         ops.fill_slots(
-            chunk_ids,
-            slot_ids,
-            misses,
-            num_misses,
+            self._chunk_ids[:count],
+            self._slot_ids[:count],
+            self._misses[:count],
+            self._num_misses[:count],
             memory.pages,
             rows.block_table,
             memory.host_pool,
@@ -127,12 +144,18 @@ class DecodeWorkspace:
             memory.rotary.is_neox,
             rows.slot_table,
             memory.slot_pages,
-            layout,
+            memory.layout,
         )
-        exact_keys, exact_values = layout.exact_views(memory.exact_pages)
+
+    def attend_tokens(
+        self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor
+    ) -> None:
+        """Attends to the picked chunks and the exact tokens."""
+        count = len(query)
+        exact_keys, exact_values = memory.layout.exact_views(memory.exact_pages)
         ops.sparse_attention(
             query,
-            slot_ids,
+            self._slot_ids[:count],
             rows.slot_table,
             memory.slot_pages,
             exact_keys,
@@ -141,8 +164,12 @@ class DecodeWorkspace:
             rows.exact_start,
             rows.seq_lens,
             scale,
-            layout,
+            memory.layout,
             output,
             self._lse[:count],
             self._scratch,
         )
+
+    def misses(self, count: int) -> int:
+        """Chunks that the last plan of `count` rows did not find in the slots. It waits for the device."""
+        return int(self._num_misses[:count].sum())
