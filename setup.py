@@ -40,7 +40,7 @@ COMMON_FLAGS += ["-g0"]
 X86_ISAS = {
     "baseline": ["-march=x86-64-v2"],
     "avx2": ["-march=x86-64-v3", "-mprefer-vector-width=256"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
 }
 ISAS = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 

@@ -121,7 +121,7 @@ def normal(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, generator: t
 
 
 def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: torch.Generator) -> None:
-    for section in ("coefficient_scales", "basis_scales", "landmark_scales"):
+    for section in ("coefficient_scales", "landmark_scales"):
         layout.view(pages, section).fill_(0.01)
     layout.view(pages, "mean").zero_()
     keys = layout.view(pages, "outlier_keys")

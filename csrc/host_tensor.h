@@ -191,7 +191,6 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
     check_section("coefficients", l.coefficients, 1, l.block_size * l.rank);
     check_section("coefficient_scales", l.coefficient_scales, 4, 4 * l.block_size);
     check_section("basis", l.basis, 1, l.rank * l.width());
-    check_section("basis_scales", l.basis_scales, 4, 4 * l.rank);
     check_section("mean", l.mean, 4, 4 * l.width());
     check_section("outlier_keys", l.outlier_keys, value_bytes,
                   l.num_kv_heads * l.num_outliers * chunk_values * value_bytes);

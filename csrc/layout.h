@@ -25,7 +25,6 @@ struct PageLayout {
   int64_t coefficients;        // int8 [block_size, rank]
   int64_t coefficient_scales;  // fp32 [block_size]
   int64_t basis;               // int8 [num_kv_heads, rank, head_size]
-  int64_t basis_scales;        // fp32 [rank]
   int64_t mean;                // fp32 [num_kv_heads, head_size]
   int64_t exact_keys;          // dtype [num_kv_heads, block_size, head_size], rank 0 only
   int64_t landmarks;           // int8 [num_kv_heads, chunks, head_size]

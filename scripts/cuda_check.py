@@ -33,9 +33,9 @@ FLAGS += [f"-I{ROOT / 'csrc'}", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-D
 LOAD, STORE, COPY = r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128", r"\bLDGSTS\.E\S*\.128"
 MUST_HOLD = {
     "select_chunks": ("HMMA", LOAD),
-    "fill_slots": ("HMMA", LOAD, COPY, STORE),
+    "fill_slots": ("IMMA", LOAD, COPY, STORE),
     "sparse_attention": ("HMMA", LOAD),
-    "expand_blocks": ("HMMA", LOAD, COPY, STORE),
+    "expand_blocks": ("IMMA", LOAD, COPY, STORE),
     "store_values": (LOAD, STORE),
 }
 """What the kernels of a source need to reach their limit: tensor cores, 16 bytes at a time."""

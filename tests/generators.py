@@ -200,7 +200,8 @@ def seal_block(
     else:
         mean = randn(generator, layout.width)
         coefficients = randn(generator, layout.block_size, layout.rank)
-        basis = randn(generator, layout.rank, layout.width) / layout.rank**0.5
+        basis = 40 * randn(generator, layout.rank, layout.width)
+        coefficients = coefficients / (40 * layout.rank**0.5)
     reference.pack_block(
         torch.tensor([block], dtype=torch.int32), keys[None], mean[None], coefficients[None], basis[None], pages, layout
     )

@@ -78,9 +78,9 @@ def keys64(
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).double()
     part = {
         name: layout.view(pages, name)[block].double()
-        for name in ("coefficients", "coefficient_scales", "basis", "basis_scales", "mean", "outlier_keys")
+        for name in ("coefficients", "coefficient_scales", "basis", "mean", "outlier_keys")
     }
-    weights = part["coefficients"] * part["coefficient_scales"][:, None] * part["basis_scales"]
+    weights = part["coefficients"] * part["coefficient_scales"][:, None]
     keys = torch.stack([weights @ basis for basis in part["basis"]], 1) + part["mean"]
     half = cos_sin.shape[-1] // 2
     if half:

@@ -19,7 +19,7 @@ from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, PageLayout, plan_p
 
 HEADER = (Path(__file__).parent.parent / "csrc/layout.h").read_text()
 
-FACTORS = {"coefficients", "coefficient_scales", "basis", "basis_scales", "mean", "outlier_keys"}
+FACTORS = {"coefficients", "coefficient_scales", "basis", "mean", "outlier_keys"}
 LANDMARKS = {"landmarks", "landmark_scales", "outlier_ids", "outlier_cosines"}
 SLOTS = {"slot_keys", "slot_values", "slot_tags", "slot_used", "slot_epoch"}
 

@@ -37,7 +37,8 @@ def pack_block(
         keys: float `[n, block_size, Hkv, D]`, post-RoPE.
         mean: fp32 `[n, Hkv * D]`, of the pre-RoPE keys.
         coefficients: fp32 `[n, block_size, rank]`.
-        basis: fp32 `[n, rank, Hkv * D]`. These three are ignored (and may have no elements) at rank 0.
+        basis: fp32 `[n, rank, Hkv * D]`, values from -127 to 127, which are rounded to int8 as they are. These three
+            are ignored (and may have no elements) at rank 0.
         pages: uint8 `[N, P]`, written.
         layout: of the pages.
     """

@@ -63,7 +63,6 @@ class PageLayout:
     coefficients: int
     coefficient_scales: int
     basis: int
-    basis_scales: int
     mean: int
     exact_keys: int
     landmarks: int
@@ -258,7 +257,6 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
             ("coefficients", (block, rank), torch.int8),
             ("basis", (heads, rank, size), torch.int8),
             ("coefficient_scales", (block,), torch.float32),
-            ("basis_scales", (rank,), torch.float32),
             ("mean", (heads, size), torch.float32),
             ("outlier_keys", (heads, outliers, layout.chunk_size, size), layout.dtype),
         ]

@@ -31,15 +31,17 @@ def factorise(keys: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         rank: number of basis rows.
 
     Returns:
-        mean `[width]`, coefficients `[block_size, rank]` with columns of unit RMS, and basis `[rank, width]`, fp32;
-        `keys ≈ mean + coefficients @ basis`. The columns' scale is in the basis, so that int8 coefficients lose the
-        same share of every column.
+        mean `[width]`, coefficients `[block_size, rank]` and basis `[rank, width]`, fp32;
+        `keys ≈ mean + coefficients @ basis`. An orthogonal matrix has mixed the directions, so that the first ones do
+        not stand out, and then the largest element of each basis row was scaled to 127: its codes need no scale.
     """
     mean = keys.double().mean(0)
     left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
-    rms = singular[:rank] / len(keys) ** 0.5
-    coefficients = left[:, :rank] * len(keys) ** 0.5
-    return mean.float(), coefficients.float(), (rms[:, None] * right[:rank]).float()
+    mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    coefficients = left[:, :rank] * singular[:rank] @ mixing
+    basis = mixing.mT @ right[:rank]
+    scales = basis.abs().amax(1, keepdim=True) / 127
+    return mean.float(), (coefficients * scales.mT).float(), (basis / scales).float()
 
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def pack_block(
         parts |= {"outlier_ids": outlier_ids, "outlier_cosines": cosines}
         if layout.rank:
             parts["coefficients"], parts["coefficient_scales"] = quantise(coefficients[i])
-            rows, parts["basis_scales"] = quantise(basis[i])
+            rows = basis[i].nan_to_num(nan=0.0).clamp(-127, 127).round().to(torch.int8)
             parts["basis"] = rows.unflatten(1, (layout.num_kv_heads, layout.head_size)).transpose(0, 1)
             parts["mean"] = mean[i].view(layout.num_kv_heads, layout.head_size)
             index = outlier_ids.long()[:, :, None, None].expand(-1, -1, *chunked.shape[2:])
@@ -128,7 +130,7 @@ def rebuild_keys(
     if not layout.rank:
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).float()
     coefficients = layout.view(pages, "coefficients")[block] * layout.view(pages, "coefficient_scales")[block][:, None]
-    basis = layout.view(pages, "basis")[block] * layout.view(pages, "basis_scales")[block][:, None]
+    basis = layout.view(pages, "basis")[block].float()
     keys = torch.einsum("tr,hrd->thd", coefficients, basis) + layout.view(pages, "mean")[block]
     positions = first_position + torch.arange(layout.block_size)
     rotary_dim = cos_sin.shape[-1]

@@ -14,7 +14,7 @@ bool cpu_has(Isa isa) {
   // The builtin also asks whether the operating system saves the wide registers.
   switch (isa) {
     case Isa::kAvx512:
-      return __builtin_cpu_supports("x86-64-v4");
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx2:
       return __builtin_cpu_supports("x86-64-v3");
     case Isa::kBaseline:

@@ -1,8 +1,9 @@
 // CPU kernels for several instruction sets in one library, picked at run time.
 //
 // setup.py compiles every csrc/cpu/kernels/*.cpp once per instruction set (ISA), with SHADOWKV_ISA
-// defined as baseline (x86-64-v2), avx2 (v3) or avx512 (v4); off x86-64 as baseline only. All other
-// .cpp files are compiled once, for the compiler's default. An op `foo` is three files in csrc/cpu:
+// defined as baseline (x86-64-v2), avx2 (v3) or avx512 (v4 and VNNI, which all but the first CPUs
+// with AVX-512 have); off x86-64 as baseline only. All other .cpp files are compiled once, for the
+// compiler's default. An op `foo` is three files in csrc/cpu:
 //
 //   kernels/foo.h    namespace shadowkv { struct FooParams {...};
 //                    SHADOWKV_DECLARE_KERNEL(void foo_kernel(const FooParams& p)) }

@@ -3,8 +3,8 @@
 // all keys). `factors`: a warp per row of coefficients or of the basis.
 //
 // A block reads block_size * num_kv_heads * head_size keys and (block_size + num_kv_heads *
-// head_size) * rank * 4 bytes of factors from memory (and a second time from the cache), and writes
-// its shadow page.
+// head_size) * rank * 4 bytes of factors from memory (the coefficients a second time from the
+// cache), and writes its shadow page.
 #include "arguments/pack_block.h"
 
 #include <cmath>
@@ -175,10 +175,9 @@ __global__ void __launch_bounds__(kThreads) pack_factors_kernel(const PackBlockP
     const int r = row - tokens;
     const float* from = p.basis + (i * rank + r) * width;
     auto* codes = reinterpret_cast<int8_t*>(page + layout.basis);
-    const float scale = quantise_row(
-        width, [&](int d) { return from[d]; },
-        [&](int d) { return codes + (d / kHeadSize * rank + r) * kHeadSize + d % kHeadSize; });
-    if (lane == 0) reinterpret_cast<float*>(page + layout.basis_scales)[r] = scale;
+    for (int d = lane; d < width; d += kWarp) {
+      codes[(d / kHeadSize * rank + r) * kHeadSize + d % kHeadSize] = quantise(from[d], 1.0f);
+    }
   } else if (row == tokens + rank) {
     auto* mean = reinterpret_cast<float*>(page + layout.mean);
     for (int d = lane; d < width; d += kWarp) mean[d] = p.mean[i * width + d];

@@ -15,7 +15,7 @@ struct PackBlockParams {
   const void* keys;           // [n, block_size, num_kv_heads, head_size]
   const float* mean;          // [n, num_kv_heads * head_size]
   const float* coefficients;  // [n, block_size, rank]
-  const float* basis;         // [n, rank, num_kv_heads * head_size]
+  const float* basis;         // [n, rank, num_kv_heads * head_size], from -127 to 127
   uint8_t* pages;             // [num_blocks, page_bytes], page_stride bytes apart
   int64_t num_blocks;
   int64_t page_stride;

@@ -80,7 +80,7 @@ def best_errors(keys: Tensor, rank: int) -> Tensor:
 def int8_factors(factors: LowRank) -> LowRank:
     """The factors as a shadow page keeps them."""
     _, coefficients, basis = mix(factors)
-    return LowRank(factors.mean, rounded(coefficients), rounded(basis))
+    return LowRank(factors.mean, rounded(coefficients), basis.round())
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -271,7 +271,8 @@ def test_mix_keeps_the_product_and_evens_the_columns():
     factors = factorise(spectrum(SHAPES["4kv"], "i^-1", 0.05), 120)
     mixed = mix(factors)
     torch.testing.assert_close(mixed.reconstruct(), factors.reconstruct(), rtol=0, atol=1e-4)
-    assert_orthonormal(mixed.basis)
+    assert_orthonormal(mixed.basis / mixed.basis.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(mixed.basis.abs().amax(-1), torch.full((1, 120), 127.0))
 
     def unevenness(coefficients: Tensor) -> float:
         rms = coefficients.square().mean(dim=1).sqrt()
@@ -284,7 +285,15 @@ def test_mix_keeps_the_product_and_evens_the_columns():
 @pytest.mark.parametrize("rank", [1, 2, 3, 16, 120, 176])
 def test_mix_is_orthogonal_for_any_rank(rank):
     eye = torch.eye(rank).unsqueeze(0)
-    assert_orthonormal(mix(LowRank(torch.zeros(1, rank), eye, eye)).basis)
+    basis = mix(LowRank(torch.zeros(1, rank), eye, eye)).basis
+    assert_orthonormal(basis / basis.norm(dim=-1, keepdim=True))
+
+
+def test_mix_leaves_a_basis_row_of_zeros():
+    zeros = torch.zeros(1, 16, 64)
+    mixed = mix(LowRank(torch.zeros(1, 64), torch.zeros(1, 32, 16), zeros))
+    assert torch.equal(mixed.basis, zeros)
+    assert not mixed.coefficients.any()
 
 
 def test_int8_of_uneven_channels_is_worse_without_mixing():

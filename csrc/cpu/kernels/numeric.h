@@ -359,6 +359,15 @@ SHADOWKV_INLINE IntV multiply_pairs(Int16V x, Int16V y) {
 #endif
 }
 
+// sum + multiply_pairs(x, y).
+SHADOWKV_INLINE IntV add_pairs(IntV sum, Int16V x, Int16V y) {
+#if defined(__AVX512VNNI__)
+  return (IntV)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
+#else
+  return sum + multiply_pairs(x, y);
+#endif
+}
+
 // to[i] = from[i * stride] as fp32, for i < size (a multiple of kMaxLanes).
 template <typename T>
 inline void widen(const T* from, int64_t stride, int64_t size, float* to) {

@@ -1,9 +1,9 @@
 // A part is one head of one block: its landmarks, outliers and (rank 0) exact keys, and an even
 // share of the rows that belong to all heads, so that parts cost the same.
 //
-// A block reads block_size * num_kv_heads * head_size keys once, (block_size + num_kv_heads *
-// head_size) * rank * 4 bytes of factors twice (largest value, then codes: the second time from the
-// cache), and writes its shadow page.
+// A block reads block_size * num_kv_heads * head_size keys and (block_size + num_kv_heads *
+// head_size) * rank * 4 bytes of factors (the coefficients a second time from the cache), and
+// writes its shadow page.
 #include "cpu/kernels/pack_block.h"
 
 #include <algorithm>
@@ -135,13 +135,11 @@ void pack_factors(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* pa
 
   const float* basis = p.basis + i * rank * width;
   auto* basis_codes = reinterpret_cast<int8_t*>(page + layout.basis);
-  auto* basis_scales = reinterpret_cast<float*>(page + layout.basis_scales);
   const int64_t last_row = (head + 1) * rank / heads;
   for (int64_t r = head * rank / heads; r < last_row; ++r) {
-    basis_scales[r] = quantisation_scale(basis + r * width, width);
     for (int64_t h = 0; h < heads; ++h) {
-      quantise_row(basis + r * width + h * kHeadSize, kHeadSize, basis_scales[r],
-                   basis_codes + (h * rank + r) * kHeadSize);
+      round_row(basis + r * width + h * kHeadSize, kHeadSize, 1.0f,
+                basis_codes + (h * rank + r) * kHeadSize);
     }
   }
 

@@ -19,17 +19,22 @@ inline float quantisation_scale(const float* row, int64_t size) {
   return std::bit_cast<float>(largest) / 127.0f;
 }
 
-// The codes of a row at a scale. What has no code (NaN, or beside an infinity) gets 0 or the ends.
-inline void quantise_row(const float* __restrict row, int64_t size, float scale,
-                         int8_t* __restrict codes) {
-  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+// The codes of a row times a factor. What has no code (NaN, or beside an infinity) gets 0 or the
+// ends.
+inline void round_row(const float* __restrict row, int64_t size, float factor,
+                      int8_t* __restrict codes) {
   for (int64_t i = 0; i < size; ++i) {
-    float code = row[i] * inverse;
+    float code = row[i] * factor;
     code = code == code ? code : 0.0f;
     code = code < 127.0f ? code : 127.0f;
     code = code > -127.0f ? code : -127.0f;
     codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(code)));
   }
+}
+
+// The codes of a row at a scale.
+inline void quantise_row(const float* row, int64_t size, float scale, int8_t* codes) {
+  round_row(row, size, scale > 0 ? 1.0f / scale : 0.0f, codes);
 }
 
 }  // namespace shadowkv::SHADOWKV_ISA

@@ -1,13 +1,14 @@
 // Keys of a sealed block out of its shadow page: what fill_slots and expand_blocks share.
 //
-// A key is mean + coefficient_scale[t] * sum over r of coefficient[t, r] * basis_scale[r] *
-// basis[r, :], in fp32, turned to its position. A call reads kRebuildTokens * rank bytes of
-// coefficients and rank * head_size bytes of basis; the multiply-adds (kRebuildTokens * rank *
+// A key is mean + scale[t] * sum over r of coefficient[t, r] * basis[r, :], turned to its position.
+// The sum is one of integers, exact in int32 and in fp32. A call reads kRebuildTokens * rank bytes
+// of coefficients and rank * head_size bytes of basis; the multiply-adds (kRebuildTokens * rank *
 // head_size) bound it.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/kernels/numeric.h"
 #include "layout.h"
@@ -17,14 +18,83 @@ namespace shadowkv::SHADOWKV_ISA {
 
 // Tokens rebuilt at once; every chunk size is a multiple of it.
 constexpr int kRebuildTokens = 8;
-// Weights of so many basis rows are made at once; they and the sums stay in the L1 cache.
-constexpr int kRebuildPanel = 64;
-
 // to[i] = from[i], rounded, for i < size (a multiple of kMaxLanes).
 template <typename T>
 inline void narrow(const float* from, int64_t size, T* to) {
   for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(from + i));
 }
+
+#if defined(__AVX512VNNI__)
+
+// sums[t][:] of kRebuildTokens tokens = coefficients[t, :] * basis, by instructions that add four
+// products of bytes to a lane. Rows at `next` are brought to the cache meanwhile.
+//
+// One operand of these is unsigned: it is basis + 128, so 128 times a token's coefficients is taken
+// off beforehand. Four rows are interleaved, byte by byte, so that a lane's four bytes are one
+// dimension; in each 128-bit part the low bytes first, then the high ones: 16 sums fit the
+// registers.
+template <int kHeadSize>
+inline void factor_products(const int8_t* coefficients, const int8_t* basis, int64_t rank,
+                            const int8_t* next, float* sums) {
+  constexpr int kBytes = 64;
+  const __m512i flip = _mm512_set1_epi8(-128);
+  int32_t offsets[kRebuildTokens];
+  for (int t = 0; t < kRebuildTokens; ++t) {
+    offsets[t] = 0;
+    for (int64_t r = 0; r < rank; ++r) offsets[t] -= 128 * coefficients[t * rank + r];
+  }
+  const auto part = [&]<bool kHigh>(int d, __mmask64 inside) SHADOWKV_INLINE_LAMBDA {
+    __m512i sum[kRebuildTokens][2];
+#pragma GCC unroll 8
+    for (int t = 0; t < kRebuildTokens; ++t) sum[t][0] = sum[t][1] = _mm512_set1_epi32(offsets[t]);
+    for (int64_t r = 0; r < rank; r += 4) {
+      __m512i row[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int64_t place = (r + i) * kHeadSize + d;
+        row[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, basis + place), flip);
+        if (!kHigh && next) __builtin_prefetch(next + place, 0, 2);
+      }
+      const auto interleave = [](__m512i x, __m512i y) SHADOWKV_INLINE_LAMBDA {
+        return kHigh ? _mm512_maskz_unpackhi_epi8(~0ull, x, y)
+                     : _mm512_maskz_unpacklo_epi8(~0ull, x, y);
+      };
+      const __m512i low = interleave(row[0], row[1]), high = interleave(row[2], row[3]);
+      const __m512i first = _mm512_maskz_unpacklo_epi16(~0u, low, high);
+      const __m512i second = _mm512_maskz_unpackhi_epi16(~0u, low, high);
+#pragma GCC unroll 8
+      for (int t = 0; t < kRebuildTokens; ++t) {
+        int32_t four;
+        std::memcpy(&four, coefficients + t * rank + r, sizeof four);
+        const __m512i codes = _mm512_set1_epi32(four);
+        sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], first, codes);
+        sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], second, codes);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kRebuildTokens; ++t) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const FloatV x = __builtin_convertvector((IntV)sum[t][j], FloatV);
+        for (int q = 0; q < 4 && d + 16 * q < kHeadSize; ++q) {
+          std::memcpy(sums + t * kHeadSize + d + 16 * q + 8 * kHigh + 4 * j,
+                      reinterpret_cast<const float*>(&x) + 4 * q, 4 * sizeof(float));
+        }
+      }
+    }
+  };
+  for (int d = 0; d < kHeadSize; d += kBytes) {
+    const __mmask64 inside =
+        kHeadSize - d < kBytes ? (1ull << (kHeadSize - d) % kBytes) - 1 : ~0ull;
+    part.template operator()<false>(d, inside);
+    part.template operator()<true>(d, inside);
+  }
+}
+
+#else
+
+// Weights of so many basis rows are made at once; they and the sums stay in the L1 cache.
+constexpr int kRebuildPanel = 64;
 
 // sums[t][0 : kVectors * kLanes] += weights[t][r] * basis[r][...] over `rows` rows, for kTokens
 // tokens. kTokens * kVectors sums are in registers. Rows at `next` are brought to the cache
@@ -49,6 +119,41 @@ inline void add_basis_rows(const int8_t* basis, const float (*weights)[kRebuildP
   }
 }
 
+// sums[t][:] of kRebuildTokens tokens = coefficients[t, :] * basis. Rows at `next` are brought to
+// the cache meanwhile.
+template <int kHeadSize>
+inline void factor_products(const int8_t* coefficients, const int8_t* basis, int64_t rank,
+                            const int8_t* next, float* sums) {
+  // 8 registers of sums hide the latency of an add; AVX-512 has twice the registers.
+  constexpr int kTile = kLanes >= 16 ? 8 : 4;
+  std::fill_n(sums, kRebuildTokens * kHeadSize, 0.0f);
+  float weights[kRebuildTokens][kRebuildPanel];
+  for (int64_t first = 0; first < rank; first += kRebuildPanel) {
+    const int64_t rows = std::min<int64_t>(kRebuildPanel, rank - first);
+    for (int t = 0; t < kRebuildTokens; ++t) {
+      for (int64_t r = 0; r < rows; ++r) weights[t][r] = coefficients[t * rank + first + r];
+    }
+    const int8_t* panel = basis + first * kHeadSize;
+    for (int d = 0; d < kHeadSize / (2 * kLanes) * (2 * kLanes); d += 2 * kLanes) {
+      for (int t = 0; t < kRebuildTokens; t += kTile) {
+        add_basis_rows<kTile, 2, kHeadSize>(
+            panel + d, weights + t, rows, sums + t * kHeadSize + d,
+            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+      }
+    }
+    if constexpr (kHeadSize % (2 * kLanes) != 0) {
+      constexpr int d = kHeadSize - kLanes;
+      for (int t = 0; t < kRebuildTokens; t += kTile) {
+        add_basis_rows<kTile, 1, kHeadSize>(
+            panel + d, weights + t, rows, sums + t * kHeadSize + d,
+            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+      }
+    }
+  }
+}
+
+#endif
+
 // One head's basis: int8 [rank, head_size].
 inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, int64_t head) {
   return reinterpret_cast<const int8_t*>(page + layout.basis) +
@@ -60,40 +165,15 @@ inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, i
 template <int kHeadSize>
 inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
                           int64_t token, const int8_t* next, float* keys) {
-  // 8 registers of sums hide the latency of an add; AVX-512 has twice the registers.
-  constexpr int kTile = kLanes >= 16 ? 8 : 4;
-  const int64_t rank = layout.rank;
   const auto* coefficients =
-      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * rank;
+      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * layout.rank;
   const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
-  const int8_t* basis = head_basis(layout, page, head);
-  const auto* basis_scales = reinterpret_cast<const float*>(page + layout.basis_scales);
   const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
-
-  for (int t = 0; t < kRebuildTokens; ++t) std::copy_n(mean, kHeadSize, keys + t * kHeadSize);
-  float weights[kRebuildTokens][kRebuildPanel];
-  for (int64_t first = 0; first < rank; first += kRebuildPanel) {
-    const int64_t rows = std::min<int64_t>(kRebuildPanel, rank - first);
-    for (int t = 0; t < kRebuildTokens; ++t) {
-      const int8_t* row = coefficients + t * rank + first;
-      const float scale = scales[t];
-      for (int64_t r = 0; r < rows; ++r) weights[t][r] = row[r] * (scale * basis_scales[first + r]);
-    }
-    const int8_t* panel = basis + first * kHeadSize;
-    for (int d = 0; d < kHeadSize / (2 * kLanes) * (2 * kLanes); d += 2 * kLanes) {
-      for (int t = 0; t < kRebuildTokens; t += kTile) {
-        add_basis_rows<kTile, 2, kHeadSize>(
-            panel + d, weights + t, rows, keys + t * kHeadSize + d,
-            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
-      }
-    }
-    if constexpr (kHeadSize % (2 * kLanes) != 0) {
-      constexpr int d = kHeadSize - kLanes;
-      for (int t = 0; t < kRebuildTokens; t += kTile) {
-        add_basis_rows<kTile, 1, kHeadSize>(
-            panel + d, weights + t, rows, keys + t * kHeadSize + d,
-            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
-      }
+  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, next, keys);
+  for (int t = 0; t < kRebuildTokens; ++t) {
+    float* key = keys + t * kHeadSize;
+    for (int d = 0; d < kHeadSize; d += kLanes) {
+      store(key + d, load(mean + d) + scales[t] * load(key + d));
     }
   }
 }

@@ -79,7 +79,9 @@ SHADOWKV_INLINE void landmark_tile(const int16_t* queries, int64_t query_stride,
     for (int r = 0; r < kRows; ++r) {
       const Int16V x = load_row(row[r] + i);
 #pragma GCC unroll 16
-      for (int q = 0; q < kQueries; ++q) sums[q * kRows + r] += multiply_pairs(query[q], x);
+      for (int q = 0; q < kQueries; ++q) {
+        sums[q * kRows + r] = add_pairs(sums[q * kRows + r], query[q], x);
+      }
     }
   };
   int64_t i = 0;

@@ -29,19 +29,4 @@ __device__ __forceinline__ uint2 widen_int8<BFloat16>(uint32_t bytes) {
           widen(pick_bytes(bytes, 0x43434343u, 0x4342))};
 }
 
-// Two int8, the low bytes of the halves of `codes`, as two T. The upper bytes do not matter.
-template <typename T>
-__device__ __forceinline__ uint32_t widen(uint32_t codes);
-template <>
-__device__ __forceinline__ uint32_t widen<Half>(uint32_t codes) {
-  // code + 128 in the mantissa of 1024.
-  return subtract_pairs<Half>((codes & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
-}
-template <>
-__device__ __forceinline__ uint32_t widen<BFloat16>(uint32_t codes) {
-  // The low 7 bits in the mantissa of 128, less 128, or less 256 for a negative code.
-  return subtract_pairs<BFloat16>((codes & 0x007f007fu) | 0x43004300u,
-                                  (codes & 0x00800080u) | 0x43004300u);
-}
-
 }  // namespace shadowkv::cuda

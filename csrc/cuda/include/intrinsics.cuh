@@ -117,6 +117,17 @@ __device__ __forceinline__ void mma_16x8x16<Half>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same of int8, with int32 sums. A register holds four values of neighbouring k:
+//   a[0]: row g,     k 4t to 4t+3      b: k 4t to 4t+3, column g
+//   a[1]: row g + 8, k 4t to 4t+3      c: as above
+__device__ __forceinline__ void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // ------------------------------------------------------------------------------------------------
 // Warps. Every lane takes part.
 

@@ -2,12 +2,12 @@
 // fill_slots and expand_blocks share. csrc/cpu/kernels/rebuild.h is its twin.
 //
 // A CTA rebuilds a tile of kTokens keys of one KV head: keys^T [head_size x tokens] = basis^T
-// [head_size x rank] * weights^T [rank x tokens] on tensor cores, where a weight is coefficient *
-// basis_scale. That reads rank * (head_size + kTokens) bytes, which bound it; the basis stays in
-// shared memory for the next tile of the block.
+// [head_size x rank] * coefficients^T [rank x tokens] on tensor cores, int8 with int32 sums; the
+// epilogue applies the token's scale. That reads rank * (head_size + kTokens) bytes, which bound
+// it; the basis stays in shared memory for the next tile of the block.
 #pragma once
 
-#include "cuda/include/int8.cuh"
+#include "cuda/include/intrinsics.cuh"
 #include "cuda/include/rotary.cuh"
 #include "cuda/include/value_tile.cuh"
 #include "cuda/include/warp.cuh"
@@ -23,25 +23,28 @@ constexpr int rebuild_ctas(int head_size, int tokens) {
 }
 constexpr int kMaxSharedBytes = 99 << 10;  // of a CTA, since sm_80
 
-// Shared memory of a tile: a panel of basis rows, their weights, the keys. Rows are padded so that
-// the lanes of a warp meet no bank twice.
+// Shared memory of a tile: a panel of basis rows, their coefficients, the keys. Rows are padded so
+// that the lanes of a warp meet no bank twice.
 template <int kHeadSize, int kTokens>
 struct RebuildShape {
   static constexpr int kPairs = (kHeadSize + 31) / 32;  // of two tiles of 16 dimensions
   static constexpr int kBasisStride = 32 * kPairs + 16;
   static constexpr int kKeyStride = kHeadSize + 4;
   static constexpr int kKeyBytes = kTokens * kKeyStride * static_cast<int>(sizeof(float));
-  static constexpr int kWeightPad = 8;
+  // Bytes of a token's coefficients: the eight tokens of a tile start in different banks.
+  static constexpr int coefficient_stride(int rows) {
+    return rows / 16 * 16 + (rows % 32 ? 0 : 16);
+  }
 
   // Basis rows that are in shared memory at once, a multiple of 16.
   static constexpr int panel(int64_t rank) {
-    constexpr int kBytes = kMaxSharedBytes - kKeyBytes - 2 * kWeightPad * kTokens;
-    constexpr int kMost = kBytes / (kBasisStride + 2 * kTokens) / 16 * 16;
+    constexpr int kBytes = kMaxSharedBytes - kKeyBytes - 16 * kTokens;
+    constexpr int kMost = kBytes / (kBasisStride + kTokens) / 16 * 16;
     return rank < kMost ? static_cast<int>(rank) : kMost;
   }
   static constexpr int shared_bytes(int64_t rank) {
     const int rows = panel(rank);
-    return rank == 0 ? 0 : rows * kBasisStride + (rows + kWeightPad) * 2 * kTokens + kKeyBytes;
+    return rank == 0 ? 0 : rows * kBasisStride + coefficient_stride(rows) * kTokens + kKeyBytes;
   }
 };
 
@@ -59,8 +62,8 @@ class Rebuilder {
         rank_(static_cast<int>(layout.rank)),
         panel_(Shape::panel(layout.rank)),
         basis_(dynamic_shared_memory()),
-        weights_(reinterpret_cast<T*>(basis_ + panel_ * Shape::kBasisStride)),
-        keys_(reinterpret_cast<float*>(weights_ + kTokens * weight_stride())) {}
+        coefficients_(basis_ + panel_ * Shape::kBasisStride),
+        keys_(reinterpret_cast<float*>(coefficients_ + kTokens * coefficient_stride())) {}
 
   // Writes the keys of tokens [token, token + kTokens) of a block, the first at `position`: T rows
   // `stride` elements apart.
@@ -70,14 +73,7 @@ class Rebuilder {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int8_t* basis = reinterpret_cast<const int8_t*>(page + layout_.basis) +
                           static_cast<int64_t>(head) * rank_ * kHeadSize;
-    const auto* basis_scales = reinterpret_cast<const float*>(page + layout_.basis_scales);
     if (basis != staged_) stage(basis, 0);
-
-    // Relative to the largest, basis scales suit fp16; that one goes into the fp32 epilogue.
-    float largest = 1e-37f;  // its inverse is finite
-#pragma unroll 2
-    for (int r = lane; r < rank_; r += kWarp) largest = fmaxf(largest, basis_scales[r]);
-    largest = warp_max(largest);
     const auto* scales = reinterpret_cast<const float*>(page + layout_.coefficient_scales) + token;
     const auto* mean = reinterpret_cast<const float*>(page + layout_.mean) + head * kHeadSize;
     float scale[kTiles][2];
@@ -85,7 +81,7 @@ class Rebuilder {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) scale[n][j] = largest * scales[8 * n + 2 * (lane % 4) + j];
+      for (int j = 0; j < 2; ++j) scale[n][j] = scales[8 * n + 2 * (lane % 4) + j];
     }
 #pragma unroll
     for (int m = 0; m < kMine; ++m) {
@@ -93,14 +89,14 @@ class Rebuilder {
       centre[m] = d < kHeadSize ? *reinterpret_cast<const float4*>(mean + d) : float4{};
     }
 
-    float sums[kMine][2][kTiles][4] = {};
+    int sums[kMine][2][kTiles][4] = {};
     for (int first = 0; first < rank_; first += panel_) {
       if (first > 0) {
         sync_threads();
         stage(basis, first);
       }
       const int rows = rank_ - first < panel_ ? rank_ - first : panel_;
-      weigh(page, token, basis_scales, 1.0f / largest, first, rows);
+      load_coefficients(page, token, first, rows);
       wait_copies<0>();
       sync_threads();
       multiply(rows, sums);
@@ -115,10 +111,10 @@ class Rebuilder {
       for (int i = 0; i < 2 * kTiles; ++i) {
         const int n = i / 2, j = i % 2;
         *reinterpret_cast<float4*>(keys_ + (8 * n + 2 * (lane % 4) + j) * Shape::kKeyStride + d) = {
-            fmaf(sums[m][0][n][j], scale[n][j], centre[m].x),
-            fmaf(sums[m][0][n][2 + j], scale[n][j], centre[m].y),
-            fmaf(sums[m][1][n][j], scale[n][j], centre[m].z),
-            fmaf(sums[m][1][n][2 + j], scale[n][j], centre[m].w)};
+            fmaf(static_cast<float>(sums[m][0][n][j]), scale[n][j], centre[m].x),
+            fmaf(static_cast<float>(sums[m][0][n][2 + j]), scale[n][j], centre[m].y),
+            fmaf(static_cast<float>(sums[m][1][n][j]), scale[n][j], centre[m].z),
+            fmaf(static_cast<float>(sums[m][1][n][2 + j]), scale[n][j], centre[m].w)};
       }
     }
     sync_threads();
@@ -132,7 +128,9 @@ class Rebuilder {
   }
 
  private:
-  __device__ __forceinline__ int weight_stride() const { return panel_ + Shape::kWeightPad; }
+  __device__ __forceinline__ int coefficient_stride() const {
+    return Shape::coefficient_stride(panel_);
+  }
 
   // A lane holds four neighbouring dimensions of a pair of tiles, in both the basis and the sums:
   // which dimension a row of a tile is, is free. The last pair of head size 80 is half empty.
@@ -151,43 +149,32 @@ class Rebuilder {
     commit_copies();
   }
 
-  // Writes the weights of a panel's rows: T [kTokens, rows].
-  __device__ __forceinline__ void weigh(const uint8_t* page, int token, const float* basis_scales,
-                                        float inverse, int first, int rows) {
-    const auto* coefficients = reinterpret_cast<const int8_t*>(page + layout_.coefficients) +
-                               static_cast<int64_t>(token) * rank_ + first;
+  // Copies the coefficients of a panel's rows. Of every 16 of a token, word i has k = 2i, 2i + 1,
+  // 2i + 8 and 2i + 9: then the lanes of a warp read basis rows without meeting a bank twice.
+  __device__ __forceinline__ void load_coefficients(const uint8_t* page, int token, int first,
+                                                    int rows) {
+    const uint8_t* from = page + layout_.coefficients + static_cast<int64_t>(token) * rank_ + first;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kTokens * rows / 16; i += kRebuildThreads) {
       const int t = i % kTokens, r = i / kTokens * 16;
-      const uint4 codes = *reinterpret_cast<const uint4*>(coefficients + t * rank_ + r);
-      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-      uint32_t packed[8];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float4 s = *reinterpret_cast<const float4*>(basis_scales + first + r + 4 * w);
-        packed[2 * w] =
-            pack<T>(code_at(words[w], 0) * (s.x * inverse), code_at(words[w], 1) * (s.y * inverse));
-        packed[2 * w + 1] =
-            pack<T>(code_at(words[w], 2) * (s.z * inverse), code_at(words[w], 3) * (s.w * inverse));
-      }
-      auto* to = reinterpret_cast<uint4*>(weights_ + t * weight_stride() + r);
-      to[0] = {packed[0], packed[1], packed[2], packed[3]};
-      to[1] = {packed[4], packed[5], packed[6], packed[7]};
+      const uint4 codes = *reinterpret_cast<const uint4*>(from + t * rank_ + r);
+      *reinterpret_cast<uint4*>(coefficients_ + t * coefficient_stride() + r) = {
+          pick_bytes(codes.x, codes.z, 0x5410), pick_bytes(codes.x, codes.z, 0x7632),
+          pick_bytes(codes.y, codes.w, 0x5410), pick_bytes(codes.y, codes.w, 0x7632)};
     }
   }
 
   // sums[m][tile of a pair][n] += a panel's product.
-  __device__ __forceinline__ void multiply(int rows, float (&sums)[kMine][2][kTiles][4]) const {
+  __device__ __forceinline__ void multiply(int rows, int (&sums)[kMine][2][kTiles][4]) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int group = lane / 4, k = 2 * (lane % 4);
 #pragma unroll 2
     for (int first = 0; first < rows; first += 16) {
-      uint32_t b[kTiles][2];
+      uint32_t b[kTiles];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const T* at = weights_ + (8 * n + group) * weight_stride() + first + k;
-        b[n][0] = *reinterpret_cast<const uint32_t*>(at);
-        b[n][1] = *reinterpret_cast<const uint32_t*>(at + 8);
+        b[n] = *reinterpret_cast<const uint32_t*>(
+            coefficients_ + (8 * n + group) * coefficient_stride() + first + 2 * k);
       }
 #pragma unroll
       for (int m = 0; m < kMine; ++m) {
@@ -196,18 +183,19 @@ class Rebuilder {
         const auto row = [&](int r) {
           return *reinterpret_cast<const uint32_t*>(at + r * Shape::kBasisStride);
         };
+        // From a word per row, four dimensions each, to a word per dimension.
         const uint32_t words[4] = {row(0), row(1), row(8), row(9)};
+        const uint32_t low[2] = {pick_bytes(words[0], words[1], 0x5140),
+                                 pick_bytes(words[2], words[3], 0x5140)};
+        const uint32_t high[2] = {pick_bytes(words[0], words[1], 0x7362),
+                                  pick_bytes(words[2], words[3], 0x7362)};
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
-          uint32_t a[4];
+          const auto& halves = tile == 0 ? low : high;
+          const uint32_t a[2] = {pick_bytes(halves[0], halves[1], 0x5410),
+                                 pick_bytes(halves[0], halves[1], 0x7632)};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int byte = 2 * tile + i % 2;
-            a[i] = widen<T>(
-                pick_bytes(words[i / 2 * 2], words[i / 2 * 2 + 1], byte | (4 + byte) << 8));
-          }
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) mma_16x8x16<T>(sums[m][tile][n], a, b[n]);
+          for (int n = 0; n < kTiles; ++n) mma_16x8x16(sums[m][tile][n], a, b[n]);
         }
       }
     }
@@ -216,7 +204,7 @@ class Rebuilder {
   const PageLayout& layout_;
   const int rank_, panel_;
   uint8_t* const basis_;
-  T* const weights_;                // [kTokens, panel]
+  uint8_t* const coefficients_;     // [kTokens, panel], see load_coefficients
   float* const keys_;               // [kTokens, kHeadSize]
   const int8_t* staged_ = nullptr;  // the basis that is in shared memory as a whole
 };
@@ -229,7 +217,6 @@ inline void check_rebuilt_sections(const PageLayout& layout) {
   };
   check("coefficients", layout.coefficients);
   check("basis", layout.basis);
-  check("basis_scales", layout.basis_scales);
   check("mean", layout.mean);
   check("exact_keys", layout.exact_keys);
   check("outlier_keys", layout.outlier_keys);

@@ -103,6 +103,26 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   emulation::sync_warp();
 }
 
+inline void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  const uint32_t mine[3] = {a[0], a[1], b};
+  std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
+  emulation::sync_warp();
+  const auto value = [](int lane, int reg, int byte) {
+    int8_t result;
+    std::memcpy(&result,
+                reinterpret_cast<const char*>(emulation::lane_memory(lane)) + 4 * reg + byte, 1);
+    return static_cast<int>(result);
+  };
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
+  for (int k = 0; k < 16; ++k) {
+    const int rows[2] = {value(4 * group + k / 4, 0, k % 4), value(4 * group + k / 4, 1, k % 4)};
+    const int columns[2] = {value(8 * pair + k / 4, 2, k % 4),
+                            value(8 * pair + 4 + k / 4, 2, k % 4)};
+    for (int i = 0; i < 4; ++i) c[i] += rows[i / 2] * columns[i % 2];
+  }
+  emulation::sync_warp();
+}
+
 template <typename T>
 T shuffle(T value, int lane) {
   static_assert(sizeof(T) <= 8);
