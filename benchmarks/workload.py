@@ -8,8 +8,10 @@ from torch import Tensor
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.rotary import Rotary
+from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.decode import DecodeRows, DecodeWorkspace
+from vllm_shadowkv.state.huge_pages import use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 
 SHAPES = {
@@ -49,10 +51,12 @@ class Workload:
         generator = torch.Generator().manual_seed(0)
         order = (torch.randperm(sum(counts), generator=generator) + 1).int()
         sealed_ids, slot_ids, exact_ids = order.split(counts)
-        pages = torch.empty(1 + sum(counts), layout.page_bytes // 8, dtype=torch.int64).random_(generator=generator)
-        pages = pages.view(torch.uint8)
+        pages = torch.empty(1 + sum(counts), layout.page_bytes // 8, dtype=torch.int64)
+        use_huge_pages(pages)
+        pages = pages.random_(generator=generator).view(torch.uint8)
         _set_what_is_read_as_floats(layout, pages, generator)
-        pool = normal((len(pages), layout.value_row_bytes // dtype.itemsize), dtype, generator).view(torch.uint8)
+        (pool,) = host_pool.allocate(1, len(pages), layout.value_row_bytes, pinned=device == "cuda")
+        pool.copy_(normal((len(pages), layout.value_row_bytes // dtype.itemsize), dtype, generator).view(torch.uint8))
         pages = pages.to(device)
         for name in ("slot_tags", "slot_used", "slot_epoch"):
             layout.view(pages, name)[slot_ids.long().to(device)] = 0
@@ -69,7 +73,7 @@ class Workload:
             pages=pages,
             exact_pages=pages,
             slot_pages=pages,
-            host_pool=pool.pin_memory() if device == "cuda" else pool,
+            host_pool=pool,
         )
         self.state = BlockState(len(pages), torch.device(device))
         self.state.seal(sealed_ids.long().to(device))

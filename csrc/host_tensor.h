@@ -143,11 +143,11 @@ inline int64_t stride_of(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) > 1 ? tensor.stride(dim) : 0;
 }
 
-// The layout that PageLayout.to_ints() of page.py sent, checked so far that a kernel which stays
+// The layout that PageLayout.ints of page.py sent, checked so far that a kernel which stays
 // inside its sections stays inside a page.
 inline PageLayout read_layout(const std::vector<int64_t>& ints) {
   SHADOWKV_CHECK(static_cast<int64_t>(ints.size()) == kLayoutInts, "layout: expected ", kLayoutInts,
-                 " integers (PageLayout.to_ints), got ", ints.size());
+                 " integers (PageLayout.ints), got ", ints.size());
   PageLayout layout;
   std::memcpy(&layout, ints.data(), sizeof layout);
 

@@ -208,8 +208,8 @@ def test_kernels_read_the_fields_in_this_order() -> None:
     members = re.findall(r"^  int64_t (\w+);", struct[1], re.MULTILINE)
     assert members == [field.name for field in fields(PageLayout)]
     layout = plan()
-    assert layout.to_ints() == [getattr(layout, name) for name in members]
-    assert all(type(number) is int for number in layout.to_ints())
+    assert layout.ints == [getattr(layout, name) for name in members]
+    assert all(type(number) is int for number in layout.ints)
 
 
 def test_constants_of_the_header() -> None:

@@ -42,7 +42,7 @@ def pack_block(
         pages: uint8 `[N, P]`, written.
         layout: of the pages.
     """
-    _ops.pack_block(block_ids, keys, mean, coefficients, basis, pages, layout.to_ints())
+    _ops.pack_block(block_ids, keys, mean, coefficients, basis, pages, layout.ints)
 
 
 def store_values(
@@ -58,7 +58,7 @@ def store_values(
         1. host_pool: uint8 `[N, layout.value_row_bytes]`, written.
         layout: of the pages.
     """
-    _ops.store_values(block_ids, exact_ids, exact_values, host_pool, layout.to_ints())
+    _ops.store_values(block_ids, exact_ids, exact_values, host_pool, layout.ints)
 
 
 def select_chunks(
@@ -98,7 +98,7 @@ def select_chunks(
         size = select_chunks_workspace(layout, query.shape[0], query.shape[1], block_table.shape[1])
         workspace = _workspace(query, size)
     _ops.select_chunks(
-        query, pages, block_table, exact_start, seq_lens, scale, budget_chunks, layout.to_ints(), workspace, chunk_ids
+        query, pages, block_table, exact_start, seq_lens, scale, budget_chunks, layout.ints, workspace, chunk_ids
     )
 
 
@@ -145,7 +145,7 @@ def plan_slots(
         num_misses: int32 `[B, Hkv]`, written.
     """
     _ops.plan_slots(
-        chunk_ids, block_table, epochs, clock, slot_table, slot_pages, layout.to_ints(), slot_ids, misses, num_misses
+        chunk_ids, block_table, epochs, clock, slot_table, slot_pages, layout.ints, slot_ids, misses, num_misses
     )
 
 
@@ -188,7 +188,7 @@ def fill_slots(
         is_neox,
         slot_table,
         slot_pages,
-        layout.to_ints(),
+        layout.ints,
     )
 
 
@@ -237,7 +237,7 @@ def sparse_attention(
         exact_start,
         seq_lens,
         scale,
-        layout.to_ints(),
+        layout.ints,
         workspace,
         output,
         lse,
@@ -280,7 +280,7 @@ def expand_blocks(
         keys: float `[n, block_size, Hkv, D]`, written.
         values: float `[n, block_size, Hkv, D]`, written.
     """
-    _ops.expand_blocks(block_ids, first_positions, pages, host_pool, cos_sin, is_neox, layout.to_ints(), keys, values)
+    _ops.expand_blocks(block_ids, first_positions, pages, host_pool, cos_sin, is_neox, layout.ints, keys, values)
 
 
 def needs_workspace(device: torch.device) -> bool:

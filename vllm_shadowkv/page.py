@@ -6,7 +6,7 @@ A page is one layer's bytes of one block on the device. It has one size and thre
 * shadow: the compressed keys of `block_size` tokens;
 * slots:  rebuilt K and fetched V of selected chunks, with the tags that say which chunks they are.
 
-Kernels receive the layout as the integers of `PageLayout.to_ints` (`csrc/layout.h` reads them in the same order).
+Kernels receive the layout as the integers of `PageLayout.ints` (`csrc/layout.h` reads them in the same order).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Section = tuple[int, tuple[int, ...], torch.dtype]  # offset in bytes, shape wi
 class PageLayout:
     """Sizes and offsets of one layer's pages. Make it with `plan_page`.
 
-    The fields, in this order, are what kernels read (`to_ints`). `rank` 0 means `key_codec` none: keys are exact.
+    The fields, in this order, are what kernels read (`ints`). `rank` 0 means `key_codec` none: keys are exact.
     """
 
     num_kv_heads: int
@@ -97,7 +97,8 @@ class PageLayout:
         """Bytes of one block's values in the host pool, one layer."""
         return self.num_kv_heads * self.chunks * self.value_record_bytes
 
-    def to_ints(self) -> list[int]:
+    @cached_property
+    def ints(self) -> list[int]:
         """The layout as kernels take it: the fields in their order."""
         return [getattr(self, field.name) for field in fields(self)]
 

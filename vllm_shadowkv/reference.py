@@ -37,7 +37,8 @@ def factorise(keys: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     mean = keys.double().mean(0)
     left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
-    mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))
     coefficients = left[:, :rank] * singular[:rank] @ mixing
     basis = mixing.mT @ right[:rank]
     scales = basis.abs().amax(1, keepdim=True) / 127

@@ -208,7 +208,7 @@ def test_garbage_outlier_ids_are_nobody() -> None:
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(small_layout())
-    arguments["layout"] = arguments["layout"].to_ints()
+    arguments["layout"] = arguments["layout"].ints
     torch.library.opcheck(torch.ops.shadowkv.expand_blocks.default, tuple(arguments.values()))
 
 

@@ -332,7 +332,7 @@ def test_positions_without_rotation_have_no_bound(layout: PageLayout) -> None:
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(small_layout())
-    arguments |= {"layout": arguments["layout"].to_ints(), "slot_pages": arguments["pages"].clone()}
+    arguments |= {"layout": arguments["layout"].ints, "slot_pages": arguments["pages"].clone()}
     torch.library.opcheck(torch.ops.shadowkv.fill_slots.default, tuple(arguments.values()))
 
 

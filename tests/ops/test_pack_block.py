@@ -237,7 +237,7 @@ def test_strided_pages_and_threads() -> None:
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(simple_layout())
-    arguments["layout"] = arguments["layout"].to_ints()
+    arguments["layout"] = arguments["layout"].ints
     torch.library.opcheck(torch.ops.shadowkv.pack_block.default, tuple(arguments.values()))
 
 

@@ -340,7 +340,7 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.plan_slots.default,
         (
             state.chunk_ids, state.block_table, state.epochs, state.clock, state.slot_table, state.slot_pages,
-            state.layout.to_ints(), state.slot_ids, state.misses, state.num_misses,
+            state.layout.ints, state.slot_ids, state.misses, state.num_misses,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

@@ -354,7 +354,7 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.select_chunks.default,
         (
             case.query, case.pages, case.block_table, case.exact_start, case.seq_lens, case.scale,
-            case.budget, case.layout.to_ints(), torch.zeros(0), chunk_ids,
+            case.budget, case.layout.ints, torch.zeros(0), chunk_ids,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

@@ -472,7 +472,7 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.sparse_attention.default,
         (
             case.query, case.slot_ids, case.slot_table, case.slot_pages, case.exact_keys, case.exact_values,
-            case.exact_table, case.exact_start, case.seq_lens, case.scale, case.layout.to_ints(),
+            case.exact_table, case.exact_start, case.seq_lens, case.scale, case.layout.ints,
             torch.zeros(0), torch.zeros_like(case.output), torch.zeros_like(case.lse),
         ),
         test_utils=("test_schema", "test_faketensor"),

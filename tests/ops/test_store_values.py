@@ -176,7 +176,7 @@ def test_strided_pool_and_threads(gap: int, kernel: str) -> None:
 @pytest.mark.cpu_kernel
 def test_opcheck() -> None:
     arguments = make_arguments(make_layout(1, 64, block_size=192))
-    arguments["layout"] = arguments["layout"].to_ints()
+    arguments["layout"] = arguments["layout"].ints
     torch.library.opcheck(torch.ops.shadowkv.store_values.default, tuple(arguments.values()))
 
 

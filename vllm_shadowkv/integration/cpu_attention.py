@@ -109,8 +109,7 @@ def _exact_tokens(memory: LayerMemory, exact_row: Tensor, start: int, end: int) 
     pages = exact_row[start // size : -(-end // size)].long()
     # Gathering keeps the views' strides, and the flash kernel below takes the last dimension to be contiguous.
     keys, values = (
-        view[pages].transpose(1, 2).flatten(0, 1)[: end - start].contiguous()
-        for view in memory.layout.exact_views(memory.exact_pages)
+        view[pages].transpose(1, 2).flatten(0, 1)[: end - start].contiguous() for view in memory.exact_views
     )
     return keys, values
 

@@ -112,7 +112,7 @@ class FlashAttention:
 
 def _caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
     """Exact pages as vLLM's FlashAttention takes them: K and V `[num_blocks, tokens, Hkv, D]`."""
-    keys, values = (view.transpose(1, 2) for view in memory.layout.exact_views(memory.exact_pages))
+    keys, values = (view.transpose(1, 2) for view in memory.exact_views)
     # One KV head leaves a stride that TMA does not take.
     return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
 

@@ -167,7 +167,7 @@ class Planner:
         columns = torch.tensor([row.seq_len // size for row in new])
         pages = exact_table[torch.tensor([row.index for row in new]), columns].long()
         for memory in bound.memories.values():
-            memory.layout.exact_views(memory.exact_pages)[1][pages] = 0
+            memory.exact_views[1][pages] = 0
 
     def _note_open(self, bound: Bound, rows: list[_Row], block_table: Tensor) -> None:
         """Tells the block state into which blocks this step's forward pass will write."""

@@ -147,12 +147,10 @@ class DecodeWorkspace:
             memory.layout,
         )
 
-    def attend_tokens(
-        self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor
-    ) -> None:
+    def attend_tokens(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor) -> None:
         """Attends to the picked chunks and the exact tokens."""
         count = len(query)
-        exact_keys, exact_values = memory.layout.exact_views(memory.exact_pages)
+        exact_keys, exact_values = memory.exact_views
         ops.sparse_attention(
             query,
             self._slot_ids[:count],

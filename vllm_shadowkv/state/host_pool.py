@@ -9,6 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from vllm_shadowkv.state.huge_pages import use_huge_pages
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -68,6 +70,8 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = Fa
             "shadowkv.host_memory_gib."
         )
     pools = [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+    for pool in pools:
+        use_huge_pages(pool)
     for pool in pools if pinned else ():
         _pin(pool)
     return pools

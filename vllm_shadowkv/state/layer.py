@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -31,3 +32,8 @@ class LayerMemory:
     exact_pages: Tensor
     slot_pages: Tensor
     host_pool: Tensor
+
+    @cached_property
+    def exact_views(self) -> tuple[Tensor, Tensor]:
+        """K and V of the exact pages; see `PageLayout.exact_views`."""
+        return self.layout.exact_views(self.exact_pages)

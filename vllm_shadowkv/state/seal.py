@@ -34,7 +34,7 @@ def seal_blocks(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first
 
 def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_positions: Tensor) -> None:
     layout = memory.layout
-    exact_keys, exact_values = layout.exact_views(memory.exact_pages)
+    exact_keys, exact_values = memory.exact_views
     # [n, pages, heads, tokens, head_size] -> [n, block_size, heads, head_size]
     keys = exact_keys[exact_ids.long()].transpose(2, 3).flatten(1, 2).contiguous()
     if layout.rank:

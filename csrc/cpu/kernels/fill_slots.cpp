@@ -1,6 +1,6 @@
 // A miss is one chunk of one KV head: its keys are rebuilt from the shadow page (rebuild.h), its
 // values copied from the host pool. Misses of a row and head are in token order, so neighbours that
-// lie in one block find its basis in the cache.
+// lie in one block find its basis in the cache. What the next miss needs is fetched meanwhile.
 //
 // A miss reads (chunk_size + head_size) * rank bytes of factors, or chunk_size * head_size exact
 // keys, and one value record; it writes chunk_size * head_size keys and as many values.
@@ -86,6 +86,25 @@ class Misses {
   int64_t beyond_ = -1;
 };
 
+// What a miss reads and writes; its basis only if it is not that of the miss before.
+Ahead memory_of(const PageLayout& layout, const Miss& miss, const Miss& before,
+                int64_t chunk_bytes) {
+  Ahead memory;
+  if (!miss.usable) return memory;
+  if (layout.rank != 0) {
+    const int64_t codes = layout.chunk_size * layout.rank;
+    memory.add(miss.page + layout.coefficients + miss.chunk * codes, codes);
+    if (miss.page != before.page || miss.head != before.head) {
+      memory.add(head_basis(layout, miss.page, miss.head), layout.rank * layout.head_size);
+    }
+  }
+  const int64_t offset = (miss.head * layout.slots_per_page + miss.slot) * chunk_bytes;
+  memory.add(miss.record, layout.value_record_bytes);
+  memory.add(miss.slot_page + layout.slot_keys + offset, chunk_bytes);
+  memory.add(miss.slot_page + layout.slot_values + offset, chunk_bytes);
+  return memory;
+}
+
 template <typename T, int kHeadSize>
 int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t begin,
                    int64_t end) {
@@ -96,19 +115,17 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
   Miss miss = misses.at(begin);
   for (int64_t index = begin; index < end; ++index) {
     const Miss next = index + 1 < end ? misses.at(index + 1) : Miss{};
+    Ahead ahead = memory_of(layout, next, miss, sizeof(T) * chunk_elements);
     if (miss.usable) {
       const int64_t offset = (miss.head * layout.slots_per_page + miss.slot) * chunk_elements;
-      // The basis is most of what a miss reads, and lies in many places of a large pool.
-      const bool other_basis = next.usable && (next.page != miss.page || next.head != miss.head);
-      const int8_t* next_basis =
-          other_basis && layout.rank != 0 ? head_basis(layout, next.page, next.head) : nullptr;
       rebuild_chunk<T, kHeadSize>(
-          layout, miss.page, miss.head, miss.chunk, miss.position, p.rotary, next_basis,
+          layout, miss.page, miss.head, miss.chunk, miss.position, p.rotary, ahead,
           reinterpret_cast<T*>(miss.slot_page + layout.slot_keys) + offset, kHeadSize);
       fetch_chunk<T, kHeadSize>(layout, miss.record,
                                 reinterpret_cast<T*>(miss.slot_page + layout.slot_values) + offset,
                                 kHeadSize);
     }
+    ahead.finish();
     miss = next;
   }
   return misses.beyond();

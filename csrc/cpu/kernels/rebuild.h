@@ -24,10 +24,37 @@ inline void narrow(const float* from, int64_t size, T* to) {
   for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(from + i));
 }
 
+// Memory that is needed soon, brought to the second-level cache a few lines at a time: it arrives
+// beside the computation, not before it.
+class Ahead {
+ public:
+  void add(const void* from, int64_t size) {
+    const auto* at = static_cast<const uint8_t*>(from);
+    if (size > 0) ranges_[count_++] = {at, at + size};
+  }
+  SHADOWKV_INLINE void step() {
+    if (current_ == count_) return;
+    Range& range = ranges_[current_];
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(range.at + 64 * line, 0, 2);
+    range.at += 4 * 64;
+    current_ += range.at >= range.end;
+  }
+  void finish() {
+    while (current_ < count_) step();
+  }
+
+ private:
+  struct Range {
+    const uint8_t *at, *end;
+  };
+  Range ranges_[5];
+  int count_ = 0, current_ = 0;
+};
+
 #if defined(__AVX512VNNI__)
 
 // sums[t][:] of kRebuildTokens tokens = coefficients[t, :] * basis, by instructions that add four
-// products of bytes to a lane. Rows at `next` are brought to the cache meanwhile.
+// products of bytes to a lane.
 //
 // One operand of these is unsigned: it is basis + 128, so 128 times a token's coefficients is taken
 // off beforehand. Four rows are interleaved, byte by byte, so that a lane's four bytes are one
@@ -35,7 +62,7 @@ inline void narrow(const float* from, int64_t size, T* to) {
 // registers.
 template <int kHeadSize>
 inline void factor_products(const int8_t* coefficients, const int8_t* basis, int64_t rank,
-                            const int8_t* next, float* sums) {
+                            Ahead& ahead, float* sums) {
   constexpr int kBytes = 64;
   const __m512i flip = _mm512_set1_epi8(-128);
   int32_t offsets[kRebuildTokens];
@@ -48,12 +75,12 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
 #pragma GCC unroll 8
     for (int t = 0; t < kRebuildTokens; ++t) sum[t][0] = sum[t][1] = _mm512_set1_epi32(offsets[t]);
     for (int64_t r = 0; r < rank; r += 4) {
+      ahead.step();
       __m512i row[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int64_t place = (r + i) * kHeadSize + d;
         row[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, basis + place), flip);
-        if (!kHigh && next) __builtin_prefetch(next + place, 0, 2);
       }
       const auto interleave = [](__m512i x, __m512i y) SHADOWKV_INLINE_LAMBDA {
         return kHigh ? _mm512_maskz_unpackhi_epi8(~0ull, x, y)
@@ -97,17 +124,15 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
 constexpr int kRebuildPanel = 64;
 
 // sums[t][0 : kVectors * kLanes] += weights[t][r] * basis[r][...] over `rows` rows, for kTokens
-// tokens. kTokens * kVectors sums are in registers. Rows at `next` are brought to the cache
-// meanwhile.
+// tokens. kTokens * kVectors sums are in registers.
 template <int kTokens, int kVectors, int kHeadSize>
 inline void add_basis_rows(const int8_t* basis, const float (*weights)[kRebuildPanel], int64_t rows,
-                           float* sums, const int8_t* next) {
+                           float* sums) {
   FloatV sum[kTokens][kVectors];
   for (int t = 0; t < kTokens; ++t) {
     for (int v = 0; v < kVectors; ++v) sum[t][v] = load(sums + t * kHeadSize + v * kLanes);
   }
   for (int64_t r = 0; r < rows; ++r, basis += kHeadSize) {
-    if (next) __builtin_prefetch(next + r * kHeadSize, 0, 2);
     FloatV row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = load(basis + v * kLanes);
     for (int t = 0; t < kTokens; ++t) {
@@ -119,11 +144,10 @@ inline void add_basis_rows(const int8_t* basis, const float (*weights)[kRebuildP
   }
 }
 
-// sums[t][:] of kRebuildTokens tokens = coefficients[t, :] * basis. Rows at `next` are brought to
-// the cache meanwhile.
+// sums[t][:] of kRebuildTokens tokens = coefficients[t, :] * basis.
 template <int kHeadSize>
 inline void factor_products(const int8_t* coefficients, const int8_t* basis, int64_t rank,
-                            const int8_t* next, float* sums) {
+                            Ahead& ahead, float* sums) {
   // 8 registers of sums hide the latency of an add; AVX-512 has twice the registers.
   constexpr int kTile = kLanes >= 16 ? 8 : 4;
   std::fill_n(sums, kRebuildTokens * kHeadSize, 0.0f);
@@ -136,17 +160,14 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
     const int8_t* panel = basis + first * kHeadSize;
     for (int d = 0; d < kHeadSize / (2 * kLanes) * (2 * kLanes); d += 2 * kLanes) {
       for (int t = 0; t < kRebuildTokens; t += kTile) {
-        add_basis_rows<kTile, 2, kHeadSize>(
-            panel + d, weights + t, rows, sums + t * kHeadSize + d,
-            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+        for (int i = 0; i < 4; ++i) ahead.step();
+        add_basis_rows<kTile, 2, kHeadSize>(panel + d, weights + t, rows, sums + t * kHeadSize + d);
       }
     }
     if constexpr (kHeadSize % (2 * kLanes) != 0) {
       constexpr int d = kHeadSize - kLanes;
       for (int t = 0; t < kRebuildTokens; t += kTile) {
-        add_basis_rows<kTile, 1, kHeadSize>(
-            panel + d, weights + t, rows, sums + t * kHeadSize + d,
-            t == 0 && next && d % 64 == 0 ? next + first * kHeadSize + d : nullptr);
+        add_basis_rows<kTile, 1, kHeadSize>(panel + d, weights + t, rows, sums + t * kHeadSize + d);
       }
     }
   }
@@ -160,16 +181,16 @@ inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, i
          head * layout.rank * layout.head_size;
 }
 
-// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE. `next` is the basis that the
-// next call will need if it is another one, or null.
+// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE.
 template <int kHeadSize>
 inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
-                          int64_t token, const int8_t* next, float* keys) {
+                          int64_t token, Ahead& ahead, float* keys) {
   const auto* coefficients =
       reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * layout.rank;
   const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
   const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
-  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, next, keys);
+  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, ahead,
+                             keys);
   for (int t = 0; t < kRebuildTokens; ++t) {
     float* key = keys + t * kHeadSize;
     for (int d = 0; d < kHeadSize; d += kLanes) {
@@ -214,11 +235,11 @@ inline int64_t outlier_of(const PageLayout& layout, const uint8_t* page, int64_t
 }
 
 // Writes one chunk's keys, `position` its first token's: T [chunk_size, kHeadSize], token rows
-// `stride` elements apart. Keys that a page holds exactly are copied. `next`: see low_rank_keys.
+// `stride` elements apart. Keys that a page holds exactly are copied.
 template <typename T, int kHeadSize>
 inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t head,
-                          int64_t chunk, int64_t position, const RotaryTable& rotary,
-                          const int8_t* next, T* out, int64_t stride) {
+                          int64_t chunk, int64_t position, const RotaryTable& rotary, Ahead& ahead,
+                          T* out, int64_t stride) {
   const int64_t size = layout.chunk_size;
   const int64_t outlier = layout.rank == 0 ? -1 : outlier_of(layout, page, head, chunk);
   if (layout.rank == 0 || outlier >= 0) {
@@ -234,7 +255,7 @@ inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t
   }
   for (int64_t first = 0; first < size; first += kRebuildTokens) {
     alignas(64) float keys[kRebuildTokens * kHeadSize];
-    low_rank_keys<kHeadSize>(layout, page, head, chunk * size + first, next, keys);
+    low_rank_keys<kHeadSize>(layout, page, head, chunk * size + first, ahead, keys);
     for (int t = 0; t < kRebuildTokens; ++t) {
       float* key = keys + t * kHeadSize;
       turn(rotary, position + first + t, key);

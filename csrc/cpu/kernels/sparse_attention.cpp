@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels/numeric.h"
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kSplitTokens = 512;
+constexpr int64_t kAhead = 3;  // chunks between what is multiplied and what is fetched
 static_assert(kTile % kMaxLanes == 0 && kSplitTokens % kTile == 0);
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -40,6 +42,17 @@ Range exact_range(const SparseAttentionParams& p, int64_t row) {
 
 int64_t num_slot_splits(const SparseAttentionParams& p) {
   return (p.columns * p.layout.chunk_size + kSplitTokens - 1) / kSplitTokens;
+}
+
+// Brings rows of `size` elements to the second-level cache, which takes more at once than the
+// first.
+template <typename T>
+SHADOWKV_INLINE void prefetch_rows(const T* rows, int64_t num_rows, int64_t stride, int64_t size) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(rows + r * stride + i, 0, 2);
+    }
+  }
 }
 
 // The places of a partial result.
@@ -182,20 +195,27 @@ class Split {
     const int64_t chunk = p_.layout.chunk_size, per_page = p_.layout.slots_per_page;
     const int32_t* slots = p_.slot_ids + (row_ * p_.layout.num_kv_heads + head_) * p_.columns;
     const int32_t* pages = p_.slot_table + row_ * p_.slot_table_stride;
+    // Keys and values of the chunk in column i, or nulls.
+    const auto find = [&](int64_t i) -> std::pair<const T*, const T*> {
+      if (i >= end || slots[i] < 0 || slots[i] >= p_.pages_per_row * per_page) return {};
+      const int64_t page = pages[slots[i] / per_page];
+      if (page <= 0 || page >= p_.num_pages) return {};
+      const uint8_t* start = p_.slot_pages + page * p_.page_stride;
+      const int64_t place = (head_ * per_page + slots[i] % per_page) * chunk * size_;
+      return {reinterpret_cast<const T*>(start + p_.layout.slot_keys) + place,
+              reinterpret_cast<const T*>(start + p_.layout.slot_values) + place};
+    };
     const T* values[kTile];
     int64_t tokens = 0;
     for (int64_t i = begin; i < end; ++i) {
-      if (slots[i] < 0 || slots[i] >= p_.pages_per_row * per_page) continue;
-      const int64_t page = pages[slots[i] / per_page];
-      if (page <= 0 || page >= p_.num_pages) continue;
-      const uint8_t* start = p_.slot_pages + page * p_.page_stride;
-      const int64_t place = (head_ * per_page + slots[i] % per_page) * chunk * size_;
-      const T* keys = reinterpret_cast<const T*>(start + p_.layout.slot_keys) + place;
-      const T* chunk_values = reinterpret_cast<const T*>(start + p_.layout.slot_values) + place;
-      // The values are needed in a moment; until then the dot products hide their way here.
-      for (int64_t j = 0; j < chunk * size_; j += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(chunk_values + j);
+      // Chunks lie anywhere: later ones are on their way while this one is multiplied.
+      const auto [later_keys, later_values] = find(i + kAhead);
+      if (later_keys != nullptr) {
+        prefetch_rows(later_keys, 1, 0, chunk * size_);
+        prefetch_rows(later_values, 1, 0, chunk * size_);
       }
+      const auto [keys, chunk_values] = find(i);
+      if (keys == nullptr) continue;
       dot_products(queries_, p_.group, size_, keys, chunk, size_, size_, logits_ + tokens, kTile);
       for (int64_t t = 0; t < chunk; ++t) values[tokens + t] = chunk_values + t * size_;
       tokens += chunk;
@@ -215,7 +235,7 @@ class Split {
       const int64_t place = begin - first;  // in its page
       const int64_t last = std::min({end - first, per_page, place / kTile * kTile + kTile});
       const int64_t page = p_.exact_table[row_ * p_.exact_table_stride + column];
-      if (page > 0 && page < p_.num_exact) add_exact_tile(page, place, last);
+      if (page > 0 && page < p_.num_exact) add_exact_tile(page, place, last, per_page);
       begin = first + last;
     }
   }
@@ -227,12 +247,19 @@ class Split {
   }
 
   // Tokens [begin, end) of an exact page, inside one aligned kTile.
-  void add_exact_tile(int64_t page, int64_t begin, int64_t end) {
+  void add_exact_tile(int64_t page, int64_t begin, int64_t end, int64_t per_page) {
     const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
     const T* keys = static_cast<const T*>(p_.exact_keys) + page * ks.page + head_ * ks.head;
     const T* values = static_cast<const T*>(p_.exact_values) + page * vs.page + head_ * vs.head;
     const int64_t tokens = end - begin;
-    int64_t skipped = 0;  // lanes before the first token
+    int64_t skipped = 0;                                    // lanes before the first token
+    const int64_t ahead = std::min(kTile, per_page - end);  // of the page's next tile
+    if (ahead > 0 && vs.dim == 1) prefetch_rows(values + end * vs.token, ahead, vs.token, size_);
+    if (ahead > 0 && ks.dim == 1) {
+      prefetch_rows(keys + end * ks.token, ahead, ks.token, size_);
+    } else if (ahead > 0 && ks.token == 1) {
+      prefetch_rows(keys + end, size_, ks.dim, ahead);
+    }
     if (ks.dim == 1) {
       dot_products(queries_, p_.group, size_, keys + begin * ks.token, tokens, ks.token, size_,
                    logits_, kTile);
