@@ -84,6 +84,7 @@ def host_flags(cuda: str | None) -> list[str]:
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     if cuda:
         flags += ["-DSHADOWKV_HAS_CUDA", "-DUSE_CUDA", f"-isystem{cuda}/include"]
+        flags += [f'-DSHADOWKV_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
     return flags
 
 
@@ -96,13 +97,13 @@ def extension(cuda: str | None) -> Any:
     library_dirs = []
     nvcc_flags: list[str] = []
     if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         sources += relative(CSRC.glob("cuda/*.cu"))
         library_dirs = [f"{cuda}/lib64"]
         # Static, because a CPU torch has no libcudart.
         link_flags += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", f"-I{CSRC}", TORCH_TARGET, "-DUSE_CUDA"]
         nvcc_flags += ["--expt-relaxed-constexpr", "-Werror=all-warnings", "-Xcompiler=-fvisibility=hidden"]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         # A CPU torch sets it to None, whatever the environment says.
         cpp_extension.CUDA_HOME = cuda
     return cpp_extension.CppExtension(

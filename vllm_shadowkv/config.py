@@ -13,6 +13,9 @@ SINK_CHUNKS = 1
 LOCAL_CHUNKS = 4
 """The newest chunks, always attended: selected by force while they are already sealed (paper, section 4)."""
 
+OTHER_BACKEND = "use another --attention-backend"
+"""The way out where a model cannot be served."""
+
 
 class ShadowKVConfig(BaseModel):
     """Settings of the `shadowkv` attention backend.

@@ -97,6 +97,10 @@ class PageLayout:
         """Bytes of one block's values in the host pool, one layer."""
         return self.num_kv_heads * self.chunks * self.value_record_bytes
 
+    def slot_pages(self, slot_chunks: int) -> int:
+        """Slot pages of a request that keeps `slot_chunks` chunks per KV head."""
+        return -(-slot_chunks // self.slots_per_page)
+
     @cached_property
     def ints(self) -> list[int]:
         """The layout as kernels take it: the fields in their order."""

@@ -28,7 +28,7 @@ class Decode:
     def __init__(self, layout: PageLayout, device: str) -> None:
         generator = generators.make_generator("decode graph", layout.head_size)
         sealed = generators.make_sealed(generator, layout, (3, 1, 0), spare_ids=40)
-        slot_pages = -(-CONFIG.slot_chunks // layout.slots_per_page)
+        slot_pages = layout.slot_pages(CONFIG.slot_chunks)
         slots = generators.make_slot_table(generator, sealed.free, 3, slot_pages)
         generators.fill_slot_pages(generator, layout, sealed.pages, slots)
         exact_table = torch.zeros(3, 5 * layout.block_size // layout.exact_tokens, dtype=torch.int32)

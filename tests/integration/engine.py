@@ -130,7 +130,7 @@ class Trials:
 
     def __init__(self, model: Path, directory: Path) -> None:
         """Starts nothing yet; see `TrialHost` for the arguments."""
-        self._model, self._directory = model, directory
+        self.model, self._directory = model, directory
         self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
         self._results: dict[str, Future[Result]] = {}
 
@@ -138,7 +138,7 @@ class Trials:
         """Runs a trial in the background, after those of its runner that were begun before."""
         if trial.name not in self._results:
             if trial.runner not in self._hosts:
-                host = TrialHost(trial.runner, self._model, self._directory)
+                host = TrialHost(trial.runner, self.model, self._directory)
                 self._hosts[trial.runner] = host, ThreadPoolExecutor(max_workers=1)
             host, queue = self._hosts[trial.runner]
             self._results[trial.name] = queue.submit(host.run, trial)

@@ -9,6 +9,8 @@ One file, because `make test` runs a file in one process, and engines are starte
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from dataclasses import fields
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 from engine import Result, Trial, Trials, differences, largest_error
 
+from vllm_shadowkv.cli import arguments
+from vllm_shadowkv.cli.plan import make
 from vllm_shadowkv.state.decode import DecodeRows
 
 pytest.importorskip("vllm")
@@ -189,6 +193,22 @@ def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial
 @pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
 def test_a_small_pool_preempts(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["preemptions"] > 0
+
+
+@pytest.mark.parametrize("trial", [V1, V1_WINDOWS, COMPRESSED], ids=trial_id)
+def test_the_pool_is_what_plan_says(trials: Trials, trial: Trial) -> None:
+    """`vllm-shadowkv plan` and the engine, from the same flags; tests/integration/test_capacity.py has the requests."""
+    counts = trials(trial).counts
+    line = [str(trials.model), "--additional-config", json.dumps({"shadowkv": trial.shadowkv}), "--dtype", "float32"]
+    line += ["--device", "cpu", "--kv-cache-gib", "1", "--max-model-len", "2048", "--max-num-batched-tokens", "200"]
+    parser = argparse.ArgumentParser()
+    arguments.add(parser, plan=True)
+    plan = make(parser.parse_args(line))
+    assert plan.num_blocks == counts["blocks"]
+    assert plan.num_blocks * plan.pool.block_bytes == counts["device bytes"]
+    assert plan.host_pool_bytes == counts["host bytes"]
+    assert plan.pool.boundary.prefill_exact_tokens == counts["exact prompt tokens"]
+    assert plan.min_blocks - 1 == counts["blocks of the longest request"], "the null block is not counted there"
 
 
 @pytest.mark.parametrize("trial", [V1_DRAFTS], ids=trial_id)

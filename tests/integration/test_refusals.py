@@ -18,7 +18,6 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import compat, refusals, runtime
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
-from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.host_pool import GIB
 
 # -- The process -----------------------------------------------------------------------------------------------------
@@ -299,8 +298,7 @@ def make_runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
     monkeypatch.setattr(runtime, "current_platform", platform)
     monkeypatch.setattr(runtime, "_attention", lambda layout, num_heads: None)
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=8 * GIB))
-    monkeypatch.setattr(host_pool, "psutil", memory)
+    monkeypatch.setattr(runtime, "free_bytes", lambda: 8 * GIB)
     return make
 
 

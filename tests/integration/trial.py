@@ -79,6 +79,8 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
     planted = {plant: _ask_with_plant(plant, llm, asker, trial["graphs"]) for plant in trial["plants"]}
     if trial["poison"]:
         counts["poisoned"] = poison.poisoned
+    if trial["shadowkv"] is not None and trial["in_process"]:
+        _note_pool(llm, counts)
     if trial["graphs"]:
         from v2_on_cpu import emulated_graphs
 
@@ -138,6 +140,25 @@ def _count_events(counts: dict[str, int]) -> None:
         return original(self, *args, num_accepted_tokens=num_accepted_tokens, **kwargs)
 
     Scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+
+
+def _note_pool(llm: Any, counts: dict[str, int]) -> None:
+    """What the engine has of memory, in blocks, tokens and bytes."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    from vllm_shadowkv.integration.runtime import Runtime
+
+    runtime = Runtime.latest()
+    bound = runtime.bind()
+    core = llm.llm_engine.engine_core.engine_core
+    cache = core.scheduler.kv_cache_config
+    memories = bound.memories.values()
+    counts["blocks"] = cache.num_blocks
+    counts["device bytes"] = sum(memory.pages.nbytes for memory in memories)
+    counts["host bytes"] = sum(memory.host_pool.nbytes for memory in memories)
+    counts["exact prompt tokens"] = bound.boundary.prefill_exact_tokens or 0
+    concurrency = get_max_concurrency_for_kv_cache_config(core.vllm_config, cache)
+    counts["blocks of the longest request"] = round(cache.num_blocks / concurrency)
 
 
 def _draft_from_memory() -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -19,12 +17,11 @@ def sixteen_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=num_bytes))
-    monkeypatch.setattr(host_pool, "psutil", memory)
+    monkeypatch.setattr(host_pool, "free_bytes", lambda: num_bytes)
 
 
 def blocks(gib: float | None = None, pages_on_host: bool = False, ranks: int = 1) -> int:
-    return max_blocks(gib, ROW, PAGES, pages_on_host, ranks)
+    return max_blocks(gib, ROW, PAGES, pages_on_host, ranks, free=host_pool.free_bytes())
 
 
 @pytest.mark.usefixtures("sixteen_free")

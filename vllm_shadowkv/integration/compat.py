@@ -11,10 +11,7 @@ from typing import Any
 
 import vllm
 
-SUPPORTED = ("0.32",)
-"""Minor versions that the tests run on."""
-
-ANY_VERSION = "SHADOWKV_ANY_VLLM"
+from vllm_shadowkv.versions import ANY_VERSION, SUPPORTED, is_supported
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +23,7 @@ def check_vllm_version() -> None:
         RuntimeError: with the list of versions and the variable that overrides the check.
     """
     version = vllm.__version__
-    if any(version == minor or version.startswith(f"{minor}.") for minor in SUPPORTED):
+    if is_supported(version):
         return
     if os.environ.get(ANY_VERSION) == "1":
         logger.warning("shadowkv is not tested with vLLM %s; going on because %s=1.", version, ANY_VERSION)

@@ -8,7 +8,7 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_shadowkv import extension
-from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.config import OTHER_BACKEND, ShadowKVConfig
 from vllm_shadowkv.integration.compat import check_vllm_version
 from vllm_shadowkv.page import DTYPES
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 DRAFT_METHODS = ("ngram", "suffix")
 MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
-OTHER_BACKEND = "use another --attention-backend"
 
 
 def check_process() -> None:

@@ -25,7 +25,9 @@ from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
+from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
+from vllm_shadowkv.state.host_memory import GIB, free_bytes
 from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS
@@ -126,7 +128,12 @@ class Runtime:
     @property
     def slot_pages_per_request(self) -> int:
         """Slot pages that hold `slot_chunks` chunks per KV head."""
-        return -(-self.config.slot_chunks // self.layout.slots_per_page)
+        return self.layout.slot_pages(self.config.slot_chunks)
+
+    @property
+    def capacity(self) -> Capacity:
+        """What this worker's pool holds."""
+        return Capacity.of(self.config, self.layout, len(self._layers), self.boundary)
 
     @property
     def attention(self) -> CpuAttention | FlashAttention:
@@ -146,7 +153,6 @@ class Runtime:
             self._shape = shape
             if current_platform.is_cuda():
                 check_cuda_shape(num_heads, num_kv_heads, self.slot_pages_per_request * self._layout.slots_per_page)
-            sealed = -(-self.boundary.max_model_len // self._layout.block_size)
             self._attention = _attention(self._layout, num_heads)
             # Before vLLM measures how much memory is left for its KV cache.
             self._workspace = DecodeWorkspace(
@@ -154,11 +160,10 @@ class Runtime:
                 self._layout,
                 num_heads,
                 self._max_rows(),
-                sealed,
+                self.boundary.max_sealed_blocks,
                 torch.device(current_platform.device_type),
             )
-            other_pages = sealed + self.slot_pages_per_request + 1
-            self.boundary = dataclasses.replace(self.boundary, other_pages=other_pages)
+            self.boundary = self.boundary.beside(self.slot_pages_per_request)
         elif shape != self._shape:
             raise ValueError(
                 f"shadowkv needs equal attention layers, got (query heads, KV heads, head size, dtype) {shape} after "
@@ -226,23 +231,14 @@ class Runtime:
         Raises:
             ValueError: the host cannot back one request of `max_model_len`; the sentence names the flags.
         """
-        layout, count = self.layout, len(self._layers)
         parallel = self.vllm_config.parallel_config
-        blocks = host_pool.max_blocks(
+        return self.capacity.bound_bytes(
+            available,
             self.config.host_memory_gib,
-            row_bytes=count * layout.value_row_bytes,
-            page_bytes=count * layout.page_bytes,
             pages_on_host=current_platform.is_cpu(),
             ranks=parallel.local_world_size * parallel.data_parallel_size_local,
+            free=free_bytes(),
         )
-        needed = self.boundary.max_exact_pages + self.boundary.other_pages
-        if blocks < needed:
-            gib = needed * count * layout.value_row_bytes / host_pool.GIB
-            raise ValueError(
-                f"shadowkv: host memory backs {blocks} KV cache blocks, one request of {self.boundary.max_model_len} "
-                f"tokens needs {needed} ({gib:.1f} GiB); raise shadowkv.host_memory_gib or lower --max-model-len."
-            )
-        return min(available, blocks * count * layout.page_bytes)
 
     def rehearse(self, query: Tensor) -> None:
         """Takes, once, the memory of sealing and of a prefill over sealed blocks, while vLLM measures the peak.
@@ -294,7 +290,7 @@ class Runtime:
             for (name, layer), pool in zip(self._layers.items(), pools, strict=True)
         }
         boundary = self.boundary.resolve(num_blocks)
-        gib = len(pools) * num_blocks / host_pool.GIB
+        gib = len(pools) * num_blocks / GIB
         logger.info(
             "shadowkv: %d blocks of %d tokens (%d tokens sealed, %d exact); pages %.2f GiB, host pool %.2f GiB; "
             "%s; prompts are exact over their newest %d tokens.",

@@ -60,6 +60,10 @@ class ExactBoundary:
             steps_in_flight=steps_in_flight,
         )
 
+    def beside(self, slot_pages: int) -> ExactBoundary:
+        """Counts what the longest request holds beside its exact pages: sealed blocks, slots, and the null block."""
+        return replace(self, other_pages=self.max_sealed_blocks + slot_pages + 1)
+
     def resolve(self, num_blocks: int) -> ExactBoundary:
         """Sets a prefill window that was left open.
 
@@ -117,6 +121,11 @@ class ExactBoundary:
     def reads_sealed(self, num_tokens: int, hit: int) -> bool:
         """Whether a request may attend to sealed blocks in a step that ends at `num_tokens`."""
         return hit > 0 or num_tokens > max(self.dense_threshold, self.block_size)
+
+    @property
+    def max_sealed_blocks(self) -> int:
+        """Shadow pages of the longest request, its open block's included."""
+        return -(-self.max_model_len // self.block_size)
 
     @property
     def max_exact_pages(self) -> int:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 
-import psutil
 import torch
 from torch import Tensor
 
+from vllm_shadowkv.state.host_memory import GIB, free_bytes
 from vllm_shadowkv.state.huge_pages import use_huge_pages
 
-logger = logging.getLogger(__name__)
-
-GIB = 2**30
 FREE_SHARE = 0.85
 """Share of the free host memory that the pool takes where the user sets no size."""
 
 
-def max_blocks(host_memory_gib: float | None, row_bytes: int, page_bytes: int, pages_on_host: bool, ranks: int) -> int:
+def max_blocks(
+    host_memory_gib: float | None, row_bytes: int, page_bytes: int, pages_on_host: bool, ranks: int, free: int
+) -> int:
     """How many blocks the host can back.
 
     Args:
@@ -27,6 +25,7 @@ def max_blocks(host_memory_gib: float | None, row_bytes: int, page_bytes: int, p
         page_bytes: bytes of one block's pages, all layers of this rank.
         pages_on_host: True on the CPU platform, where pages come from the same memory as the pool.
         ranks: ranks on this machine, which share the memory.
+        free: bytes of host memory that are free, see `host_memory.free_bytes`.
 
     Returns:
         Blocks of this rank.
@@ -34,7 +33,6 @@ def max_blocks(host_memory_gib: float | None, row_bytes: int, page_bytes: int, p
     Raises:
         ValueError: the setting exceeds the free memory; the sentence names both.
     """
-    free = psutil.virtual_memory().available
     if host_memory_gib is None:
         return int(FREE_SHARE * free) // ranks // (row_bytes + (page_bytes if pages_on_host else 0))
     wanted = int(host_memory_gib * GIB)
@@ -62,7 +60,7 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = Fa
         MemoryError: it does not fit what is free, or cannot be pinned; the sentence names the bytes and the flags.
     """
     needed = num_layers * num_blocks * row_bytes
-    free = psutil.virtual_memory().available
+    free = free_bytes()
     if needed > free:
         raise MemoryError(
             f"shadowkv: the values of {num_blocks} KV cache blocks need {needed / GIB:.1f} GiB of host memory, "

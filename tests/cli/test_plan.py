@@ -1,0 +1,79 @@
+"""What `plan` says. That the engine says the same: tests/integration/test_life_of_a_token.py and test_capacity.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.test_model import LLAMA, write
+
+from vllm_shadowkv.cli import arguments, main
+from vllm_shadowkv.cli.plan import Plan, make
+from vllm_shadowkv.state.host_memory import GIB
+
+
+def plan(folder: Path, *line: str, **settings: Any) -> Plan:
+    parser = argparse.ArgumentParser()
+    arguments.add(parser, plan=True)
+    usual = [write(folder, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024"]
+    return make(parser.parse_args([*usual, "--additional-config", json.dumps({"shadowkv": settings}), *line]))
+
+
+def test_llama_at_64_gib(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    assert made.pool.layout.page_bytes == 524_288
+    assert made.pool.layout.rank == 176
+    assert made.num_blocks == 64 * GIB // (32 * 524_288) == 4096
+    assert not made.host_bound
+    assert made.host_pool_bytes == 4096 * 32 * 2 * 8 * 128 * 1024  # bf16 values of every token
+    assert made.requests("bf16", 122_880) == 4  # 15 GiB each
+    assert made.requests("fp8", 122_880) == 8
+    assert made.requests("shadowkv", 122_880) >= 24
+
+
+def test_host_memory_bounds_the_pool(tmp_path: Path) -> None:
+    made = plan(tmp_path, "--host-gib", "100", host_memory_gib=50)
+    assert made.host_bound
+    assert made.host_pool_bytes <= 50 * GIB < made.host_pool_bytes + made.pool.host_bytes
+    halves = plan(tmp_path, "--host-gib", "100", "-tp", "2", host_memory_gib=50)
+    assert halves.num_blocks == pytest.approx(made.num_blocks, abs=1)  # half the heads each, so half the bytes
+    assert halves.host_pool_bytes <= 50 * GIB
+
+
+def test_break_even_is_where_as_many_fit(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    for backend in ("bf16", "fp8"):
+        even = made.break_even(backend)
+        assert even is not None
+        assert made.requests("shadowkv", even) >= made.requests(backend, even)
+        assert made.requests("shadowkv", even - 1024) < made.requests(backend, even - 1024)
+    assert plan(tmp_path, "--max-model-len", "4096").break_even("bf16") is None
+
+
+def test_more_slots_leave_room_for_fewer(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    assert made.with_slots(384) == made
+    counts = [made.with_slots(slots).requests("shadowkv", 65_536) for slots in (261, 384, 768, 1536)]
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == 4
+
+
+def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.png"
+    line = ["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024", "--plot", str(picture)]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    for part in ("524,288", "rank 176 of 1024", "4,096, bounded by device memory", "131,072", "384 (now)", "█"):
+        assert part in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_work_is_said_and_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path / "nothing"), "--kv-cache-gib", "1"]) == 1
+    assert "no model configuration at" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(tmp_path)])
+    assert caught.value.code == 2

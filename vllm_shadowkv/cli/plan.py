@@ -1,0 +1,224 @@
+"""`plan`: what a pool of some bytes holds, by the formulas of the engine (`state/capacity.py`)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_shadowkv.cli import arguments
+from vllm_shadowkv.cli.model import ModelShape
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.state.capacity import Capacity
+from vllm_shadowkv.state.host_memory import GIB
+
+STOCK_BLOCK = 16
+"""Tokens of a block of vLLM's own backends, by default."""
+BACKENDS = ("bf16", "fp8", "shadowkv")
+BAR = 40
+"""Columns of the longest bar."""
+SLOT_BUDGETS = (1, 2, 3, 4)
+"""Multiples of the budget whose effect on the number of requests is shown."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, settings and a pool.
+
+    Attributes:
+        shape: of one rank's layers.
+        config: the settings.
+        pool: with its prefill window resolved.
+        num_blocks: of one rank's pool, the null block included.
+        min_blocks: that the engine starts with.
+        device_bytes: of one rank's KV cache, as given.
+        host_bound: whether host memory, not device memory, bounds the pool.
+        ranks: on the machine.
+        contexts: tokens, ascending.
+    """
+
+    shape: ModelShape
+    config: ShadowKVConfig
+    pool: Capacity
+    num_blocks: int
+    min_blocks: int
+    device_bytes: int
+    host_bound: bool
+    ranks: int
+    contexts: tuple[int, ...]
+
+    def requests(self, backend: str, tokens: int) -> int:
+        """Requests of so many tokens that decode side by side; `backend` is one of `BACKENDS`."""
+        if backend == "shadowkv":
+            return self.pool.requests(self.num_blocks, tokens)
+        blocks = self.device_bytes // (STOCK_BLOCK * self.stock_token_bytes(backend)) - 1  # the null block
+        return blocks // -(-tokens // STOCK_BLOCK)
+
+    def stock_token_bytes(self, backend: str) -> int:
+        """Device bytes of a token of a stock backend, all layers: in the model's dtype ("bf16"), or of 8 bits."""
+        itemsize = 1 if backend == "fp8" else self.shape.dtype.itemsize
+        return 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_size * itemsize
+
+    @property
+    def host_pool_bytes(self) -> int:
+        """Host memory of all ranks' pools."""
+        return self.ranks * self.num_blocks * self.pool.host_bytes
+
+    def break_even(self, backend: str) -> int | None:
+        """Tokens, in whole blocks, from which on at least as many requests fit as with a stock backend; None: never."""
+        block, even = self.pool.layout.block_size, None
+        for tokens in range(self.pool.boundary.max_model_len // block * block, 0, -block):
+            if self.requests("shadowkv", tokens) < self.requests(backend, tokens):
+                break
+            even = tokens
+        return even
+
+    def with_slots(self, slot_chunks: int) -> Plan:
+        """The same with another `slot_chunks`."""
+        config = self.config.model_copy(update={"slot_chunks": slot_chunks})
+        pool = Capacity.of(config, self.pool.layout, self.pool.num_layers, self.pool.boundary)
+        return Plan(**{**self.__dict__, "config": config, "pool": pool})
+
+
+def make(given: argparse.Namespace) -> Plan:
+    """Plans what the arguments say.
+
+    Raises:
+        ValueError: the engine would refuse it, or it does not fit; one sentence.
+    """
+    config, shape = arguments.settings(given), arguments.model(given)
+    pool = arguments.capacity(given, config, shape)
+    longest = pool.boundary.max_model_len
+    contexts = tuple(sorted(set(given.contexts or _contexts(longest))))
+    if contexts[-1] > longest:
+        raise ValueError(f"shadowkv: --contexts {contexts[-1]} exceeds --max-model-len {longest}; raise that.")
+    num_blocks, host_bound = arguments.num_blocks(given, config, pool)
+    return Plan(
+        shape=shape,
+        config=config,
+        pool=pool.resolve(num_blocks),
+        num_blocks=num_blocks,
+        min_blocks=pool.min_blocks,
+        device_bytes=int(given.kv_cache_gib * GIB),
+        host_bound=host_bound,
+        ranks=given.tensor_parallel_size * given.pipeline_parallel_size,
+        contexts=contexts,
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """Prints the plan, and draws it if asked; returns the exit code."""
+    plan = make(given)
+    show(plan, Console())
+    if given.plot:
+        from vllm_shadowkv.cli.plot import draw
+
+        draw(plan, given.plot)
+        print(f"The picture is in {given.plot}.")
+    return 0
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan."""
+    console.print(_page(plan))
+    console.print(_pool(plan))
+    console.print(_requests(plan))
+    for backend in ("bf16", "fp8"):
+        even = plan.break_even(backend)
+        where = f"from {even:,} tokens on" if even else "at no context length"
+        console.print(f"At least as many requests as {_stock_name(plan, backend)}: {where}.")
+    console.print()
+    console.print(_slots(plan))
+    _bars(plan, console.print)
+
+
+def _contexts(longest: int) -> list[int]:
+    """Powers of two from 4,096 on, and the longest context."""
+    return [length for length in (2**power for power in range(12, 31)) if length < longest] + [longest]
+
+
+def _facts(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _page(plan: Plan) -> Table:
+    layout, shape = plan.pool.layout, plan.shape
+    keys = f"rank {layout.rank} of {min(layout.width, layout.block_size)}" if layout.rank else "exact"
+    return _facts(
+        "One page",
+        [
+            ("layers, KV heads, head size", f"{shape.num_layers}, {shape.num_kv_heads}, {shape.head_size} (a rank's)"),
+            ("bytes", f"{layout.page_bytes:,} in {str(layout.dtype).removeprefix('torch.')}"),
+            ("holds", f"{layout.block_size} tokens sealed, or {layout.exact_tokens} exact"),
+            ("keys of a sealed block", keys),
+            ("slots", f"{layout.slots_per_page} chunks a page, {plan.pool.slot_pages} pages a request"),
+        ],
+    )
+
+
+def _pool(plan: Plan) -> Table:
+    pool, blocks = plan.pool, plan.num_blocks
+    bound = "host memory" if plan.host_bound else "device memory"
+    return _facts(
+        "\nThe pool of a rank",
+        [
+            ("blocks", f"{blocks:,}, bounded by {bound}"),
+            ("tokens", f"{blocks * pool.layout.block_size:,} sealed, or {blocks * pool.layout.exact_tokens:,} exact"),
+            ("device", f"{blocks * pool.block_bytes / GIB:.1f} GiB"),
+            ("host, all ranks", f"{plan.host_pool_bytes / GIB:.1f} GiB"),
+            ("prompts are exact over", f"their newest {pool.boundary.prefill_exact_tokens:,} tokens"),
+            ("least that starts", f"{plan.min_blocks:,} blocks, for one of {pool.boundary.max_model_len:,} tokens\n"),
+        ],
+    )
+
+
+def _requests(plan: Plan) -> Table:
+    table = Table(title="Requests that decode side by side", title_justify="left")
+    for column in ("context", _stock_name(plan, "bf16"), "fp8", "shadowkv", "ratio", "device each", "host each"):
+        table.add_column(column, justify="right")
+    for tokens in plan.contexts:
+        counts = [plan.requests(backend, tokens) for backend in BACKENDS]
+        device = plan.pool.peak_decoding_pages(tokens) * plan.pool.block_bytes / GIB
+        values = tokens // plan.pool.layout.block_size * plan.pool.host_bytes / GIB
+        ratio = f"{counts[2] / counts[0]:.1f}" if counts[0] else "-"
+        cells = [f"{tokens:,}", *map(str, counts), ratio, f"{device:.2f} GiB", f"{values:.2f} GiB"]
+        table.add_row(*cells)
+    return table
+
+
+def _slots(plan: Plan) -> Table:
+    """More slots keep more chunks from step to step, and leave room for fewer requests."""
+    config = plan.config
+    least = config.forced_chunks + config.budget_chunks
+    choices = {least, config.slot_chunks, *(factor * config.budget_chunks for factor in SLOT_BUDGETS)}
+    table = Table(title="Requests by slot_chunks", title_justify="left")
+    table.add_column("slot_chunks", justify="right")
+    for tokens in plan.contexts:
+        table.add_column(f"{tokens:,}", justify="right")
+    for choice in sorted(choice for choice in choices if choice >= least):
+        other = plan.with_slots(choice)
+        mark = " (now)" if choice == config.slot_chunks else ""
+        table.add_row(f"{choice}{mark}", *(str(other.requests("shadowkv", tokens)) for tokens in plan.contexts))
+    return table
+
+
+def _bars(plan: Plan, write: Callable[[str], None]) -> None:
+    write("\nRequests; the longest bar of a context is its most")
+    for tokens in plan.contexts:
+        counts = [plan.requests(backend, tokens) for backend in BACKENDS]
+        for backend, colour, count in zip(BACKENDS, ("blue", "cyan", "green"), counts, strict=True):
+            bar = "█" * round(BAR * count / max(*counts, 1))
+            label = f"{tokens:,}" if backend == BACKENDS[0] else ""
+            write(f"{label:>10} {_stock_name(plan, backend):>9} [{colour}]{bar}[/] {count}")
+
+
+def _stock_name(plan: Plan, backend: str) -> str:
+    """`bf16` by the name of the dtype that is meant."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    return names[str(plan.shape.dtype).removeprefix("torch.")] if backend == "bf16" else backend
