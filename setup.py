@@ -9,8 +9,10 @@ Metadata is in pyproject.toml. Environment:
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any
 
 import ninja
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
@@ -159,10 +162,43 @@ class BuildExtension(cpp_extension.BuildExtension):
         return objects
 
 
+def cudart_version(cuda: str) -> str:
+    """Return the version of the toolkit's runtime library."""
+    header = (Path(cuda) / "include" / "cuda_runtime_api.h").read_text()
+    number = int(re.findall(r"#define CUDART_VERSION\s+(\d+)", header)[0])
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class BdistWheel(bdist_wheel):
+    """The wheel, with a bill of what is bundled in `.dist-info/sboms` (PEP 770, CycloneDX)."""
+
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        """Write the bill beside the metadata."""
+        super().egg2dist(egginfo_path, distinfo_path)
+        cudart = {
+            "type": "library",
+            "name": "cudart_static",
+            "description": "CUDA runtime, linked into vllm_shadowkv/_C.abi3.so",
+            "supplier": {"name": "NVIDIA"},
+            "licenses": [{"license": {"name": "CUDA Toolkit End User License Agreement"}}],
+        }
+        wheel = {"type": "library", "name": "vllm-shadowkv", "version": self.distribution.get_version()}
+        bill = {
+            "bomFormat": "CycloneDX",
+            "specVersion": "1.6",
+            "version": 1,
+            "metadata": {"component": wheel | {"licenses": [{"license": {"id": "Apache-2.0"}}]}},
+            "components": [cudart | {"version": cudart_version(CUDA)}] if CUDA else [],
+        }
+        sboms = Path(distinfo_path) / "sboms"
+        sboms.mkdir()
+        (sboms / "vllm-shadowkv.cdx.json").write_text(json.dumps(bill, indent=2) + "\n")
+
+
 CUDA = cuda_home()
 print(f"vllm_shadowkv: building CPU kernels for {', '.join(ISAS)};", "CUDA", CUDA or "off")
 setup(
     ext_modules=[extension(CUDA)],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": BdistWheel},
     options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
 )

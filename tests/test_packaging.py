@@ -86,3 +86,19 @@ def test_broken_extension_names_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_has_cuda_tells_what_was_compiled_in() -> None:
     # The linker puts the code of every .cu file into this section.
     assert vllm_shadowkv.has_cuda() == (b".nv_fatbin" in extension.LIBRARY.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"SHADOWKV_CUDA": "2"}, "SHADOWKV_CUDA must be 0 or 1, got '2'"),
+        ({"CUDA_HOME": "/nowhere"}, "a CUDA build needs CUDA_HOME with bin/nvcc, got CUDA_HOME='/nowhere'"),
+    ],
+    ids=["switch", "toolkit"],
+)
+def test_a_build_that_cannot_work_says_why(environment: dict[str, str], sentence: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("SHADOWKV_CUDA", "CUDA_HOME")}
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == sentence

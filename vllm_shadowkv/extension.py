@@ -24,12 +24,12 @@ def load() -> Any:
         RuntimeError: If `SHADOWKV_CPU_ISA` is set and names what this CPU lacks.
     """
     if not LIBRARY.is_file():
-        raise ImportError(f"the compiled extension {LIBRARY} is missing; {FIX}")
+        raise ImportError(f"the compiled extension {LIBRARY} is missing; {FIX}.")
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise ImportError(
-            f"the compiled extension {LIBRARY} does not load with torch {torch.__version__} ({error}); {FIX}"
+            f"the compiled extension {LIBRARY} does not load with torch {torch.__version__} ({error}); {FIX}."
         ) from error
     torch.ops.shadowkv.cpu_isa()  # A wrong SHADOWKV_CPU_ISA fails here, not inside a model.
     return torch.ops.shadowkv

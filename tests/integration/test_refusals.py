@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import compat, refusals, runtime
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
-from vllm_shadowkv.state.host_pool import GIB
+from vllm_shadowkv.state.host_memory import GIB
 
 # -- The process -----------------------------------------------------------------------------------------------------
 
@@ -278,28 +279,28 @@ def test_a_worker_that_is_not_loaded_is_not_loaded_for_this(workers: Workers, mo
     assert workers.cpu().determine_available_memory() == 0
 
 
+def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
+    """A worker's runtime with two layers of one KV head of 64, without a model, and 8 GiB of free host memory."""
+    patch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
+    patch.setattr(runtime, "current_platform", platform)
+    patch.setattr(runtime, "_attention", lambda layout, num_heads: None)
+    patch.setattr(runtime, "free_bytes", lambda: 8 * GIB)
+    config = copy.copy(vllm_config())
+    config.additional_config = {"shadowkv": settings}
+    config.scheduler_config.async_scheduling = False
+    config.scheduler_config.max_num_batched_tokens = 2048
+    config.model_config.max_model_len = 65_536
+    made = Runtime(config)
+    made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+    made._layers = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
+    patch.setattr(Runtime, "_latest", made)
+    return made
+
+
 @pytest.fixture
 def make_runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
-    """A worker's runtime with two layers of one KV head of 64, without a model, and 8 GiB of free host memory."""
-
-    def make(**settings: Any) -> Runtime:
-        config = copy.copy(vllm_config())
-        config.additional_config = {"shadowkv": settings}
-        config.scheduler_config.async_scheduling = False
-        config.scheduler_config.max_num_batched_tokens = 2048
-        config.model_config.max_model_len = 65_536
-        made = Runtime(config)
-        made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
-        made._layers = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
-        monkeypatch.setattr(Runtime, "_latest", made)
-        return made
-
-    monkeypatch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
-    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
-    monkeypatch.setattr(runtime, "current_platform", platform)
-    monkeypatch.setattr(runtime, "_attention", lambda layout, num_heads: None)
-    monkeypatch.setattr(runtime, "free_bytes", lambda: 8 * GIB)
-    return make
+    return functools.partial(runtime_of, monkeypatch)
 
 
 def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..., Runtime]) -> None:

@@ -1,0 +1,370 @@
+"""Every message that a user can meet: what triggers it, and that it is one sentence with a way out.
+
+`raise` statements are found in the source. Each must be reached by one of `TRIGGERS`, or be listed in `INTERNAL`, which
+are errors of ours. Messages of the build are in tests/test_packaging.py, those of `doctor` in tests/cli/test_doctor.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cli.test_model import LLAMA
+from pydantic import ValidationError
+from simulation import vllm_config
+from test_refusals import ENGINES, PLAIN, engine, on, runtime_of
+from test_rope import LAYER, blank, make_parent, make_rope, stand_in
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+
+import vllm_shadowkv
+from vllm_shadowkv import extension
+from vllm_shadowkv.cli import arguments, explain, plan
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration import compat, flash_attention, impl, platform, refusals, rope
+from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.state import host_pool
+from vllm_shadowkv.state.host_memory import GIB
+
+SOURCE = Path(vllm_shadowkv.__file__).parent
+Site = tuple[str, int]
+"""A file below the package, and the first line of a `raise` in it."""
+
+INTERNAL = {
+    "this is a bug, please report it": "says so itself",
+    "has no attribute": "Python's own protocol: a module without that attribute",
+    "fused quantisation of the attention output": "vLLM asks first whether we take it, and we say no",
+    "was asked for before any attention layer was built": "an order of calls that vLLM does not have",
+    "was not attached to a module": "as above",
+    "needs at least one KV head": "no model has none",
+}
+"""Parts of statements that only an error of ours, or of vLLM's, can reach, and why."""
+INTERNAL_FILES = {
+    "rotary.py": "arguments, checked by tests/integration/test_rope.py; callers are ours",
+    "state/low_rank.py": "arguments, checked by tests/state/test_low_rank.py; callers are ours",
+}
+
+Patch = pytest.MonkeyPatch
+Trigger = Callable[[Patch, Path], Any]
+
+
+def settings(**values: Any) -> Trigger:
+    return lambda patch, folder: ShadowKVConfig.from_vllm({"shadowkv": values})
+
+
+def page(head_size: int = 128, dtype: torch.dtype = torch.bfloat16, **values: Any) -> Trigger:
+    return lambda patch, folder: plan_page(ShadowKVConfig(**values), 1, head_size, dtype)
+
+
+def process(device: str, built_with_cuda: bool) -> Trigger:
+    def trigger(patch: Patch, folder: Path) -> None:
+        on(patch, device, built_with_cuda)
+        refusals.check_process()
+
+    return trigger
+
+
+def layer(**changes: Any) -> Trigger:
+    return lambda patch, folder: refusals.check_layer(**(PLAIN | changes))
+
+
+def rotation(parent: Callable[[], nn.Module | None], head_size: int = 64) -> Trigger:
+    def trigger(patch: Patch, folder: Path) -> None:
+        with set_current_vllm_config(VllmConfig()):
+            made = parent()
+        rope.rotary_of(made, LAYER, head_size)
+
+    return trigger
+
+
+def llama(name: str = "llama.LlamaAttention", **attributes: Any) -> Any:
+    return make_parent(make_rope("neox", 64, torch.float32), torch.float32, name, **attributes)
+
+
+def renamed() -> Any:
+    parent = llama()
+    parent.attn.layer_name = "another"
+    return parent
+
+
+def of_dtype(dtype: Any) -> Any:
+    parent = llama()
+    parent.attn.dtype = dtype
+    return parent
+
+
+def command(what: Any, *line: str, config: Any = LLAMA) -> Trigger:
+    """`plan` or `explain`; arguments come before the usual ones, argparse's exit as what it was raised for."""
+
+    def trigger(patch: Patch, folder: Path) -> None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        arguments.add(parser, plan=what is plan)
+        try:
+            given = parser.parse_args([str(folder), "--kv-cache-gib", "64", "--host-gib", "1024", *line])
+        except argparse.ArgumentError as error:
+            raise error.__context__ or error from None
+        what.run(given)
+
+    return trigger
+
+
+def version(patch: Patch, folder: Path) -> None:
+    patch.setattr(compat.vllm, "__version__", "0.33.0")
+    compat.check_vllm_version()
+
+
+def library(content: bytes | None) -> Trigger:
+    def trigger(patch: Patch, folder: Path) -> None:
+        path = folder / "_C.abi3.so"
+        if content is not None:
+            path.write_bytes(content)
+        patch.setattr(extension, "LIBRARY", path)
+        extension.load.__wrapped__()
+
+    return trigger
+
+
+def mla(patch: Patch, folder: Path) -> None:
+    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=SimpleNamespace(name="SHADOWKV")))
+    patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
+    _ = platform.CPU_MLA
+
+
+def no_flash_attention(patch: Patch, folder: Path) -> None:
+    patch.setattr(flash_attention.fa_utils, "get_flash_attn_version", lambda head_size: None)
+    flash_attention.FlashAttention(plan_page(ShadowKVConfig(), 8, 128, torch.bfloat16), torch.device("cpu"))
+
+
+def unknown_argument(patch: Patch, folder: Path) -> None:
+    patch.setattr(impl, "get_current_vllm_config", vllm_config)
+    impl.ShadowKVImpl(num_heads=2, head_size=64, scale=1.0, num_kv_heads=1, indexer=object())
+
+
+def unequal_layers(patch: Patch, folder: Path) -> None:
+    runtime_of(patch).lay_out(num_heads=4, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
+
+
+def small_host(patch: Patch, folder: Path) -> None:
+    runtime_of(patch, host_memory_gib=0.01).bound_bytes(1 << 50)
+
+
+def large_host_pool(patch: Patch, folder: Path) -> None:
+    runtime_of(patch, host_memory_gib=17).bound_bytes(1 << 50)
+
+
+def pool_that_does_not_fit(patch: Patch, folder: Path) -> None:
+    patch.setattr(host_pool, "free_bytes", lambda: GIB)
+    host_pool.allocate(num_layers=2, num_blocks=1024, row_bytes=1 << 20)
+
+
+def pool_that_cannot_be_pinned(patch: Patch, folder: Path) -> None:
+    patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    host_pool.allocate(num_layers=1, num_blocks=1, row_bytes=64, pinned=True)
+
+
+def no_matplotlib(patch: Patch, folder: Path) -> None:
+    patch.setitem(sys.modules, "matplotlib", None)
+    command(plan, "--plot", "plan.png")(patch, folder)
+
+
+TRIGGERS: list[Trigger] = [
+    # The settings.
+    settings(bogus=1),
+    settings(compression=3),
+    settings(block_size=1000),
+    settings(block_size=64),
+    settings(rank=100),
+    settings(sparse_budget=1001),
+    settings(num_outlier_chunks=129),
+    settings(slot_chunks=260),
+    lambda patch, folder: ShadowKVConfig.from_vllm({"shadowkv": 1}),
+    page(head_size=100),
+    page(dtype=torch.float64),
+    page(compression=16, num_outlier_chunks=128),
+    page(compression=16, key_codec="none"),
+    # The process, the engine, the model.
+    version,
+    library(None),
+    library(b"not a library"),
+    process("xpu", built_with_cuda=True),
+    process("cuda", built_with_cuda=False),
+    *(lambda patch, folder, c=changes: refusals.check_engine(engine(**c), ShadowKVConfig()) for changes, _ in ENGINES),
+    lambda patch, folder: (
+        on(patch, "cuda", built_with_cuda=True),
+        refusals.check_engine(engine(model_config__dtype=torch.float32), ShadowKVConfig()),
+    ),
+    lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
+    lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),
+    layer(attn_type="encoder_only"),
+    layer(sliding_window=4096),
+    layer(alibi_slopes=[0.5]),
+    layer(logits_soft_cap=50.0),
+    layer(kv_sharing_target_layer_name="layers.0"),
+    layer(sinks=torch.zeros(8)),
+    unknown_argument,
+    unequal_layers,
+    mla,
+    no_flash_attention,
+    rotation(lambda: None),
+    rotation(lambda: nn.ModuleList()),
+    rotation(lambda: stand_in("llama.LlamaAttention")),
+    rotation(lambda: make_parent(blank(nn.Identity, head_size=64, rotary_dim=64), torch.float32)),
+    rotation(llama, head_size=192),
+    rotation(renamed),
+    rotation(lambda: of_dtype("float32")),
+    rotation(lambda: llama("llama4.Llama4Attention", qk_norm=nn.Identity())),
+    rotation(lambda: llama("hy_v3.HYV3Attention", hpc_rope_norm=nn.Identity())),
+    # Host memory.
+    small_host,
+    large_host_pool,
+    pool_that_does_not_fit,
+    pool_that_cannot_be_pinned,
+    # The command.
+    command(plan, "--additional-config", "{"),
+    command(plan, "--additional-config", "[]"),
+    command(plan, "--contexts", "0"),
+    command(plan, "--kv-cache-gib", "-1"),
+    command(plan, "--kv-cache-gib", "1"),
+    command(plan, "--contexts", "1000000"),
+    command(plan, "--plot", "plan.nothing"),
+    no_matplotlib,
+    command(plan, "-tp", "3"),
+    command(plan, config="{"),
+    command(plan, config="[]"),
+    command(plan, config={}),
+    command(explain, config=LLAMA | {"kv_lora_rank": 512}),
+    command(plan, config=LLAMA | {"layer_types": ["full_attention", "sliding_attention"]}),
+    command(plan, config=LLAMA | {"sliding_window": 4096}),
+    command(plan, config=LLAMA | {"attn_logit_softcapping": 50.0}),
+    command(plan, config=LLAMA | {"mamba_d_state": 16}),
+    lambda patch, folder: arguments.model(
+        argparse.Namespace(model=str(folder / "x"), dtype="auto", tensor_parallel_size=1, pipeline_parallel_size=1)
+    ),
+]
+
+
+def raises() -> dict[Site, ast.Raise]:
+    """Every `raise` of the package, re-raises without an exception left out."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                found[str(path.relative_to(SOURCE)), node.lineno] = node
+    return found
+
+
+def sites_of(error: BaseException | None, known: dict[Site, ast.Raise]) -> Iterator[Site]:
+    """The statements that raised an error and what led to it."""
+    while error is not None:
+        yield from _raised_at(error, known)
+        if isinstance(error, ValidationError):
+            for item in error.errors():
+                yield from _raised_at(item.get("ctx", {}).get("error"), known)
+        error = error.__cause__ or error.__context__
+
+
+def _raised_at(error: Any, known: dict[Site, ast.Raise]) -> Iterator[Site]:
+    trace = getattr(error, "__traceback__", None)
+    while trace is not None:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_relative_to(SOURCE):
+            name = str(path.relative_to(SOURCE))
+            for (file, first), node in known.items():
+                if file == name and first <= trace.tb_lineno <= (node.end_lineno or first):
+                    yield file, first
+        trace = trace.tb_next
+
+
+@functools.cache
+def triggered() -> tuple[list[str], set[Site]]:
+    """What the triggers say, and the statements they reach."""
+    import tempfile
+
+    messages, reached, known = [], set[Site](), raises()
+    for trigger in TRIGGERS:
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            try:
+                trigger(patch, Path(folder))
+            except (Exception, argparse.ArgumentTypeError) as error:
+                messages.append(f"{type(error).__name__}: {error}")
+                reached |= set(sites_of(error, known))
+                continue
+        raise AssertionError(f"trigger {len(messages)} raised nothing")
+    return messages, reached
+
+
+def internal(site: Site, node: ast.Raise) -> bool:
+    text = ast.unparse(node)
+    return site[0] in INTERNAL_FILES or any(part in text for part in INTERNAL)
+
+
+def test_every_message_is_triggered() -> None:
+    known = raises()
+    _, reached = triggered()
+    missing = [
+        f"{file}:{line}: {ast.unparse(node)[:100]}"
+        for (file, line), node in known.items()
+        if (file, line) not in reached and not internal((file, line), node)
+    ]
+    assert not missing, "no trigger reaches\n" + "\n".join(missing)
+
+
+def test_what_is_internal_exists_and_is_not_met() -> None:
+    known = raises()
+    _, reached = triggered()
+    assert [site for site in reached if internal(site, known[site])] == []
+    texts = [ast.unparse(node) for node in known.values()]
+    assert [part for part in INTERNAL if not any(part in text for text in texts)] == []
+    assert {file for file, _ in known} >= set(INTERNAL_FILES)
+
+
+def test_messages_are_one_sentence_with_a_way_out() -> None:
+    messages, _ = triggered()
+    wrong = []
+    for message in messages:
+        kind, _, text = message.partition(": ")
+        if kind == "ArgumentTypeError":  # argparse puts the argument before it
+            good = re.fullmatch(r"must be .*, got .*", text)
+        else:
+            good = re.match(r"(shadowkv|ShadowKV|--additional-config|the compiled extension)", text)
+            good = good and text.endswith(".") and not re.search(r"[a-z]\. [A-Z]", text)
+            good = good and ("; " in text or text.startswith("--additional-config"))
+        if not good or "\n" in text:
+            wrong.append(message)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("function", ["check_engine", "check_layer"])
+def test_every_sentence_of_a_table_is_triggered(function: str) -> None:
+    """Those functions raise in one place, for each of a table of sentences."""
+    tree = ast.parse((SOURCE / "integration" / "refusals.py").read_text())
+    [body] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    body.body = body.body[1:]  # the docstring
+    texts = [node.value for node in ast.walk(body) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    sentences = [text for text in texts if " " in text.strip()]
+    said = "\n".join(triggered()[0])
+    assert len(sentences) > 3
+    assert [text for text in sentences if text.strip() not in said] == []
+
+
+def test_warnings_are_few() -> None:
+    """There is one, tested in test_refusals.py. Others need a test, and this list."""
+    warned = [
+        f"{path.relative_to(SOURCE)}: {ast.unparse(node.args[0])}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "logger.error", "warnings.warn")
+    ]
+    assert warned == ["integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s=1.'"]
