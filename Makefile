@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test cuda-check gpu-test gpu-bench demo clean
+.PHONY: install lint format test cuda-check docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -30,6 +30,17 @@ test: lint
 # Needs the CUDA toolkit, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# The site, in build/site. What is generated from the code is written anew; commit it.
+docs: install
+	$(BIN)/python scripts/configuration_reference.py
+	$(BIN)/python scripts/draw.py
+	$(BIN)/mkdocs build --strict
+
+# sdist and wheel in dist, and the wheel tried in a new virtual environment.
+wheel: install
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python scripts/check_wheel.py "$$(ls -t dist/*.whl | head -1)"
 
 # Both need a GPU and a build with the CUDA kernels (CUDA_HOME, or SHADOWKV_CUDA=1).
 gpu-test: install

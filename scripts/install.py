@@ -144,7 +144,7 @@ def steps(gpu: bool) -> list[Step]:
     """Return the steps in order."""
     extras = PROJECT["optional-dependencies"]
     stack = extras["cuda" if gpu else "cpu"]
-    tools = [*extras["dev"], *extras["bench"]]
+    tools = [*extras["dev"], *extras["bench"], *extras["docs"]]
     environment = build_environment(gpu)
     cuda_wanted = environment.get("SHADOWKV_CUDA") == "1"
     return [

@@ -346,6 +346,15 @@ def test_messages_are_one_sentence_with_a_way_out() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    said = "\n".join(triggered()[0])
+    page = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
+    rows = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| `")]
+    quoted = [part for row in rows if "vLLM's own" not in row for part in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 20
+    assert [part for part in quoted if part not in said] == []
+
+
 @pytest.mark.parametrize("function", ["check_engine", "check_layer"])
 def test_every_sentence_of_a_table_is_triggered(function: str) -> None:
     """Those functions raise in one place, for each of a table of sentences."""
