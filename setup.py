@@ -196,9 +196,12 @@ class BdistWheel(bdist_wheel):
 
 
 CUDA = cuda_home()
+WHEEL = {"py_limited_api": OLDEST_PYTHON}
+if CUDA:  # the build number tells the two wheels of a version apart; pip takes the one that has one
+    WHEEL["build_number"] = f"1cu{cudart_version(CUDA).replace('.', '')}"
 print(f"vllm_shadowkv: building CPU kernels for {', '.join(ISAS)};", "CUDA", CUDA or "off")
 setup(
     ext_modules=[extension(CUDA)],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": BdistWheel},
-    options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
+    options={"bdist_wheel": WHEEL},
 )
