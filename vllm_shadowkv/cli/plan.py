@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -80,7 +80,7 @@ class Plan:
         """The same with another `slot_chunks`."""
         config = self.config.model_copy(update={"slot_chunks": slot_chunks})
         pool = Capacity.of(config, self.pool.layout, self.pool.num_layers, self.pool.boundary)
-        return Plan(**{**self.__dict__, "config": config, "pool": pool})
+        return replace(self, config=config, pool=pool)
 
 
 def make(given: argparse.Namespace) -> Plan:
