@@ -283,7 +283,9 @@ class Worker:
         """
         self.rows: dict[str, _Row] = {}
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
-        memory = SimpleNamespace(layout=layout, pages=pages, exact_pages=pages, slot_pages=pages, worker=self)
+        memory = SimpleNamespace(
+            layout=layout, pages=pages, exact_views=layout.exact_views(pages), slot_pages=pages, worker=self
+        )
         self.bound = SimpleNamespace(
             boundary=boundary,
             state=BlockState(num_blocks, torch.device("cpu")),

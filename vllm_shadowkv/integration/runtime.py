@@ -28,6 +28,7 @@ from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
 from vllm_shadowkv.state.host_memory import GIB, free_bytes
+from vllm_shadowkv.state.huge_pages import use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS
@@ -276,6 +277,9 @@ class Runtime:
 
     def _make_bound(self, num_blocks: int, device: torch.device) -> Bound:
         layout = self.layout
+        if device.type == "cpu":  # vLLM has just allocated it, and filled it with zeros
+            for layer in self._layers.values():
+                use_huge_pages(layer.attention.kv_cache, zeros=True)
         pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes, pinned=device.type == "cuda")
         memories = {
             name: LayerMemory(

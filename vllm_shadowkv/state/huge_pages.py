@@ -10,7 +10,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE = 2**21
-_DONTNEED, _HUGEPAGE, _POPULATE_WRITE = 4, 14, 23  # madvise(2); the last since Linux 5.14
+_DONTNEED, _HUGEPAGE = 4, 14  # madvise(2)
 
 
 def use_huge_pages(memory: Tensor, zeros: bool = False) -> bool:
@@ -22,7 +22,7 @@ def use_huge_pages(memory: Tensor, zeros: bool = False) -> bool:
     Args:
         memory: on the CPU, contiguous.
         zeros: False: it was not touched yet, and stays so. True: it holds nothing but zeros; they are given back, and
-            come anew in huge pages. (To move content costs ten seconds per GiB.)
+            come anew, in huge pages, when they are touched. (To move content would take seconds per GiB.)
 
     Returns:
         Whether Linux agreed, for all of it but its ends; where not, it works as before.
@@ -36,7 +36,4 @@ def use_huge_pages(memory: Tensor, zeros: bool = False) -> bool:
     if madvise(begin, size, _HUGEPAGE):
         logger.debug("shadowkv: no huge pages for %d bytes of host memory: errno %d.", size, ctypes.get_errno())
         return False
-    if zeros:  # populated, so that what vLLM has reserved stays reserved
-        madvise(begin, size, _DONTNEED)
-        madvise(begin, size, _POPULATE_WRITE)
-    return True
+    return not zeros or madvise(begin, size, _DONTNEED) == 0

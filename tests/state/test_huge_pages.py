@@ -1,0 +1,48 @@
+"""Huge pages change where memory lies, and nothing in it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_shadowkv.state.huge_pages import HUGE_PAGE, use_huge_pages
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+needs_huge_pages = pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="Linux gives no huge pages here"
+)
+
+
+@needs_huge_pages
+@pytest.mark.parametrize("zeros", [False, True])
+def test_memory_comes_in_huge_pages(zeros: bool) -> None:
+    memory = torch.zeros(8 * HUGE_PAGE, dtype=torch.uint8) if zeros else torch.empty(8 * HUGE_PAGE, dtype=torch.uint8)
+    assert use_huge_pages(memory, zeros)
+    if zeros:
+        assert not memory.any()
+    memory.fill_(3)
+    assert (memory == 3).all()
+    assert _huge_kib(memory) >= 6 * HUGE_PAGE // 1024  # of eight, the ends are not whole
+
+
+def test_too_small_or_elsewhere() -> None:
+    """What holds no whole huge page, or a system without them, is left alone."""
+    memory = torch.arange(100)
+    assert not use_huge_pages(memory, zeros=True)
+    assert torch.equal(memory, torch.arange(100))
+
+
+def _huge_kib(memory: torch.Tensor) -> int:
+    """Of the mappings that hold the memory."""
+    assert sys.platform == "linux"
+    begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    inside, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            low, high = (int(part, 16) for part in words[0].split("-"))
+            inside = low < end and high > begin
+        elif inside and words[0] == "AnonHugePages:":
+            found += int(words[1])
+    return found
