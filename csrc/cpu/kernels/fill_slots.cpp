@@ -87,11 +87,15 @@ class Misses {
 };
 
 // What a miss reads and writes; its basis only if it is not that of the miss before.
-Ahead memory_of(const PageLayout& layout, const Miss& miss, const Miss& before,
+Ahead memory_of(const FillSlotsParams& p, const Miss& miss, const Miss& before,
                 int64_t chunk_bytes) {
+  const PageLayout& layout = p.layout;
   Ahead memory;
   if (!miss.usable) return memory;
   if (layout.rank != 0) {
+    const int64_t angles = p.rotary.rotary_dim;  // a long table, seldom in any cache
+    memory.add(p.rotary.cos_sin + miss.position * angles,
+               layout.chunk_size * angles * static_cast<int64_t>(sizeof(float)));
     const int64_t codes = layout.chunk_size * layout.rank;
     memory.add(miss.page + layout.coefficients + miss.chunk * codes, codes);
     if (miss.page != before.page || miss.head != before.head) {
@@ -115,7 +119,7 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
   Miss miss = misses.at(begin);
   for (int64_t index = begin; index < end; ++index) {
     const Miss next = index + 1 < end ? misses.at(index + 1) : Miss{};
-    Ahead ahead = memory_of(layout, next, miss, sizeof(T) * chunk_elements);
+    Ahead ahead = memory_of(p, next, miss, sizeof(T) * chunk_elements);
     if (miss.usable) {
       const int64_t offset = (miss.head * layout.slots_per_page + miss.slot) * chunk_elements;
       rebuild_chunk<T, kHeadSize>(

@@ -293,42 +293,6 @@ SHADOWKV_INLINE void store_tile(V totals, int64_t num_rows, float* out, int64_t 
   }
 }
 
-// A tile of dot_products: a row is read once, all sums stay in registers. Where rows are missing,
-// the last one stands in for them.
-template <int kQueries, typename T>
-SHADOWKV_INLINE void dot_tile(const float* queries, int64_t query_stride, const T* rows,
-                              int64_t num_rows, int64_t row_stride, int64_t size, float* out,
-                              int64_t out_stride) {
-  constexpr int kRows = kLanes / kQueries;
-  FloatV sums[kLanes] = {};
-  const T* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = rows + (r < num_rows ? r : num_rows - 1) * row_stride;
-  for (int64_t i = 0; i < size; i += kLanes) {
-    FloatV query[kQueries];
-#pragma GCC unroll 16
-    for (int q = 0; q < kQueries; ++q) query[q] = load(queries + q * query_stride + i);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const FloatV x = load(row[r] + i);
-#pragma GCC unroll 16
-      for (int q = 0; q < kQueries; ++q) sums[q * kRows + r] += query[q] * x;
-    }
-  }
-  store_tile<kQueries>(sum_each(sums), num_rows, out, out_stride);
-}
-
-// out[q * out_stride + r] = dot(queries + q * query_stride, rows + r * row_stride), in fp32.
-// size: a multiple of kMaxLanes. The sum's order depends on nothing but the ISA.
-template <typename T>
-inline void dot_products(const float* queries, int64_t num_queries, int64_t query_stride,
-                         const T* rows, int64_t num_rows, int64_t row_stride, int64_t size,
-                         float* out, int64_t out_stride) {
-  for_each_tile(num_queries, num_rows, [&]<int kQueries>(int64_t q, int64_t r, int64_t rows_left) {
-    dot_tile<kQueries>(queries + q * query_stride, query_stride, rows + r * row_stride, rows_left,
-                       row_stride, size, out + q * out_stride + r, out_stride);
-  });
-}
-
 // 2 * kLanes int8 as int16.
 SHADOWKV_INLINE Int16V load_int16(const int8_t* p) {
 #if defined(__AVX512BW__)

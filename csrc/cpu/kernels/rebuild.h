@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/numeric.h"
 #include "layout.h"
 #include "params/rotary_table.h"
@@ -18,38 +19,14 @@ namespace shadowkv::SHADOWKV_ISA {
 
 // Tokens rebuilt at once; every chunk size is a multiple of it.
 constexpr int kRebuildTokens = 8;
-// to[i] = from[i], rounded, for i < size (a multiple of kMaxLanes).
-template <typename T>
-inline void narrow(const float* from, int64_t size, T* to) {
-  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(from + i));
+
+// One token's row; a call of memcpy would cost more.
+template <int kHeadSize, typename T>
+inline void copy_row(const T* from, T* to) {
+  for (int d = 0; d < kHeadSize; d += kMaxLanes) {
+    std::memcpy(to + d, from + d, kMaxLanes * sizeof(T));
+  }
 }
-
-// Memory that is needed soon, brought to the second-level cache a few lines at a time: it arrives
-// beside the computation, not before it.
-class Ahead {
- public:
-  void add(const void* from, int64_t size) {
-    const auto* at = static_cast<const uint8_t*>(from);
-    if (size > 0) ranges_[count_++] = {at, at + size};
-  }
-  SHADOWKV_INLINE void step() {
-    if (current_ == count_) return;
-    Range& range = ranges_[current_];
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(range.at + 64 * line, 0, 2);
-    range.at += 4 * 64;
-    current_ += range.at >= range.end;
-  }
-  void finish() {
-    while (current_ < count_) step();
-  }
-
- private:
-  struct Range {
-    const uint8_t *at, *end;
-  };
-  Range ranges_[5];
-  int count_ = 0, current_ = 0;
-};
 
 #if defined(__AVX512VNNI__)
 
@@ -65,22 +42,32 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
                             Ahead& ahead, float* sums) {
   constexpr int kBytes = 64;
   const __m512i flip = _mm512_set1_epi8(-128);
-  int32_t offsets[kRebuildTokens];
-  for (int t = 0; t < kRebuildTokens; ++t) {
-    offsets[t] = 0;
-    for (int64_t r = 0; r < rank; ++r) offsets[t] -= 128 * coefficients[t * rank + r];
-  }
-  const auto part = [&]<bool kHigh>(int d, __mmask64 inside) SHADOWKV_INLINE_LAMBDA {
-    __m512i sum[kRebuildTokens][2];
+  ahead.spread((rank + 3) / 4 * 2 * ((kHeadSize + kBytes - 1) / kBytes));
+  const auto bytes = [](const int8_t* from, int64_t count) SHADOWKV_INLINE_LAMBDA {
+    return count < kBytes ? _mm512_maskz_loadu_epi8((1ull << count) - 1, from)
+                          : _mm512_loadu_si512(from);
+  };
+  IntV totals[kLanes] = {};
 #pragma GCC unroll 8
-    for (int t = 0; t < kRebuildTokens; ++t) sum[t][0] = sum[t][1] = _mm512_set1_epi32(offsets[t]);
+  for (int t = 0; t < kRebuildTokens; ++t) {
+    for (int64_t r = 0; r < rank; r += kBytes) {
+      const __m512i codes = bytes(coefficients + t * rank + r, rank - r);
+      totals[t] = (IntV)_mm512_dpbusd_epi32((__m512i)totals[t], _mm512_set1_epi8(1), codes);
+    }
+  }
+  const IntV offsets = -128 * sum_each(totals);
+  // Of 64 dimensions: i has dimensions 4 * i to 4 * i + 3 of each sixteen.
+  alignas(64) float fours[kRebuildTokens][4][kLanes];
+  const auto part = [&]<bool kHigh>(int d) SHADOWKV_INLINE_LAMBDA {
+    IntV sum[kRebuildTokens][2];
+#pragma GCC unroll 8
+    for (int t = 0; t < kRebuildTokens; ++t) sum[t][0] = sum[t][1] = offsets[t] - IntV{};
     for (int64_t r = 0; r < rank; r += 4) {
       ahead.step();
       __m512i row[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int64_t place = (r + i) * kHeadSize + d;
-        row[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, basis + place), flip);
+        row[i] = _mm512_xor_si512(bytes(basis + (r + i) * kHeadSize + d, kHeadSize - d), flip);
       }
       const auto interleave = [](__m512i x, __m512i y) SHADOWKV_INLINE_LAMBDA {
         return kHigh ? _mm512_maskz_unpackhi_epi8(~0ull, x, y)
@@ -94,27 +81,32 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
         int32_t four;
         std::memcpy(&four, coefficients + t * rank + r, sizeof four);
         const __m512i codes = _mm512_set1_epi32(four);
-        sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], first, codes);
-        sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], second, codes);
+        sum[t][0] = (IntV)_mm512_dpbusd_epi32((__m512i)sum[t][0], first, codes);
+        sum[t][1] = (IntV)_mm512_dpbusd_epi32((__m512i)sum[t][1], second, codes);
       }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kRebuildTokens; ++t) {
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const FloatV x = __builtin_convertvector((IntV)sum[t][j], FloatV);
-        for (int q = 0; q < 4 && d + 16 * q < kHeadSize; ++q) {
-          std::memcpy(sums + t * kHeadSize + d + 16 * q + 8 * kHigh + 4 * j,
-                      reinterpret_cast<const float*>(&x) + 4 * q, 4 * sizeof(float));
-        }
-      }
+      store(fours[t][2 * kHigh], __builtin_convertvector(sum[t][0], FloatV));
+      store(fours[t][2 * kHigh + 1], __builtin_convertvector(sum[t][1], FloatV));
     }
   };
+#pragma GCC unroll 4
   for (int d = 0; d < kHeadSize; d += kBytes) {
-    const __mmask64 inside =
-        kHeadSize - d < kBytes ? (1ull << (kHeadSize - d) % kBytes) - 1 : ~0ull;
-    part.template operator()<false>(d, inside);
-    part.template operator()<true>(d, inside);
+    part.template operator()<false>(d);
+    part.template operator()<true>(d);
+    for (int t = 0; t < kRebuildTokens; ++t) {
+      const auto& four = fours[t];
+      const FloatV even[] = {even_parts(load(four[0]), load(four[1])),
+                             even_parts(load(four[2]), load(four[3]))};
+      const FloatV odd[] = {odd_parts(load(four[0]), load(four[1])),
+                            odd_parts(load(four[2]), load(four[3]))};
+      float* to = sums + t * kHeadSize + d;
+      store(to, even_parts(even[0], even[1]));
+      if (d + 16 < kHeadSize) store(to + 16, even_parts(odd[0], odd[1]));
+      if (d + 32 < kHeadSize) store(to + 32, odd_parts(even[0], even[1]));
+      if (d + 48 < kHeadSize) store(to + 48, odd_parts(odd[0], odd[1]));
+    }
   }
 }
 
@@ -150,6 +142,8 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
                             Ahead& ahead, float* sums) {
   // 8 registers of sums hide the latency of an add; AVX-512 has twice the registers.
   constexpr int kTile = kLanes >= 16 ? 8 : 4;
+  const int64_t panels = (rank + kRebuildPanel - 1) / kRebuildPanel;
+  ahead.spread(panels * (kHeadSize / (2 * kLanes)) * (kRebuildTokens / kTile));
   std::fill_n(sums, kRebuildTokens * kHeadSize, 0.0f);
   float weights[kRebuildTokens][kRebuildPanel];
   for (int64_t first = 0; first < rank; first += kRebuildPanel) {
@@ -160,7 +154,7 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
     const int8_t* panel = basis + first * kHeadSize;
     for (int d = 0; d < kHeadSize / (2 * kLanes) * (2 * kLanes); d += 2 * kLanes) {
       for (int t = 0; t < kRebuildTokens; t += kTile) {
-        for (int i = 0; i < 4; ++i) ahead.step();
+        ahead.step();
         add_basis_rows<kTile, 2, kHeadSize>(panel + d, weights + t, rows, sums + t * kHeadSize + d);
       }
     }
@@ -179,24 +173,6 @@ inline void factor_products(const int8_t* coefficients, const int8_t* basis, int
 inline const int8_t* head_basis(const PageLayout& layout, const uint8_t* page, int64_t head) {
   return reinterpret_cast<const int8_t*>(page + layout.basis) +
          head * layout.rank * layout.head_size;
-}
-
-// keys[t][:] of kRebuildTokens tokens from `token` on, before RoPE.
-template <int kHeadSize>
-inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
-                          int64_t token, Ahead& ahead, float* keys) {
-  const auto* coefficients =
-      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * layout.rank;
-  const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
-  const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
-  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, ahead,
-                             keys);
-  for (int t = 0; t < kRebuildTokens; ++t) {
-    float* key = keys + t * kHeadSize;
-    for (int d = 0; d < kHeadSize; d += kLanes) {
-      store(key + d, load(mean + d) + scales[t] * load(key + d));
-    }
-  }
 }
 
 // Turns one key to its position.
@@ -220,6 +196,47 @@ inline void turn(const RotaryTable& rotary, int64_t position, float* __restrict 
       key[2 * i] = a * cos[i] - b * sin[i];
       key[2 * i + 1] = b * cos[i] + a * sin[i];
     }
+  }
+}
+
+// out[:] = one key: mean + scale * sums, turned to its position.
+template <typename T, int kHeadSize>
+inline void finish_key(const float* mean, float scale, float* sums, const RotaryTable& rotary,
+                       int64_t position, T* out) {
+  const auto key = [&](int64_t d)
+                       SHADOWKV_INLINE_LAMBDA { return load(mean + d) + scale * load(sums + d); };
+  const int64_t half = rotary.rotary_dim / 2;
+  if (rotary.is_neox && half % kLanes == 0) {  // as most models have it: all in registers
+    const float* cos = rotary.cos_sin + position * rotary.rotary_dim;
+    const float* sin = cos + half;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const FloatV a = key(i), b = key(half + i), c = load(cos + i), s = load(sin + i);
+      store(out + i, a * c - b * s);
+      store(out + half + i, b * c + a * s);
+    }
+    for (int64_t d = 2 * half; d < kHeadSize; d += kLanes) store(out + d, key(d));
+    return;
+  }
+  for (int64_t d = 0; d < kHeadSize; d += kLanes) store(sums + d, key(d));
+  turn(rotary, position, sums);
+  for (int64_t d = 0; d < kHeadSize; d += kLanes) store(out + d, load(sums + d));
+}
+
+// Keys of kRebuildTokens tokens from `token` of the block on, the first of them at `position`.
+template <typename T, int kHeadSize>
+inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
+                          int64_t token, int64_t position, const RotaryTable& rotary, Ahead& ahead,
+                          T* out, int64_t stride) {
+  const auto* coefficients =
+      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * layout.rank;
+  const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
+  const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
+  alignas(64) float sums[kRebuildTokens * kHeadSize];
+  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, ahead,
+                             sums);
+  for (int t = 0; t < kRebuildTokens; ++t) {
+    finish_key<T, kHeadSize>(mean, scales[t], sums + t * kHeadSize, rotary, position + t,
+                             out + t * stride);
   }
 }
 
@@ -249,18 +266,13 @@ inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t
                          : reinterpret_cast<const T*>(page + layout.outlier_keys) +
                                (head * layout.num_outliers + outlier) * size * kHeadSize;
     for (int64_t t = 0; t < size; ++t) {
-      std::copy_n(exact + t * kHeadSize, kHeadSize, out + t * stride);
+      copy_row<kHeadSize>(exact + t * kHeadSize, out + t * stride);
     }
     return;
   }
   for (int64_t first = 0; first < size; first += kRebuildTokens) {
-    alignas(64) float keys[kRebuildTokens * kHeadSize];
-    low_rank_keys<kHeadSize>(layout, page, head, chunk * size + first, ahead, keys);
-    for (int t = 0; t < kRebuildTokens; ++t) {
-      float* key = keys + t * kHeadSize;
-      turn(rotary, position + first + t, key);
-      narrow(key, kHeadSize, out + (first + t) * stride);
-    }
+    low_rank_keys<T, kHeadSize>(layout, page, head, chunk * size + first, position + first, rotary,
+                                ahead, out + first * stride, stride);
   }
 }
 
@@ -272,16 +284,16 @@ inline void fetch_chunk(const PageLayout& layout, const uint8_t* record, T* out,
   if (!layout.value_int8) {
     const T* values = reinterpret_cast<const T*>(record);
     for (int64_t t = 0; t < size; ++t) {
-      std::copy_n(values + t * kHeadSize, kHeadSize, out + t * stride);
+      copy_row<kHeadSize>(values + t * kHeadSize, out + t * stride);
     }
     return;
   }
   const auto* scales = reinterpret_cast<const float*>(record);
   const auto* codes = reinterpret_cast<const int8_t*>(record + 4 * size);
   for (int64_t t = 0; t < size; ++t) {
-    alignas(64) float row[kHeadSize];
-    for (int d = 0; d < kHeadSize; ++d) row[d] = codes[t * kHeadSize + d] * scales[t];
-    narrow(row, kHeadSize, out + t * stride);
+    for (int d = 0; d < kHeadSize; d += kLanes) {
+      store(out + t * stride + d, load(codes + t * kHeadSize + d) * scales[t]);
+    }
   }
 }
 

@@ -5,9 +5,9 @@
 // head is rounded to int16 with one scale, an error of 2^-16 of its largest element (a landmark has
 // 2^-8), so that the int8 landmarks need no conversion to fp32: a third less time, exact sums.
 // Pick: reads the logits three times (they fit the second-level cache) and the outliers of each
-// block, writes `columns` ids. The k-th best score is found through a histogram of the scores'
-// upper bits and a partial sort of the bin it falls into; one more pass then emits ids in ascending
-// order.
+// block, writes `columns` ids. Groups of scores have maxima, and the k-th best of these is a bound
+// that the k-th best score reaches: only the few scores above it are sorted. One more pass then
+// emits ids in ascending order.
 #include "cpu/kernels/select_chunks.h"
 
 #include <algorithm>
@@ -23,8 +23,6 @@ namespace {
 constexpr uint32_t kUnusable = 0;
 constexpr uint32_t kForced = 0xffffffff;
 constexpr uint32_t kNan = 0xfffffffe;  // above every number, where torch's sort puts NaN too
-
-constexpr int kBinBits = 11;
 
 template <typename T>
 const T* section(const SelectChunksParams& p, int64_t block, int64_t offset, int64_t index) {
@@ -161,45 +159,75 @@ int64_t force_outliers(const SelectChunksParams& p, int64_t row, int64_t head, i
   return forced;
 }
 
+// The k-th largest of `values`, k from 1 to their number; their order is lost.
+uint32_t kth_largest(std::vector<uint32_t>& values, int64_t k) {
+  std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<uint32_t>());
+  return values[k - 1];
+}
+
+// Bit i: whether keys[i] >= bound, for kLanes keys.
+SHADOWKV_INLINE uint32_t lanes_from(const uint32_t* keys, uint32_t bound) {
+  UintV lanes;
+  std::memcpy(&lanes, keys, sizeof lanes);
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask((__m512i)lanes, _mm512_set1_epi32(static_cast<int>(bound)));
+#else
+  const IntV reached = lanes >= bound;
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane)
+    bits |= static_cast<uint32_t>(reached[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+// Calls function(index) for every key that is at least `bound`, in ascending order, until it
+// returns false. `size`: a multiple of kLanes.
+template <typename Function>
+SHADOWKV_INLINE void for_each_from(const uint32_t* keys, int64_t size, uint32_t bound,
+                                   const Function& function) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    for (uint32_t bits = lanes_from(keys + i, bound); bits != 0; bits &= bits - 1) {
+      if (!function(i + __builtin_ctz(bits))) return;
+    }
+  }
+}
+
 struct Threshold {
   uint32_t key;    // all larger keys are picked
   int64_t equals;  // and so many that equal it
 };
 
 // The threshold that picks `count` of the usable keys, or all of them if there are fewer.
+// `size`: a multiple of kLanes.
 Threshold find_threshold(const uint32_t* keys, int64_t size, int64_t count) {
-  constexpr int kShift = 32 - kBinBits;
   if (count <= 0) return {kForced, 0};
-  thread_local std::vector<uint32_t> bins(size_t{2} << kBinBits), inside;
-  std::fill(bins.begin(), bins.end(), 0);
-  // Neighbours often fall into one bin; two histograms let their increments overlap.
-  uint32_t *even = bins.data(), *odd = bins.data() + (1 << kBinBits);
-  for (int64_t i = 0; i < size; i += 2) {
-    ++even[keys[i] >> kShift];
-    ++odd[keys[i + 1] >> kShift];
+  if (count > size) return {kUnusable, 0};
+  thread_local std::vector<uint32_t> maxima, candidates;
+  // Large groups leave few maxima to sort, small ones few candidates.
+  const int64_t group = std::clamp<int64_t>(size / (2 * count), 1, 16) * kLanes;
+  maxima.clear();
+  for (int64_t first = 0; first < size; first += group) {
+    UintV largest{};
+    for (int64_t i = first; i < std::min(size, first + group); i += kLanes) {
+      UintV lanes;
+      std::memcpy(&lanes, keys + i, sizeof lanes);
+      largest = lanes > largest ? lanes : largest;
+    }
+    maxima.resize(maxima.size() + kLanes);
+    std::memcpy(maxima.data() + maxima.size() - kLanes, &largest, sizeof largest);
   }
+  const bool enough = count <= static_cast<int64_t>(maxima.size());
+  const uint32_t bound = enough ? kth_largest(maxima, count) : kUnusable;
+  candidates.clear();
+  for_each_from(keys, size, std::max(bound, kUnusable + 1), [&](int64_t i) SHADOWKV_INLINE_LAMBDA {
+    candidates.push_back(keys[i]);
+    return true;
+  });
+  if (static_cast<int64_t>(candidates.size()) < count) return {kUnusable, 0};
+  const uint32_t key = kth_largest(candidates, count);
   int64_t larger = 0;
-  for (int64_t bin = (1 << kBinBits) - 1; bin >= 0; --bin) {
-    const int64_t in_bin = even[bin] + odd[bin];
-    if (larger + in_bin < count) {
-      larger += in_bin;
-      continue;
-    }
-    inside.resize(size);
-    int64_t found = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      inside[found] = keys[i];
-      found += keys[i] >> kShift == static_cast<uint32_t>(bin);
-    }
-    const int64_t rank = count - larger - 1;
-    std::nth_element(inside.begin(), inside.begin() + rank, inside.begin() + found,
-                     std::greater<uint32_t>());
-    const uint32_t key = inside[rank];
-    if (key == kUnusable) break;
-    for (int64_t i = 0; i < rank; ++i) larger += inside[i] > key;
-    return {key, count - larger};
-  }
-  return {kUnusable, 0};
+  for (int64_t i = 0; i < count; ++i) larger += candidates[i] > key;
+  return {key, count - larger};
 }
 
 }  // namespace
@@ -295,19 +323,12 @@ void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, 
 
   const Threshold threshold = find_threshold(keys, stride, forced + p.budget_chunks);
   int64_t equals = threshold.equals, written = 0;
-  for (int64_t i = 0; i < stride && written < p.columns; i += kLanes) {
-    UintV lanes;
-    std::memcpy(&lanes, keys + i, sizeof lanes);
-    const IntV reached = lanes >= threshold.key;
-    int32_t any = 0;
-    for (int lane = 0; lane < kLanes; ++lane) any |= reached[lane];
-    if (!any) continue;
-    for (int64_t id = i; id < i + kLanes && written < p.columns; ++id) {
-      if (keys[id] > threshold.key || (keys[id] == threshold.key && equals-- > 0)) {
-        ids[written++] = static_cast<int32_t>(id);
-      }
-    }
-  }
+  const uint32_t lowest = std::max(threshold.key, kUnusable + 1);
+  for_each_from(keys, stride, lowest, [&](int64_t id) SHADOWKV_INLINE_LAMBDA {
+    if (keys[id] == threshold.key && equals-- <= 0) return true;
+    ids[written++] = static_cast<int32_t>(id);
+    return written < p.columns;
+  });
 }
 
 void select_chunks_kernel(const SelectChunksParams& p, int64_t row, int64_t head) {

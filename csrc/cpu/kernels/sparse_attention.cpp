@@ -23,7 +23,7 @@ namespace shadowkv::SHADOWKV_ISA {
 namespace {
 
 constexpr int64_t kSplitTokens = 512;
-constexpr int64_t kAhead = 3;  // chunks between what is multiplied and what is fetched
+constexpr int64_t kSplitChunks = kSplitTokens / 8;  // at most
 static_assert(kSplitTokens % kTile == 0);
 
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -42,17 +42,6 @@ Range exact_range(const SparseAttentionParams& p, int64_t row) {
 
 int64_t num_slot_splits(const SparseAttentionParams& p) {
   return (p.columns * p.layout.chunk_size + kSplitTokens - 1) / kSplitTokens;
-}
-
-// Brings rows of `size` elements to the second-level cache, which takes more at once than the
-// first.
-template <typename T>
-SHADOWKV_INLINE void prefetch_rows(const T* rows, int64_t num_rows, int64_t stride, int64_t size) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(rows + r * stride + i, 0, 2);
-    }
-  }
 }
 
 // The places of a partial result.
@@ -96,51 +85,52 @@ class Split {
 
   // The chunks in columns [begin, end) of slot_ids.
   void add_slots(int64_t begin, int64_t end) {
-    const int64_t chunk = p_.layout.chunk_size, per_page = p_.layout.slots_per_page;
-    const int32_t* slots = p_.slot_ids + (row_ * p_.layout.num_kv_heads + head_) * p_.columns;
-    const int32_t* pages = p_.slot_table + row_ * p_.slot_table_stride;
-    // Keys and values of the chunk in column i, or nulls.
-    const auto find = [&](int64_t i) -> std::pair<const T*, const T*> {
-      if (i >= end || slots[i] < 0 || slots[i] >= p_.pages_per_row * per_page) return {};
-      const int64_t page = pages[slots[i] / per_page];
-      if (page <= 0 || page >= p_.num_pages) return {};
-      const uint8_t* start = p_.slot_pages + page * p_.page_stride;
-      const int64_t place = (head_ * per_page + slots[i] % per_page) * chunk * size_;
-      return {reinterpret_cast<const T*>(start + p_.layout.slot_keys) + place,
-              reinterpret_cast<const T*>(start + p_.layout.slot_values) + place};
-    };
-    const T* values[kTile];
-    int64_t tokens = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      // Chunks lie anywhere: later ones are on their way while this one is multiplied.
-      const auto [later_keys, later_values] = find(i + kAhead);
-      if (later_keys != nullptr) {
-        prefetch_rows(later_keys, 1, 0, chunk * size_);
-        prefetch_rows(later_values, 1, 0, chunk * size_);
-      }
-      const auto [keys, chunk_values] = find(i);
-      if (keys == nullptr) continue;
-      dot_products(queries_, p_.group, size_, keys, chunk, size_, size_, logits_ + tokens, kTile);
-      for (int64_t t = 0; t < chunk; ++t) values[tokens + t] = chunk_values + t * size_;
-      tokens += chunk;
-      if (tokens == kTile) {
-        add_tile(0, tokens, values);
-        tokens = 0;
-      }
+    const int64_t chunk = p_.layout.chunk_size, in_tile = kTile / chunk;
+    Chunk chunks[kSplitChunks];
+    int64_t count = 0;
+    for (int64_t column = begin; column < end; ++column) {
+      chunks[count] = chunk_at(column);
+      count += chunks[count].keys != nullptr;
     }
-    if (tokens > 0) add_tile(0, tokens, values);
+    const auto fetch = [&](int64_t from, Ahead& ahead) {
+      for (int64_t i = from; i < std::min(count, from + in_tile); ++i) {
+        ahead.add(chunks[i].keys, sizeof(T) * chunk * size_);
+        ahead.add(chunks[i].values, sizeof(T) * chunk * size_);
+      }
+    };
+    Ahead first;
+    fetch(0, first);
+    first.finish();
+    for (int64_t i = 0; i < count; i += in_tile) {
+      // Chunks lie anywhere: the next tile is on its way while this one is multiplied.
+      Ahead ahead;
+      fetch(i + in_tile, ahead);
+      const int64_t present = std::min(in_tile, count - i);
+      spread_over_products(present * chunk, ahead);
+      const T* values[kTile];
+      for (int64_t j = 0; j < present; ++j) {
+        dot_products(queries_, p_.group, size_, chunks[i + j].keys, chunk, size_, size_, ahead,
+                     logits_ + j * chunk, kTile);
+        for (int64_t t = 0; t < chunk; ++t) {
+          values[j * chunk + t] = chunks[i + j].values + t * size_;
+        }
+      }
+      add_tile(0, present * chunk, values, ahead);
+    }
   }
 
   // The exact tokens [begin, end), of which no two tiles share an aligned kTile.
   void add_exact(int64_t begin, int64_t end) {
-    const int64_t per_page = p_.layout.exact_tokens;
-    while (begin < end) {
-      const int64_t column = begin / per_page, first = column * per_page;
-      const int64_t place = begin - first;  // in its page
-      const int64_t last = std::min({end - first, per_page, place / kTile * kTile + kTile});
-      const int64_t page = p_.exact_table[row_ * p_.exact_table_stride + column];
-      if (page > 0 && page < p_.num_exact) add_exact_tile(page, place, last, per_page);
-      begin = first + last;
+    ExactTile tile = exact_tile(begin, end);
+    Ahead first;
+    fetch(tile, first);
+    first.finish();
+    while (tile.tokens > 0) {
+      const ExactTile next = exact_tile(tile.next, end);
+      Ahead ahead;
+      fetch(next, ahead);
+      if (tile.keys != nullptr) add_exact_tile(tile, ahead);
+      tile = next;
     }
   }
 
@@ -150,43 +140,98 @@ class Split {
     return memory;
   }
 
-  // Tokens [begin, end) of an exact page, inside one aligned kTile.
-  void add_exact_tile(int64_t page, int64_t begin, int64_t end, int64_t per_page) {
-    const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
-    const T* keys = static_cast<const T*>(p_.exact_keys) + page * ks.page + head_ * ks.head;
-    const T* values = static_cast<const T*>(p_.exact_values) + page * vs.page + head_ * vs.head;
-    const int64_t tokens = end - begin;
-    int64_t skipped = 0;                                    // lanes before the first token
-    const int64_t ahead = std::min(kTile, per_page - end);  // of the page's next tile
-    if (ahead > 0 && vs.dim == 1) prefetch_rows(values + end * vs.token, ahead, vs.token, size_);
-    if (ahead > 0 && ks.dim == 1) {
-      prefetch_rows(keys + end * ks.token, ahead, ks.token, size_);
-    } else if (ahead > 0 && ks.token == 1) {
-      prefetch_rows(keys + end, size_, ks.dim, ahead);
+  struct Chunk {
+    const T *keys, *values;  // null: the slot is not valid
+  };
+
+  // The chunk in a column of slot_ids.
+  Chunk chunk_at(int64_t column) const {
+    const int64_t per_page = p_.layout.slots_per_page;
+    const int32_t slot = p_.slot_ids[(row_ * p_.layout.num_kv_heads + head_) * p_.columns + column];
+    if (slot < 0 || slot >= p_.pages_per_row * per_page) return {};
+    const int64_t page = p_.slot_table[row_ * p_.slot_table_stride + slot / per_page];
+    if (page <= 0 || page >= p_.num_pages) return {};
+    const uint8_t* start = p_.slot_pages + page * p_.page_stride;
+    const int64_t place = (head_ * per_page + slot % per_page) * p_.layout.chunk_size * size_;
+    return {reinterpret_cast<const T*>(start + p_.layout.slot_keys) + place,
+            reinterpret_cast<const T*>(start + p_.layout.slot_values) + place};
+  }
+
+  // Tokens of an exact page, inside one aligned kTile.
+  struct ExactTile {
+    const T *keys, *values;  // of the page's first token; null: the page is not valid
+    int64_t begin;           // in the page
+    int64_t tokens;          // 0: there is none
+    int64_t next;            // where the tile after it begins, in the row
+  };
+
+  // The tile at token `begin` of the row.
+  ExactTile exact_tile(int64_t begin, int64_t end) const {
+    if (begin >= end) return {};
+    const int64_t per_page = p_.layout.exact_tokens;
+    const int64_t column = begin / per_page, first = column * per_page, place = begin - first;
+    const int64_t last = std::min({end - first, per_page, place / kTile * kTile + kTile});
+    ExactTile tile = {nullptr, nullptr, place, last - place, first + last};
+    const int64_t page = p_.exact_table[row_ * p_.exact_table_stride + column];
+    if (page > 0 && page < p_.num_exact) {
+      const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
+      tile.keys = static_cast<const T*>(p_.exact_keys) + page * ks.page + head_ * ks.head;
+      tile.values = static_cast<const T*>(p_.exact_values) + page * vs.page + head_ * vs.head;
     }
+    return tile;
+  }
+
+  // What the tile will read. Memory orders that are copied are left out.
+  void fetch(const ExactTile& tile, Ahead& ahead) const {
+    if (tile.keys == nullptr) return;
+    const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
+    constexpr int64_t kBytes = sizeof(T);
     if (ks.dim == 1) {
-      dot_products(queries_, p_.group, size_, keys + begin * ks.token, tokens, ks.token, size_,
-                   logits_, kTile);
+      ahead.add(tile.keys + tile.begin * ks.token, kBytes * size_, tile.tokens, kBytes * ks.token);
+    } else if (ks.token == 1) {
+      ahead.add(tile.keys + tile.begin, kBytes * tile.tokens, size_, kBytes * ks.dim);
+    }
+    if (vs.dim == 1) {
+      ahead.add(tile.values + tile.begin * vs.token, kBytes * size_, tile.tokens,
+                kBytes * vs.token);
+    }
+  }
+
+  // Half of what is ahead is asked for during the products of `tokens` keys, the other half while
+  // their values are added.
+  void spread_over_products(int64_t tokens, Ahead& ahead) const {
+    ahead.spread(2 * ((tokens + 3) / 4) * ((p_.group + 3) / 4));
+  }
+
+  void add_exact_tile(const ExactTile& tile, Ahead& ahead) {
+    const ExactStrides &ks = p_.key_strides, &vs = p_.value_strides;
+    const int64_t begin = tile.begin, tokens = tile.tokens;
+    int64_t skipped = 0;  // lanes before the first token
+    if (ks.dim == 1) {
+      spread_over_products(tokens, ahead);
+      dot_products(queries_, p_.group, size_, tile.keys + begin * ks.token, tokens, ks.token, size_,
+                   ahead, logits_, kTile);
     } else if (ks.token == 1) {
       // Whole vectors, so lanes may hold tokens that are not asked for; a page is a multiple of
       // them.
       const int64_t start = begin / kMaxLanes * kMaxLanes;
       skipped = begin - start;
-      column_products(queries_, p_.group, keys + start, ks.dim, round_up(end, kMaxLanes) - start,
-                      size_, logits_);
+      const int64_t lanes = round_up(begin + tokens, kMaxLanes) - start;
+      ahead.spread(2 * size_ * ((lanes + 2 * kLanes - 1) / (2 * kLanes)) * ((p_.group + 3) / 4));
+      column_products(queries_, p_.group, tile.keys + start, ks.dim, lanes, size_, ahead, logits_);
     } else {
-      float* rows = wide_rows(keys + begin * ks.token, ks.token, ks.dim, tokens, 0);
-      dot_products(queries_, p_.group, size_, rows, tokens, size_, size_, logits_, kTile);
+      float* rows = wide_rows(tile.keys + begin * ks.token, ks.token, ks.dim, tokens, 0);
+      dot_products(queries_, p_.group, size_, rows, tokens, size_, size_, ahead, logits_, kTile);
     }
     if (vs.dim == 1) {
       const T* pointers[kTile];
-      for (int64_t t = 0; t < tokens; ++t) pointers[t] = values + (begin + t) * vs.token;
-      add_tile(skipped, tokens, pointers);
+      for (int64_t t = 0; t < tokens; ++t) pointers[t] = tile.values + (begin + t) * vs.token;
+      add_tile(skipped, tokens, pointers, ahead);
     } else {
-      const float* rows = wide_rows(values + begin * vs.token, vs.token, vs.dim, tokens, 1);
+      const float* rows = wide_rows(tile.values + begin * vs.token, vs.token, vs.dim, tokens, 1);
       const float* pointers[kTile];
       for (int64_t t = 0; t < tokens; ++t) pointers[t] = rows + t * size_;
-      add_tile(skipped, tokens, pointers);
+      add_tile(skipped, tokens, pointers, ahead);
     }
   }
 
@@ -203,7 +248,7 @@ class Split {
 
   // Adds a tile whose products are in lanes [skipped, skipped + tokens) of each row of logits_.
   template <typename Value>
-  void add_tile(int64_t skipped, int64_t tokens, const Value* const* values) {
+  void add_tile(int64_t skipped, int64_t tokens, const Value* const* values, Ahead& ahead) {
     const int64_t end = round_up(skipped + tokens, kLanes);
     for (int64_t g = 0; g < p_.group; ++g) {
       float* logits = logits_ + g * kTile;
@@ -226,7 +271,7 @@ class Split {
       partial_.largest[g] = top;
     }
     *partial_.tokens += tokens;
-    add_values(logits_ + skipped, decay_, p_.group, values, tokens, size_, partial_.values);
+    add_values(logits_ + skipped, decay_, p_.group, values, tokens, size_, ahead, partial_.values);
   }
 
   const SparseAttentionParams& p_;
