@@ -101,15 +101,18 @@ class Server:
                 return dict(re.findall(r'(\w+)="([^"]*)"', line.decode()))
         raise ServerError("the server reports no vllm:cache_config_info")
 
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._port}"
+
     def log_text(self) -> str:
         """The server's output up to now."""
         return self._log.read_text(errors="replace")
 
     def _get(self, path: str, body: dict[str, Any] | None = None) -> Iterator[bytes]:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}", data, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=START_SECONDS) as response:
             yield from response
 

@@ -1,0 +1,173 @@
+"""Time to the first token and per token after it, for shadowkv and vLLM's own backends, through `vllm bench serve`.
+
+    python -m benchmarks.dummy_model llama-3.1-8b build/llama-2-layers --layers 2
+    python -m benchmarks.benchmark_latency build/llama-2-layers --input-lens 32768 --batches 1 4 -- --load-format dummy
+
+One server per backend and length, with equal arguments; what follows `--` goes to `vllm serve` as it is. The first
+request computes its whole prompt: its time to the first token is the table's. The batches then share that prompt but
+for a few tokens, as questions about one document do, and are asked together. Random weights have no locality: their
+slot hit rate says nothing of a real model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from benchmarks.benchmark_throughput import BACKENDS
+from benchmarks.machine import machine
+from benchmarks.server import Server, ServerError
+
+OWN_TOKENS = 16
+"""Of a prompt, beyond what all share."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One batch. `ttft_ms` is that of the first request, which found nothing in the prefix cache."""
+
+    backend: str
+    input_len: int
+    batch: int
+    ttft_ms: float
+    tpot_ms: float
+
+
+def bench(server: Server, model: str, prompts: list[str], output_len: int) -> dict[str, float]:
+    """`vllm bench serve` of prompts that are asked together; returns its results.
+
+    Raises:
+        ServerError: it failed.
+    """
+    vllm = Path(sys.executable).with_name("vllm")
+    with tempfile.TemporaryDirectory() as directory:
+        dataset, result = Path(directory) / "prompts.jsonl", Path(directory) / "result.json"
+        dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        command = [str(vllm), "bench", "serve", "--model", model, "--base-url", server.url, "--disable-tqdm"]
+        command += ["--dataset-name", "custom", "--dataset-path", str(dataset), "--skip-chat-template"]
+        command += ["--disable-shuffle", "--custom-output-len", str(output_len), "--num-prompts", str(len(prompts))]
+        command += ["--ignore-eos", "--save-result", "--result-dir", directory, "--result-filename", result.name]
+        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if finished.returncode or not result.exists():
+            raise ServerError(f"vllm bench serve failed: {finished.stdout[-3000:]}")
+        numbers: dict[str, float] = json.loads(result.read_text())
+    if numbers["completed"] != len(prompts):
+        raise ServerError(f"{numbers['completed']:.0f} of {len(prompts)} requests were answered")
+    return numbers
+
+
+def measure(
+    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str]
+) -> list[Record]:
+    """All batches at one length, on a server of their own.
+
+    Raises:
+        ServerError: the server or the benchmark failed.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    random = Random(0)
+
+    def words(count: int) -> str:
+        return str(tokenizer.decode([random.randrange(100, tokenizer.vocab_size - 100) for _ in range(count)]))
+
+    shared = words(input_len)
+    longest = input_len + OWN_TOKENS + output_len + 64
+    arguments = ["--max-model-len", str(longest), *BACKENDS[backend], *extra]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Server(Path(model), Path(directory) / "log", arguments, {}) as server,
+    ):
+        first = bench(server, model, [f"{shared} {words(OWN_TOKENS)}"], 4)
+        records = []
+        for batch in batches:
+            prompts = [f"{shared} {words(OWN_TOKENS)}" for _ in range(batch)]
+            numbers = bench(server, model, prompts, output_len)
+            records.append(Record(backend, input_len, batch, first["median_ttft_ms"], numbers["median_tpot_ms"]))
+        return records
+
+
+def table(records: list[Record], model: str) -> Table:
+    """The records for the terminal; ratios are to the first backend of the same size."""
+    view = Table(title=f"vllm bench serve, {model}", title_justify="left")
+    for name in ("backend", "prompt", "batch", "first token, s", "ratio", "per token, ms", "ratio"):
+        view.add_column(name, justify="left" if name == "backend" else "right")
+    first = {(r.input_len, r.batch): r for r in reversed(records)}
+    for r in records:
+        base = first[r.input_len, r.batch]
+        view.add_row(
+            r.backend, f"{r.input_len:,}", str(r.batch), f"{r.ttft_ms / 1000:.1f}", f"{base.ttft_ms / r.ttft_ms:.2f}",
+            f"{r.tpot_ms:.1f}", f"{base.tpot_ms / r.tpot_ms:.2f}",
+        )  # fmt: skip
+    return view
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Time per token over the prompt's length, a line per backend and batch."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for backend, batch in dict.fromkeys((r.backend, r.batch) for r in records):
+        mine = [r for r in records if (r.backend, r.batch) == (backend, batch)]
+        axes.plot([r.input_len for r in mine], [r.tpot_ms for r in mine], marker="o", label=f"{backend}, batch {batch}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("prompt, tokens")
+    axes.set_ylabel("ms per output token")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """The command line; returns the process's exit code."""
+    own, extra = sys.argv[1:], []
+    if "--" in own:
+        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["stock", "shadowkv"])
+    parser.add_argument("--input-lens", type=int, nargs="+", required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="where the records go")
+    parser.add_argument("--plot", type=Path, help="where a plot goes (.png)")
+    arguments = parser.parse_args(own)
+    console = Console()
+    records: list[Record] = []
+    runs = [(length, backend) for length in arguments.input_lens for backend in arguments.backends]
+    with Progress(console=console) as progress:
+        task = progress.add_task("runs", total=len(runs))
+        for length, backend in runs:
+            progress.update(task, description=f"{backend}, {length:,} tokens")
+            try:
+                records += measure(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
+            except ServerError as error:
+                console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
+                return 1
+            progress.advance(task)
+    console.print(table(records, arguments.model))
+    if arguments.json:
+        about = machine("benchmark_latency", "cuda" if torch.cuda.is_available() else "cpu")
+        content = {"machine": about, "records": [asdict(r) for r in records]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.plot:
+        plot(records, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
