@@ -73,7 +73,6 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, int, int]]:
         "coefficients": "int8 coefficients",
         "basis": "int8 basis",
         "coefficient_scales": "coefficient scales",
-        "basis_scales": "basis scales",
         "mean": "mean key",
         "outlier_keys": "outlier keys",
         "landmarks": "int8 landmarks",
