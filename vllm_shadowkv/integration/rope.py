@@ -33,13 +33,11 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 
+from vllm_shadowkv.integration import rope_transformers
+from vllm_shadowkv.integration.rope_transformers import Unsupported as _Unsupported
 from vllm_shadowkv.rotary import Rotary
 
 _WAY_OUT = "use another --attention-backend"
-
-
-class _Unsupported(Exception):
-    """What about the parent class is not supported: a phrase that follows the class's name."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +148,7 @@ def _hy_v3(parent: Any) -> bool:
 # - MLA and its unfolded forms (DeepseekV2, AXK1, MiniCPM3): only a trailing part of a key turns;
 # - Zamba2, HRM-Text, LoopCoder: several `Attention` in a list or dict, whose parent is the list;
 # - DFlash and Gemma 4's drafters: keys come into the cache by another door;
-# - the Transformers modelling backend (SmolLM3, OLMo 2 and 3, Starcoder 2, Seed-OSS, HunYuan V1):
-#   the parent is a Transformers class, which rotates with cosines handed down from its model;
+# - the Transformers modelling backend (SmolLM3, OLMo 2 and 3, Starcoder 2, ...): `rope_transformers.py`;
 # - encoders, cross attention, ALiBi models, Gemma 4, Ernie 4.5 VL (own rotary class), and
 #   `vllm/models/` (sparse or latent attention).
 _MODELS = "vllm.model_executor.models."
@@ -239,6 +236,7 @@ def rotary_of(
     layer_name: str,
     head_size: int,
     device: torch.device | None = None,
+    max_positions: int | None = None,
 ) -> Rotary:
     """Return the rotation that the model applies to one layer's keys before attention.
 
@@ -252,6 +250,7 @@ def rotary_of(
             child of parent with this `layer_name`, and its `dtype` is the keys' dtype.
         head_size: the attention layer's head size.
         device: where the keys will be; None: where the rotary module keeps its cache.
+        max_positions: longest request in tokens, for models that keep no table (`rope_transformers.py`).
 
     Returns:
         The rotation; the identity for a layer that does not rotate.
@@ -265,6 +264,9 @@ def rotary_of(
     try:
         if parent is None:
             raise _Unsupported("tells nothing about its rotation")
+        if max_positions is not None and rope_transformers.knows(parent):
+            dtype = _layer_dtype(parent, layer_name)
+            return rope_transformers.rotary_of(parent, head_size, dtype, device, max_positions)
         if not _rotates(parent):
             return Rotary.identity()
         return _rotary(parent, layer_name, head_size, device)
