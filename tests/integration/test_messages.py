@@ -22,16 +22,22 @@ import torch
 from cli.test_model import LLAMA
 from pydantic import ValidationError
 from simulation import vllm_config
-from test_refusals import ENGINES, PLAIN, engine, on, runtime_of
+from test_refusals import ENGINES, PLAIN, drafting, engine, odd_pages, on, runtime_of
+from test_refusals import LAYER as OUR_LAYER
 from test_rope import LAYER, blank, make_parent, make_rope, stand_in
+from test_rope_transformers import LAYER as TRANSFORMERS_LAYER
+from test_rope_transformers import make_config
+from test_rope_transformers import make_parent as make_transformers_parent
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.engine.core import EngineCore
 
 import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, flash_attention, impl, platform, refusals, rope
+from vllm_shadowkv.integration import compat, flash_attention, impl, other_layers, platform, refusals, rope
+from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.host_memory import GIB
@@ -121,7 +127,7 @@ def command(what: Any, *line: str, config: Any = LLAMA) -> Trigger:
 
 
 def version(patch: Patch, folder: Path) -> None:
-    patch.setattr(compat.vllm, "__version__", "0.33.0")
+    patch.setattr(compat.vllm, "__version__", "0.34.0")
     compat.check_vllm_version()
 
 
@@ -137,9 +143,36 @@ def library(content: bytes | None) -> Trigger:
 
 
 def mla(patch: Patch, folder: Path) -> None:
-    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=SimpleNamespace(name="SHADOWKV")))
+    backend = SimpleNamespace(name="SHADOWKV")
+    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind={}))
     patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
     _ = platform.CPU_MLA
+
+
+def one_kind_on_the_cpu(patch: Patch, folder: Path) -> None:
+    kinds = {"full_attention": SimpleNamespace(name="SHADOWKV")}
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=None, backend_per_kind=kinds))
+    patch.setattr(platform, "get_current_vllm_config_or_none", lambda: config)
+    _ = platform.CPU_ATTN
+
+
+def streaming_input(patch: Patch, folder: Path) -> None:
+    patch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
+    compat.refuse_streaming_input(lambda core: True)
+    EngineCore.preprocess_add_request(SimpleNamespace(), SimpleNamespace(resumable=True))  # type: ignore[arg-type]
+
+
+def of_transformers(head_size: int, rope_type: str = "default") -> Trigger:
+    """A layer of OLMo 2, whose rotary module turns 64 dimensions."""
+    path = "olmo2.modeling_olmo2.Olmo2Attention"
+
+    def trigger(patch: Patch, folder: Path) -> None:
+        config = make_config(path)
+        config.rope_parameters = {"rope_type": rope_type, "rope_theta": 1e4}
+        parent = make_transformers_parent(path, torch.float32, config)
+        rope.rotary_of(parent, TRANSFORMERS_LAYER, head_size, max_positions=8)
+
+    return trigger
 
 
 def no_flash_attention(patch: Patch, folder: Path) -> None:
@@ -215,6 +248,11 @@ TRIGGERS: list[Trigger] = [
     layer(sinks=torch.zeros(8)),
     unknown_argument,
     unequal_layers,
+    lambda patch, folder: odd_pages(runtime_of(patch)).spec_fields(OUR_LAYER),
+    lambda patch, folder: other_layers.check_group(["layers.0"], 2),
+    lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
+    streaming_input,
+    one_kind_on_the_cpu,
     mla,
     no_flash_attention,
     rotation(lambda: None),
@@ -226,6 +264,8 @@ TRIGGERS: list[Trigger] = [
     rotation(lambda: of_dtype("float32")),
     rotation(lambda: llama("llama4.Llama4Attention", qk_norm=nn.Identity())),
     rotation(lambda: llama("hy_v3.HYV3Attention", hpc_rope_norm=nn.Identity())),
+    of_transformers(head_size=32),
+    of_transformers(head_size=64, rope_type="dynamic"),
     # Host memory.
     small_host,
     large_host_pool,

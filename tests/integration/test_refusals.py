@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from simulation import vllm_config, write_tiny_llama
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, refusals, runtime
+from vllm_shadowkv.integration import compat, other_layers, refusals, runtime
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
@@ -24,33 +27,33 @@ from vllm_shadowkv.state.host_memory import GIB
 # -- The process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1"])
+@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.33.0", "0.32.7", "0.32.0+cpu", "0.32.1rc1"])
 def test_a_tested_vllm_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat.vllm, "__version__", version)
     compat.check_vllm_version()
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "0.320.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3.2", "0.320.0", "1.0", "dev"])
 def test_another_vllm_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat.vllm, "__version__", version)
-    sentence = f"tested with vLLM 0.32.x, this is {version}; install one of those, or set SHADOWKV_ANY_VLLM=1"
+    sentence = f"tested with vLLM 0.32.x, 0.33.x, this is {version}; install one of those, or set SHADOWKV_ANY_VLLM=1"
     with pytest.raises(RuntimeError, match=sentence.replace(".", r"\.")):
         compat.check_vllm_version()
 
 
 @pytest.mark.parametrize("value", ["0", "", "yes"])
 def test_only_1_overrides_the_version(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat.vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(compat.vllm, "__version__", "0.34.0")
     monkeypatch.setenv(compat.ANY_VERSION, value)
     with pytest.raises(RuntimeError, match="SHADOWKV_ANY_VLLM"):
         compat.check_vllm_version()
 
 
 def test_an_untested_vllm_can_be_tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compat.vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(compat.vllm, "__version__", "0.34.0")
     monkeypatch.setenv(compat.ANY_VERSION, "1")
     compat.check_vllm_version()
-    assert "not tested with vLLM 0.33.0; going on because SHADOWKV_ANY_VLLM=1" in caplog.text
+    assert "not tested with vLLM 0.34.0; going on because SHADOWKV_ANY_VLLM=1" in caplog.text
 
 
 def on(monkeypatch: pytest.MonkeyPatch, device: str, built_with_cuda: bool) -> None:
@@ -103,6 +106,7 @@ def engine(**changes: Any) -> Any:
     )
     config = SimpleNamespace(**{name: copy.copy(getattr(real, name)) for name in names})
     config.cache_config.user_specified_block_size = False
+    config.use_v2_model_runner = False
     for name, value in changes.items():
         section, _, field = name.partition("__")
         if field:
@@ -118,7 +122,14 @@ def hybrid() -> Any:
 
 ENGINES: list[tuple[dict[str, Any], str]] = [
     ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
-    ({"speculative_config": SimpleNamespace(method="eagle3")}, "of ngram and suffix, not of eagle3, .*; use one of"),
+    (
+        {"speculative_config": SimpleNamespace(method="eagle3")},
+        "of ngram, suffix, draft_model, not of eagle3, .*; use one of",
+    ),
+    (
+        {"speculative_config": SimpleNamespace(method="draft_model"), "use_v2_model_runner": True},
+        "from vLLM's V1 runner only, .*; set VLLM_USE_V2_MODEL_RUNNER=0, or use drafts of ngram",
+    ),
     (
         {"speculative_config": SimpleNamespace(method="ngram"), "scheduler_config__async_scheduling": True},
         "before it seals; add --no-async-scheduling to --speculative-config",
@@ -158,6 +169,12 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
         {"scheduler_config__async_scheduling": True},
         {"parallel_config__tensor_parallel_size": 2},
         {"model_config__dtype": torch.float32},
+        {
+            "speculative_config": SimpleNamespace(method="ngram"),
+            "scheduler_config__async_scheduling": False,
+            "use_v2_model_runner": True,
+        },
+        {"speculative_config": SimpleNamespace(method="draft_model"), "scheduler_config__async_scheduling": False},
     ],
     ids=lambda changes: ", ".join(changes) or "defaults",
 )
@@ -203,7 +220,7 @@ PLAIN: dict[str, Any] = {
     ("changes", "what"),
     [
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
-        ({"sliding_window": 4096}, r"a sliding window \(4096 tokens\)"),
+        ({"attn_type": AttentionType.ENCODER}, "encoder attention"),
         ({"alibi_slopes": [0.5]}, "ALiBi"),
         ({"logits_soft_cap": 50.0}, r"a logits soft cap \(50.0\)"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
@@ -214,6 +231,15 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(changes: dict[str,
     sentence = f"^shadowkv does not support layers with {what}; use another --attention-backend for this model"
     with pytest.raises(ValueError, match=sentence):
         check_layer(**(PLAIN | changes))
+
+
+def test_a_sliding_window_is_refused_with_its_way_out() -> None:
+    sentence = (
+        r"^shadowkv does not support layers with a sliding window \(4096 tokens\); if the model has others too, give "
+        r"""it those, with --attention-config\.backend_per_kind '{"full_attention": "SHADOWKV"}' in place of"""
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_layer(**(PLAIN | {"sliding_window": 4096}))
 
 
 @pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}])
@@ -303,6 +329,107 @@ def make_runtime(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runtime]:
     return functools.partial(runtime_of, monkeypatch)
 
 
+# -- Layers of other backends ----------------------------------------------------------------------------------------
+
+
+LAYER = SimpleNamespace(num_kv_heads=1, head_size=64, kv_cache_torch_dtype=torch.bfloat16)
+
+
+class Other(AttentionLayerBase):
+    """A layer of the stock backend, with a sliding window of 4096 tokens."""
+
+    def __init__(self, block_size: int = 128, head_size: int = 64) -> None:
+        shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": head_size, "dtype": torch.bfloat16}
+        self.spec = SlidingWindowSpec(block_size=block_size, sliding_window=4096, **shape)
+
+    def get_attn_backend(self) -> Any:
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        return self.spec
+
+
+def beside(made: Runtime, *others: Other) -> Runtime:
+    """The runtime with its two layers and others."""
+    layers = {
+        name: SimpleNamespace(
+            exact=SimpleNamespace(layer_name=f"{name}.exact"), slots=SimpleNamespace(layer_name=f"{name}.slots")
+        )
+        for name in made._layers
+    }
+    made._layers = layers  # type: ignore[assignment]
+    made.vllm_config.compilation_config = SimpleNamespace(
+        static_forward_context={f"other.{number}": other for number, other in enumerate(others)}
+    )
+    return made
+
+
+def test_pages_of_other_layers_are_counted(make_runtime: Callable[..., Runtime]) -> None:
+    """Five layers in three groups of two, each with pages of 128 tokens like ours."""
+    made = beside(make_runtime())
+    alone = made.spec_fields(LAYER)["boundary"].other_pages
+    made = beside(make_runtime(), *[Other() for _ in range(5)])
+    for _ in range(2):  # vLLM asks for specs more than once
+        assert made.spec_fields(LAYER)["boundary"] == made.boundary
+    spec = Other().spec
+    assert spec.page_size_bytes == made.layout.page_bytes
+    pages = spec.max_memory_usage_bytes(made.vllm_config) // spec.page_size_bytes
+    assert pages > 4096 // 128
+    assert made.boundary.other_pages == alone + 3 * pages
+    assert made.capacity.min_blocks == made.boundary.max_exact_pages + made.boundary.other_pages
+
+
+def odd_pages(made: Runtime) -> Runtime:
+    return beside(made, Other(block_size=48))
+
+
+def test_pages_that_do_not_fit_are_refused(make_runtime: Callable[..., Runtime]) -> None:
+    sentence = (
+        r"pages of 32768 bytes are not a multiple of those of the other layers \(12288 bytes, 48 tokens\); set "
+        r"shadowkv\.block_size and shadowkv\.compression so that block_size / compression \(now 128\) is a multiple of"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        odd_pages(make_runtime()).spec_fields(LAYER)
+
+
+def test_a_group_without_all_layers_is_refused() -> None:
+    other_layers.check_group(["layers.0", "layers.1"], 2)
+    with pytest.raises(
+        ValueError, match=r"its 2 layers in one KV cache group, vLLM makes groups of 1 because .* fewer; "
+    ):
+        other_layers.check_group(["layers.0"], 2)
+
+
+def drafting(made: Runtime) -> Any:
+    """The configuration that vLLM builds a draft model in."""
+    config = copy.copy(made.vllm_config)
+    config.model_config = SimpleNamespace()
+    config.speculative_config = SimpleNamespace(
+        uses_draft_model=lambda: True, draft_model_config=config.model_config, num_speculative_tokens=3
+    )
+    return config
+
+
+def test_a_draft_model_is_not_served(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime()
+    sentence = (
+        "does not serve the draft model; name another backend for it, as attention_backend in --speculative-config"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        Runtime.of(drafting(made))
+
+
+@pytest.mark.parametrize("other", [None, "windows", "draft"])
+def test_pages_are_zeroed_for_layers_of_other_backends(other: str | None, make_runtime: Callable[..., Runtime]) -> None:
+    """VLLM does so where dtypes differ."""
+    made = beside(make_runtime())
+    if other == "windows":
+        made.vllm_config.attention_config = SimpleNamespace(backend_per_kind={"full_attention": "SHADOWKV"})
+    if other == "draft":
+        made.vllm_config = drafting(made)
+    assert made.spec_fields(LAYER)["dtype"] == (torch.uint8 if other else torch.bfloat16)
+
+
 def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
     row = 2 * made.layout.value_row_bytes
@@ -314,7 +441,9 @@ def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..
 def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
     alone = made.bound_bytes(1 << 50)
-    made.vllm_config.parallel_config = SimpleNamespace(local_world_size=2, data_parallel_size_local=2)
+    made.vllm_config.parallel_config = SimpleNamespace(
+        local_world_size=2, data_parallel_size=2, data_parallel_size_local=2
+    )
     assert alone // 4 - made.layout.page_bytes * 2 <= made.bound_bytes(1 << 50) <= alone // 4
 
 

@@ -34,6 +34,35 @@ def check_vllm_version() -> None:
     )
 
 
+def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
+    """Patches `EngineCore.preprocess_add_request`, so that a request whose prompt comes in pieces is refused.
+
+    What: such a request (`resumable`) is answered with an error, others go on.
+    Why: its prompt grows after its exact pages were freed, and no seam shows a backend the requests before they are
+    scheduled, where an error would end the engine. Upstream: none yet. Remove when a backend can say that it does not
+    support streaming input.
+
+    Args:
+        is_ours: whether an engine core serves our blocks; the latest one counts.
+    """
+    core: Any = getattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore", None)
+    if core is None:  # a scheduler without an engine
+        return
+    original = getattr(core.preprocess_add_request, "shadowkv", core.preprocess_add_request)
+
+    @functools.wraps(original)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        if request.resumable and is_ours(self):
+            raise ValueError(
+                "shadowkv does not support streaming input; send the whole prompt at once, or use another "
+                "--attention-backend."
+            )
+        return original(self, request)
+
+    preprocess_add_request.shadowkv = original  # type: ignore[attr-defined]
+    core.preprocess_add_request = preprocess_add_request
+
+
 Bound = Callable[[Any, int], int]
 _bound: Bound | None = None
 

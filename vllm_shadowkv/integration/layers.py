@@ -44,13 +44,7 @@ class _PseudoLayer(AttentionLayerBase):
         return self.backend
 
     def _spec_fields(self) -> dict[str, Any]:
-        layer: Any = self._layer()
-        return {
-            "num_kv_heads": layer.num_kv_heads,
-            "head_size": layer.head_size,
-            "dtype": layer.kv_cache_torch_dtype,
-            "boundary": self.runtime.boundary,
-        }
+        return self.runtime.spec_fields(self._layer())
 
 
 class ExactPages(_PseudoLayer):

@@ -11,6 +11,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
 )
 
+from vllm_shadowkv.integration.compat import refuse_streaming_input
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -28,6 +30,7 @@ class ShadowManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_streaming_input(_serves_our_blocks)
         # Request -> itself, and the tokens that were computed when it was last scheduled: that step seals them.
         self._sealing: dict[str, tuple[Request, int]] = {}
         self._being_scheduled: str | None = None
@@ -59,6 +62,11 @@ class ShadowManager(FullAttentionManager):
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
         """Never: a sealed block is shared whole, and a copy-on-write would not copy the host pool's row."""
+
+
+def _serves_our_blocks(core: Any) -> bool:
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    return any(isinstance(manager, ShadowManager) for manager in managers)
 
 
 class ExactManager(SingleTypeKVCacheManager):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
+from vllm_shadowkv.integration.other_layers import check_group
 from vllm_shadowkv.state.decode import DecodeRows
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class _Builder(AttentionMetadataBuilder[Step]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layer: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.runtime: Runtime = layer.impl.runtime
+        check_group(layer_names, self.runtime.num_layers)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

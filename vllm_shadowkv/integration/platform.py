@@ -19,6 +19,11 @@ def __getattr__(name: str) -> Any:
     if name not in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     vllm_config = get_current_vllm_config_or_none()
+    if vllm_config and any(backend.name == NAME for backend in vllm_config.attention_config.backend_per_kind.values()):
+        raise ValueError(
+            "shadowkv cannot serve one kind of layers on the CPU, whose platform has one backend for all; drop "
+            "--attention-config.backend_per_kind."
+        )
     selected = vllm_config.attention_config.backend if vllm_config else None
     if selected is None or selected.name != NAME:
         return resolve_obj_by_qualname(AttentionBackendEnum[name].value)

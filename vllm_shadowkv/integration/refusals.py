@@ -15,7 +15,7 @@ from vllm_shadowkv.page import DTYPES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-DRAFT_METHODS = ("ngram", "suffix")
+DRAFT_METHODS = ("ngram", "suffix", "draft_model")
 MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
 
 
@@ -57,8 +57,13 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ),
         (
             speculative is not None and speculative.method not in DRAFT_METHODS,
-            f"verifies drafts of {' and '.join(DRAFT_METHODS)}, not of {getattr(speculative, 'method', None)}, whose "
-            "own layers it cannot serve; use one of those methods in --speculative-config",
+            f"verifies drafts of {', '.join(DRAFT_METHODS)}, not of {getattr(speculative, 'method', None)}, which "
+            "drafts from the model's own states; use one of those methods in --speculative-config",
+        ),
+        (
+            speculative is not None and speculative.method == "draft_model" and vllm_config.use_v2_model_runner,
+            "takes drafts of a draft model from vLLM's V1 runner only, because V2 plans both models' attention as one; "
+            "set VLLM_USE_V2_MODEL_RUNNER=0, or use drafts of ngram",
         ),
         (
             speculative is not None and vllm_config.scheduler_config.async_scheduling,
@@ -142,9 +147,14 @@ def check_layer(
     Raises:
         ValueError: the sentence names the feature and the way out.
     """
+    if sliding_window is not None:
+        raise ValueError(
+            f"shadowkv does not support layers with a sliding window ({sliding_window} tokens); if the model has "
+            "others too, give it those, with --attention-config.backend_per_kind "
+            """'{"full_attention": "SHADOWKV"}' in place of --attention-backend."""
+        )
     for wrong, what in (
-        (attn_type != "decoder", f"{attn_type} attention"),
-        (sliding_window is not None, f"a sliding window ({sliding_window} tokens)"),
+        (attn_type != "decoder", f"{str.__str__(attn_type)} attention"),
         (alibi_slopes is not None, "ALiBi"),
         (bool(logits_soft_cap), f"a logits soft cap ({logits_soft_cap})"),
         (kv_sharing_target_layer_name is not None, "a KV cache shared between layers"),

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
+from vllm_shadowkv.integration.other_layers import foreign_pages, spec_dtype
 from vllm_shadowkv.integration.planner import Planner
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.integration.rope import rotary_of
@@ -35,7 +36,7 @@ from vllm_shadowkv.state.prefill import TILE_BLOCKS
 from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
     from vllm_shadowkv.integration.cpu_attention import CpuAttention
     from vllm_shadowkv.integration.flash_attention import FlashAttention
@@ -103,7 +104,17 @@ class Runtime:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Runtime:
-        """The runtime of the model that is being built."""
+        """The runtime of the model that is being built.
+
+        Raises:
+            ValueError: it is a draft model, which runs several steps within one of ours.
+        """
+        drafts = vllm_config.speculative_config
+        if drafts and drafts.uses_draft_model() and vllm_config.model_config is drafts.draft_model_config:
+            raise ValueError(
+                "shadowkv does not serve the draft model; name another backend for it, as attention_backend in "
+                "--speculative-config."
+            )
         context = vllm_config.compilation_config.static_forward_context
         latest = cls._latest
         if latest is None or latest.vllm_config.compilation_config.static_forward_context is not context:
@@ -134,7 +145,7 @@ class Runtime:
     @property
     def capacity(self) -> Capacity:
         """What this worker's pool holds."""
-        return Capacity.of(self.config, self.layout, len(self._layers), self.boundary)
+        return Capacity(self.layout, len(self._layers), self.boundary, self.slot_pages_per_request)
 
     @property
     def attention(self) -> CpuAttention | FlashAttention:
@@ -192,19 +203,39 @@ class Runtime:
             raise RuntimeError(f"shadowkv: the attention layer {name} was not attached to a module.")
         parent = self._parents[name]()
         assert parent is not None
-        layer.rotary = rotary_of(parent, name, self.layout.head_size)
+        device = torch.device(current_platform.device_type)
+        layer.rotary = rotary_of(parent, name, self.layout.head_size, device, self.boundary.max_model_len)
         table = layer.rotary.cos_sin
-        same = next(
-            (other for other in self._layers.values() if other.rotary.cos_sin is table and other is not layer), None
-        )
-        if table is not None:
-            layer.cos_sin = same.cos_sin if same and same.cos_sin.numel() else table.float().contiguous()
+        if table is not None and not layer.cos_sin.numel():
+            known = (other.cos_sin for other in self._layers.values() if other.rotary.cos_sin is table)
+            same = next((other for other in known if other.numel()), None)
+            layer.cos_sin = table.float().contiguous() if same is None else same
+            # vLLM's sleep mode of level 2 brings back the model's buffers, and nothing else that was made with them.
+            layer.attention.register_buffer("shadowkv_table", table, persistent=False)
+            layer.attention.register_buffer("shadowkv_cos_sin", layer.cos_sin, persistent=False)
 
     def shadow_spec(self, spec: Any) -> ShadowSpec:
         """The shadow spec in place of vLLM's full-attention spec of a layer."""
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
-        fields["block_size"] = self.layout.block_size
+        fields |= {"block_size": self.layout.block_size, "dtype": spec_dtype(self.vllm_config, spec.dtype)}
         return ShadowSpec(**fields, shadow_page_bytes=self.layout.page_bytes)
+
+    def spec_fields(self, layer: Any) -> dict[str, Any]:
+        """What the specs of a layer's pseudo-layers share. All layers are built by now, those of other backends too."""
+        ours = {name for one in self._layers.values() for name in (one.exact.layer_name, one.slots.layer_name)}
+        foreign = foreign_pages(self.vllm_config, self.layout, ours | self._layers.keys(), len(self._layers))
+        self.boundary = self.boundary.beside(self.slot_pages_per_request, foreign)
+        return {
+            "num_kv_heads": layer.num_kv_heads,
+            "head_size": layer.head_size,
+            "dtype": spec_dtype(self.vllm_config, layer.kv_cache_torch_dtype),
+            "boundary": self.boundary,
+        }
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers of this worker that the backend serves."""
+        return len(self._layers)
 
     @property
     def max_drafts(self) -> int:
@@ -237,7 +268,7 @@ class Runtime:
             available,
             self.config.host_memory_gib,
             pages_on_host=current_platform.is_cpu(),
-            ranks=parallel.local_world_size * parallel.data_parallel_size_local,
+            ranks=parallel.local_world_size * _engines(parallel),
             free=free_bytes(),
         )
 
@@ -315,6 +346,17 @@ class Runtime:
             workspace=self._workspace,
             exact_start=torch.zeros(self._max_rows(), dtype=torch.int32, device=device),
         )
+
+
+def _engines(parallel: ParallelConfig) -> int:
+    """Data parallel engines that share this machine's memory, at most.
+
+    VLLM makes an engine of a dense model forget that there are others (`reconfigure_for_independent_dp_rank`). What it
+    leaves is how many there are on all machines.
+    """
+    if parallel.data_parallel_size == 1:
+        return max(1, parallel.elastic_ep_max_dp_size or 1)
+    return parallel.data_parallel_size_local
 
 
 def _attention(layout: PageLayout, num_heads: int) -> CpuAttention | FlashAttention:

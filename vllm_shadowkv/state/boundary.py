@@ -60,9 +60,14 @@ class ExactBoundary:
             steps_in_flight=steps_in_flight,
         )
 
-    def beside(self, slot_pages: int) -> ExactBoundary:
-        """Counts what the longest request holds beside its exact pages: sealed blocks, slots, and the null block."""
-        return replace(self, other_pages=self.max_sealed_blocks + slot_pages + 1)
+    def beside(self, slot_pages: int, foreign_pages: int = 0) -> ExactBoundary:
+        """Counts what the longest request holds beside its exact pages: sealed blocks, slots, and the null block.
+
+        Args:
+            slot_pages: of a request.
+            foreign_pages: what layers of other backends hold of the same pool.
+        """
+        return replace(self, other_pages=self.max_sealed_blocks + slot_pages + foreign_pages + 1)
 
     def resolve(self, num_blocks: int) -> ExactBoundary:
         """Sets a prefill window that was left open.

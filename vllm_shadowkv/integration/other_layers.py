@@ -1,0 +1,78 @@
+"""Layers of other backends beside ours: those with sliding windows, those of a draft model.
+
+They share our pool of pages. vLLM makes all pages equal, by giving such a layer as many tokens per page as fit ours,
+and puts layers in groups of equal size, each with a block table of its own (`vllm/v1/core/kv_cache_utils.py`,
+`get_kv_cache_groups`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from vllm_shadowkv.page import PageLayout
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], num_layers: int) -> int:
+    """Blocks of the pool that other layers hold for the longest request, at most.
+
+    Args:
+        vllm_config: of the engine, with all its layers.
+        layout: of our pages.
+        ours: names of our layers and pseudo-layers.
+        num_layers: our attention layers.
+
+    Raises:
+        ValueError: their pages do not fit ours.
+    """
+    others: Counter[Any] = Counter()
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if name not in ours and isinstance(layer, AttentionLayerBase):
+            spec = layer.get_kv_cache_spec(vllm_config)
+            others.update([] if spec is None else [spec])
+    pages = 0
+    for spec, count in others.items():
+        ratio, rest = divmod(layout.page_bytes, spec.page_size_bytes)
+        if rest:
+            raise ValueError(
+                f"shadowkv's pages of {layout.page_bytes} bytes are not a multiple of those of the other "
+                f"layers ({spec.page_size_bytes} bytes, {spec.block_size} tokens); set shadowkv.block_size and "
+                f"shadowkv.compression so that block_size / compression (now {layout.exact_tokens}) is a "
+                f"multiple of {spec.block_size}, or use another --attention-backend for this model."
+            )
+        scaled = spec.copy_with_new_block_size(spec.block_size * ratio)
+        groups = -(-count // num_layers)
+        pages += groups * -(-scaled.max_memory_usage_bytes(vllm_config) // layout.page_bytes)
+    return pages
+
+
+def spec_dtype(vllm_config: VllmConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that our specs name: the keys', or bytes where there are other layers.
+
+    What is left of our bytes in a page that such a layer gets may be NaN to it. Where dtypes differ, vLLM zeroes pages
+    before they are used (`KVCacheConfig.needs_kv_cache_zeroing`).
+    """
+    drafts = vllm_config.speculative_config
+    drafted = drafts is not None and drafts.uses_draft_model()
+    return torch.uint8 if drafted or vllm_config.attention_config.backend_per_kind else dtype
+
+
+def check_group(layer_names: list[str], num_layers: int) -> None:
+    """Refuses a KV cache group that does not hold all our layers: they share one block table.
+
+    Raises:
+        ValueError: vLLM splits them where there are fewer of another kind.
+    """
+    if len(layer_names) != num_layers:
+        raise ValueError(
+            f"shadowkv needs its {num_layers} layers in one KV cache group, vLLM makes groups of {len(layer_names)} "
+            "because the layers of another backend (sliding windows, a draft model) are fewer; use another "
+            "--attention-backend, or a draft model of as many layers."
+        )
