@@ -1,11 +1,11 @@
-"""The engines of `test_life_of_a_token.py`: each is started once, whatever the number of tests that look at it."""
+"""The engines of the tests here: each is started once, whatever the number of tests that look at it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from engine import Trial, Trials
+from engine import ModelTrial, Trial, Trials
 from sharp_model import write_sharp_model
 
 
@@ -17,7 +17,7 @@ def trials(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     trials = Trials(model, tmp_path_factory.mktemp("trials"))
     for item in request.session.items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        for trial in (value for value in parameters if isinstance(value, Trial)):
+        for trial in (value for value in parameters if isinstance(value, Trial | ModelTrial)):
             trials.begin(trial)
     yield trials
     trials.close()

@@ -45,8 +45,10 @@ class Trial:
         graphs: emulate decode graphs; on the V2 runner.
         emulated_cuda: plan as on CUDA and run the CUDA kernels on emulated threads; float16 and bfloat16 only.
         poison: fill pages that nobody may read with NaN.
-        plants: errors to plant, one after the other, each with the `short` scenario; names in `plants.PLANTS`.
+        plants: errors to plant, one after the other, each with the first scenario; names in `plants.PLANTS`.
         in_process: scheduler and worker in the process of the `LLM`.
+        extras: what the engine has beside the model; names in `extras.EXTRAS`.
+        full_attention_only: layers with a sliding window stay with the stock backend.
     """
 
     name: str
@@ -60,6 +62,25 @@ class Trial:
     poison: bool = False
     plants: tuple[str, ...] = ()
     in_process: bool = True
+    extras: tuple[str, ...] = ()
+    full_attention_only: bool = False
+
+
+@dataclass(frozen=True)
+class ModelTrial:
+    """Several engines of a model of its own, one after the other in one process.
+
+    Attributes:
+        name: of the result's file and of the log.
+        architecture: name in `architectures.CONFIGS`.
+        engines: what runs; their names are those of the results.
+        runner: which of vLLM's model runners.
+    """
+
+    name: str
+    architecture: str
+    engines: tuple[Trial, ...]
+    runner: Runner = "v1"
 
 
 @dataclass(frozen=True)
@@ -98,8 +119,11 @@ class TrialHost:
             start_new_session=True,
         )
 
-    def run(self, trial: Trial) -> Result:
+    def run(self, trial: Trial | ModelTrial) -> Any:
         """Runs a trial.
+
+        Returns:
+            Its `Result`, or of each engine by name.
 
         Raises:
             AssertionError: it failed; with the end of its log.
@@ -112,7 +136,10 @@ class TrialHost:
         self._process.stdin.flush()
         status = self._process.stdout.readline().strip()
         assert status == "0", f"trial {trial.name}: exit status {status or 'of the host'}\n{_tail(log)}"
-        return Result(**json.loads(result.read_text()))
+        found = json.loads(result.read_text())
+        if isinstance(trial, Trial):
+            return Result(**found)
+        return {engine: Result(**one) for engine, one in found.items()}
 
     def close(self) -> None:
         """Ends the process, and the engine of a trial that is still running."""
@@ -132,9 +159,9 @@ class Trials:
         """Starts nothing yet; see `TrialHost` for the arguments."""
         self.model, self._directory = model, directory
         self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
-        self._results: dict[str, Future[Result]] = {}
+        self._results: dict[str, Future[Any]] = {}
 
-    def begin(self, trial: Trial) -> Future[Result]:
+    def begin(self, trial: Trial | ModelTrial) -> Future[Any]:
         """Runs a trial in the background, after those of its runner that were begun before."""
         if trial.name not in self._results:
             if trial.runner not in self._hosts:
@@ -144,8 +171,8 @@ class Trials:
             self._results[trial.name] = queue.submit(host.run, trial)
         return self._results[trial.name]
 
-    def __call__(self, trial: Trial) -> Result:
-        """The result of a trial, run now if it was not yet."""
+    def __call__(self, trial: Trial | ModelTrial) -> Any:
+        """The result of a trial, run now if it was not yet; see `TrialHost.run`."""
         return self.begin(trial).result()
 
     def close(self) -> None:

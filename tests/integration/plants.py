@@ -11,6 +11,7 @@ from typing import Any
 from vllm_shadowkv.integration import planner
 from vllm_shadowkv.integration.managers import ExactManager
 from vllm_shadowkv.integration.planner import Planner
+from vllm_shadowkv.state import seal
 from vllm_shadowkv.state.decode import DecodeRows
 
 
@@ -76,11 +77,17 @@ def not_cleared() -> Any:
     return _patched(Planner, "_clear_new_pages", lambda *args: None)
 
 
+def not_turned_back() -> Any:
+    """Compresses keys as they are after RoPE, as if the model had none."""
+    return _patched(seal, "undo", lambda undo, rotary, keys, positions: keys.float())
+
+
 PLANTS: dict[str, Callable[[], Any]] = {
     "wrong value": wrong_value,
     "wrong key": wrong_key,
     "no lag": no_lag,
     "not cleared": not_cleared,
+    "not turned back": not_turned_back,
     **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},
     "nothing": nullcontext,
 }

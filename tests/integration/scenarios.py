@@ -8,10 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sharp_model import VOCABULARY
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 
 FIRST_TOKEN = 3  # below are the special tokens
 
@@ -21,7 +24,8 @@ EIGHT_LENGTHS = (5, 40, 90, 130, 250, 300, 520, 700)
 PREEMPTED_LENGTHS = (700, 650, 600, 500, 480, 240)
 
 Generated = dict[str, Any]
-"""`tokens`, their `logprobs`, the `margins` to the runners-up (where asked for), and prompt tokens `cached`."""
+"""`tokens`, their `logprobs`, the `margins` to the runners-up (where asked for), log-probabilities of the `prompt`
+without its first token (where asked for), and prompt tokens `cached`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Request:
     prompt: list[int]
     tokens: int
     sampling: Mapping[str, Any]
+    adapter: int = 0
 
     @classmethod
     def greedy(cls, prompt: list[int], tokens: int) -> Request:
@@ -40,9 +45,17 @@ class Request:
 class Asker:
     """Drives an engine in this process, step by step."""
 
-    def __init__(self, llm: LLM, margins: bool = False) -> None:
-        self._engine = llm.llm_engine
+    def __init__(self, llm: LLM, margins: bool = False, adapters: Path | None = None) -> None:
+        """Asks nothing yet.
+
+        Args:
+            llm: the engine.
+            margins: ask for the runners-up of choices too.
+            adapters: folder of what `Request.adapter` names.
+        """
+        self.engine = llm.llm_engine
         self._num_logprobs = 2 if margins else 0
+        self._adapters = adapters
 
     def ask(
         self, requests: Mapping[str, Request], aborts: Mapping[int, Sequence[str]] | None = None
@@ -64,12 +77,15 @@ class Asker:
                 detokenize=False,
                 **request.sampling,
             )
-            self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
+            adapter = None
+            if request.adapter:
+                adapter = LoRARequest(str(request.adapter), request.adapter, f"{self._adapters}/{request.adapter}")
+            self.engine.add_request(name, {"prompt_token_ids": request.prompt}, params, lora_request=adapter)
         outputs, step = {}, 0
-        while self._engine.has_unfinished_requests():
-            outputs.update({output.request_id: output for output in self._engine.step() if output.finished})
+        while self.engine.has_unfinished_requests():
+            outputs.update({output.request_id: output for output in self.engine.step() if output.finished})
             step += 1
-            self._engine.abort_request(list((aborts or {}).get(step, ())))
+            self.engine.abort_request(list((aborts or {}).get(step, ())))
         aborted = {name for names in (aborts or {}).values() for name in names}
         return {
             name if len(output.outputs) == 1 else f"{name} {completion.index}": _generated(output, completion)
@@ -87,6 +103,11 @@ def _generated(output: Any, completion: Any) -> Generated:
         "tokens": list(completion.token_ids),
         "logprobs": chosen,
         "margins": [values[0] - values[1] for values in ranked if len(values) > 1],
+        "prompt": [
+            logprobs[token].logprob
+            for token, logprobs in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False)
+            if logprobs is not None
+        ],
         "cached": output.num_cached_tokens,
     }
 
@@ -186,6 +207,45 @@ def twice(asker: Asker) -> dict[str, Generated]:
     return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
 
 
+def scored(asker: Asker) -> dict[str, Generated]:
+    """Eight prompts whose own tokens are scored, and two tokens more: of prefill and of decode."""
+    prompts = _prompts("scored", *range(150, 310, 20))
+    scoring = {"temperature": 0, "prompt_logprobs": 0}
+    return asker.ask({f"{len(prompt)} tokens": Request(prompt, 2, scoring) for prompt in prompts})
+
+
+def long(asker: Asker) -> dict[str, Generated]:
+    """Beyond the dense threshold of the default settings, beside one that stays below."""
+    return asker.ask(_named(_prompts("long", 4600, 300), tokens=8))
+
+
+def adapters(asker: Asker) -> dict[str, Generated]:
+    """One prompt with the model and with two adapters side by side, twice: each finds its own prefix."""
+    (prompt,) = _prompts("adapters", 560)
+    requests = {f"adapter {adapter}": Request(prompt, 40, {"temperature": 0}, adapter) for adapter in range(3)}
+    first = asker.ask(requests)
+    return first | {f"{name} again": found for name, found in asker.ask(requests).items()}
+
+
+def structured(asker: Asker) -> dict[str, Generated]:
+    """Tokens 0 to 9 and 120 to 129, by a regular expression; with `extras.tokenizer`."""
+    guided, free = _prompts("structured", 500, 300)
+    sampling = {"temperature": 0, "structured_outputs": StructuredOutputsParams(regex="((00|12)[0-9]){60}")}
+    return asker.ask({"guided": Request(guided, 40, sampling), "free": Request.greedy(free, 40)})
+
+
+def sleep(asker: Asker) -> dict[str, Generated]:
+    """Two requests before and after a sleep (`extras.sleep_and_wake`)."""
+    from extras import sleep_and_wake
+
+    requests = _named(_prompts("sleep", 700, 1000), tokens=30)
+    before = asker.ask(requests)
+    sleep_and_wake(asker.engine)
+    return {f"before {name}": found for name, found in before.items()} | {
+        f"after {name}": found for name, found in asker.ask(requests).items()
+    }
+
+
 SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -201,5 +261,10 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         aborts,
         short,
         twice,
+        scored,
+        long,
+        adapters,
+        structured,
+        sleep,
     )
 }

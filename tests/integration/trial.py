@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)
-            Path(trial["result"]).write_text(json.dumps(run(trial)))
+            result = run_engines(trial) if "engines" in trial else run(trial)
+            Path(trial["result"]).write_text(json.dumps(result))
             status = 0
     except BaseException:
         import traceback
@@ -52,8 +55,32 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
         os._exit(status)
 
 
-def run(trial: dict[str, Any]) -> dict[str, Any]:
-    """Starts an engine and asks the trial's scenarios of it, then the plants'."""
+def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
+    """Writes a model, and runs several trials of it one after the other; see `engine.ModelTrial`."""
+    from architectures import write_model
+
+    _inspect_models_here()
+    gc.collect = lambda generation=2: 0  # vLLM calls it several times per engine; it would take most of the time
+    with tempfile.TemporaryDirectory() as model:
+        write_model(trial["architecture"], Path(model))
+        of_model = {"model": model, "result": trial["result"]}
+        return {engine["name"]: run(engine | of_model, shut_down=True) for engine in trial["engines"]}
+
+
+def _inspect_models_here() -> None:
+    """VLLM looks at a model's class in a process of its own, because of CUDA, and that must import vLLM again."""
+    from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
+
+    _LazyRegisteredModel.inspect_model_cls = lambda self: _ModelInfo.from_model_cls(self.load_model_cls())
+
+
+def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
+    """Starts an engine and asks the trial's scenarios of it, then the first of them with each plant.
+
+    Args:
+        trial: `engine.Trial`, and the `model`.
+        shut_down: leave the process fit for another engine.
+    """
     counts: dict[str, int] = {}
     if trial["in_process"]:
         _count_events(counts)
@@ -66,17 +93,18 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
         import emulated_cuda
 
         emulated_cuda.install()
-    llm = start(trial)
+    extras = Path(trial["result"]).with_suffix("")
+    llm = start(trial, _write_extras(trial, extras))
     if "speculative_config" in trial["options"]:
         _draft_from_memory()
 
     from scenarios import SCENARIOS, Asker
 
-    asker = Asker(llm, margins=trial["shadowkv"] is None)
+    asker = Asker(llm, margins=trial["shadowkv"] is None, adapters=extras / "adapters")
     if trial["graphs"]:
         _capture_graphs(llm)
     sequences = {name: SCENARIOS[name](asker) for name in trial["scenarios"]}
-    planted = {plant: _ask_with_plant(plant, llm, asker, trial["graphs"]) for plant in trial["plants"]}
+    planted = {plant: _ask_with_plant(plant, llm, asker, trial) for plant in trial["plants"]}
     if trial["poison"]:
         counts["poisoned"] = poison.poisoned
     if trial["shadowkv"] is not None and trial["in_process"]:
@@ -85,12 +113,35 @@ def run(trial: dict[str, Any]) -> dict[str, Any]:
         from v2_on_cpu import emulated_graphs
 
         counts["replays"] = emulated_graphs.replays
-    return {"sequences": sequences, "planted": planted, "counts": counts}
+    if shut_down:
+        llm.llm_engine.engine_core.shutdown()
+    return {"sequences": sequences, "planted": planted, "counts": dict(counts)}
 
 
-def start(trial: dict[str, Any]) -> Any:
-    """An engine with the trial's backend."""
+def _write_extras(trial: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Makes the trial's extras, and returns the options of `vllm.LLM` that they ask for."""
+    from extras import EXTRAS
+
+    options: dict[str, Any] = {}
+    for name in trial["extras"]:
+        folder = directory / name
+        folder.mkdir(parents=True)
+        options |= EXTRAS[name](Path(trial["model"]), folder)
+    return options
+
+
+def start(trial: dict[str, Any], extras: dict[str, Any]) -> Any:
+    """An engine with the trial's backend and the options of its extras."""
+    import torch._dynamo
+
+    if trial["options"].get("enforce_eager", True):
+        # vLLM compiles a helper of its sampler all the same, which takes seconds.
+        torch._dynamo.config.disable = True
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if trial["in_process"] else "1"
+    if trial["runner"] == "v2" and not trial["in_process"]:
+        here = Path(__file__).parent
+        paths = [str(here / "v2_on_cpu" / "spawned"), str(here), os.environ.get("PYTHONPATH", "")]
+        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"}
     from vllm import LLM
 
     if trial["asynchronous"]:
@@ -98,9 +149,13 @@ def start(trial: dict[str, Any]) -> Any:
     backend: dict[str, Any] = {}
     if trial["shadowkv"] is not None:
         backend = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": trial["shadowkv"]}}
+    if trial["full_attention_only"]:
+        _select_per_kind()
+        del backend["attention_backend"]
+        backend["attention_config"] = {"backend_per_kind": {"full_attention": "SHADOWKV"}}
     options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True}
     options |= {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 200, "max_num_seqs": 8}
-    return LLM(trial["model"], **(options | backend | trial["options"]))
+    return LLM(**({"model": trial["model"]} | options | backend | extras | trial["options"]))
 
 
 def _allow_asynchronous_scheduling() -> None:
@@ -115,6 +170,20 @@ def _allow_asynchronous_scheduling() -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     platform.check_and_update_config = staticmethod(check_and_turn_on)
+
+
+def _select_per_kind() -> None:
+    """VLLM's CPU platform has one backend for all layers; let it take the one that it is asked for, as on CUDA."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    select = platform.get_attn_backend_cls
+
+    def select_ours(selected: Any, *args: Any, **kwargs: Any) -> str:
+        ours = selected is not None and selected.name == "SHADOWKV"
+        return selected.get_path() if ours else select(selected, *args, **kwargs)
+
+    platform.get_attn_backend_cls = staticmethod(select_ours)
 
 
 def _count_events(counts: dict[str, int]) -> None:
@@ -197,15 +266,15 @@ def _counting(counts: dict[str, int], event: str, original: Any) -> Any:
     return call
 
 
-def _ask_with_plant(plant: str, llm: Any, asker: Any, graphs: bool) -> dict[str, Any]:
-    """The short scenario with an error planted."""
+def _ask_with_plant(plant: str, llm: Any, asker: Any, trial: dict[str, Any]) -> dict[str, Any]:
+    """The trial's first scenario with an error planted."""
     from plants import PLANTS
     from scenarios import SCENARIOS
 
     with PLANTS[plant]():
-        if graphs:
+        if trial["graphs"]:
             _capture_graphs(llm)
-        return SCENARIOS["short"](asker)
+        return SCENARIOS[trial["scenarios"][0]](asker)
 
 
 def _capture_graphs(llm: Any) -> None:

@@ -1,0 +1,198 @@
+"""Tiny random models of the architectures that `test_models.py` runs, in Hugging Face's format, without tokenizers.
+
+Their attention is sharp, as in `sharp_model.py`: with the usual initialisation it is nearly flat, and no error shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sharp_model import VOCABULARY
+from torch import Tensor
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+
+
+def _longrope(rotary_dim: int, **more: Any) -> dict[str, Any]:
+    """Scaled from 64 positions, so that the long factors are the ones in use."""
+    long = [1.0 + 0.5 * pair for pair in range(rotary_dim // 2)]
+    return {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * (rotary_dim // 2),
+            "long_factor": long,
+            **more,
+        },
+    }
+
+
+# Name -> what of Hugging Face's configuration differs from `SHAPE`.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-3.1": {"model_type": "llama", "rope_parameters": LLAMA3_SCALING},
+    "yi": {"model_type": "llama", "head_dim": 128, "num_attention_heads": 8, "rope_theta": 5e6},
+    "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128, "rope_theta": 1e6},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 1},
+    "phi-3-mini-128k": {
+        "model_type": "phi3",
+        "hidden_size": 384,
+        "head_dim": 96,
+        "num_key_value_heads": 4,
+        **_longrope(96),
+    },
+    "phi-4-mini": {
+        "model_type": "phi3",
+        "hidden_size": 512,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        **_longrope(96, partial_rotary_factor=0.75),
+    },
+    "phi-4": {"model_type": "phi3", "hidden_size": 512, "head_dim": 128, "rope_theta": 250_000.0},
+    "glm-4-0414": {"model_type": "glm4", "head_dim": 128, "attention_bias": True},
+    "gemma": {"model_type": "gemma", "head_dim": 256, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "gemma-3": {
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 7,
+        "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2 + ["sliding_attention"],
+        "sliding_window": 96,
+        "query_pre_attn_scalar": 256,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "glm-4-hf": {"model_type": "glm", "head_dim": 128, "attention_bias": True},
+    "olmo-2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 4, "norm_topk_prob": True, **EXPERTS},
+}
+
+
+# vLLM has kept the class of GLM-4-9B's first release, Transformers has not.
+CHATGLM: dict[str, Any] = {
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "dtype": "float32",
+    "num_layers": 2,
+    "padded_vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "ffn_hidden_size": 256,
+    "kv_channels": 64,
+    "num_attention_heads": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "seq_length": 8192,
+    "add_qkv_bias": True,
+    "original_rope": True,
+    "rope_ratio": 500,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+NAMES = (*CONFIGS, "glm-4")
+SEEDS = {"qwen2.5": 8}
+
+
+def write_model(name: str, directory: Path) -> None:
+    """Writes the model of this name in `NAMES`."""
+    seed = SEEDS.get(name, 7)
+    if name == "glm-4":
+        return _write_chatglm(directory, seed)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = SHAPE | CONFIGS[name]
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter, values in model.named_parameters():
+        _fill(parameter, values.data, generator, tied=config.tie_word_embeddings)
+    model.save_pretrained(directory)
+
+
+def _write_chatglm(directory: Path, seed: int) -> None:
+    hidden, heads = CHATGLM["hidden_size"], CHATGLM["num_attention_heads"]
+    qkv = (heads + 2 * CHATGLM["multi_query_group_num"]) * CHATGLM["kv_channels"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embedding.word_embeddings.weight": (VOCABULARY, hidden),
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+        "transformer.output_layer.weight": (VOCABULARY, hidden),
+    }
+    for layer in range(CHATGLM["num_layers"]):
+        prefix = f"transformer.encoder.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.self_attention.query_key_value.weight": (qkv, hidden),
+            f"{prefix}.self_attention.query_key_value.bias": (qkv,),
+            f"{prefix}.self_attention.dense.weight": (hidden, heads * CHATGLM["kv_channels"]),
+            f"{prefix}.mlp.dense_h_to_4h.weight": (2 * CHATGLM["ffn_hidden_size"], hidden),
+            f"{prefix}.mlp.dense_4h_to_h.weight": (hidden, CHATGLM["ffn_hidden_size"]),
+        }
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.ones(shape) for name, shape in shapes.items()}
+    for name, values in weights.items():
+        _fill(name, values, generator, tied=False)
+    (directory / "config.json").write_text(json.dumps(CHATGLM))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+# Standard deviation of what a projection of normalised states gives. Logits of attention come out with one near 5.
+ATTENTION, RESIDUAL, OUTPUT, USUAL = 2.2, 6.0, 2.0, 0.3
+
+
+def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> None:
+    """Random weights of the width that their place in the model asks for."""
+    random = torch.randn(values.shape, generator=generator)
+    if name.endswith(".bias"):
+        values.copy_(random * 0.5)
+    elif name.endswith(("q_norm.weight", "k_norm.weight")):
+        values.copy_(ATTENTION + random * 0.2)
+    elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3
+        values.add_(2 + random * 0.1)
+    elif values.dim() == 1:  # of another norm
+        values.add_(random * 0.1)
+    elif name.endswith(("lm_head.weight", "output_layer.weight", "gate.weight")) or (tied and "embed" in name):
+        values.copy_(random * OUTPUT / math.sqrt(values.shape[-1]))
+    elif name.endswith(("o_proj.weight", "dense.weight")):
+        values.copy_(random * RESIDUAL / math.sqrt(values.shape[-1]))
+    elif "self_att" in name:
+        values.copy_(random * ATTENTION / math.sqrt(values.shape[-1]))
+    else:
+        values.copy_(random * USUAL / math.sqrt(values.shape[-1]))

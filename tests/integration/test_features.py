@@ -1,0 +1,136 @@
+"""Features of vLLM beside the stock backend: drafts of a draft model, adapters, structured output, log-probabilities of
+prompts, quantised weights, several engines, stages of a pipeline. The method is that of `test_life_of_a_token.py`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import simulation
+from engine import Trial, Trials, differences
+from test_life_of_a_token import LOSSLESS, STOCK, TOLERANCE
+from vllm.config import ParallelConfig
+from vllm.v1.engine.core import EngineCore
+
+from vllm_shadowkv.integration import runtime
+
+SETTINGS: dict[str, Any] = LOSSLESS | {"block_size": 256}
+
+# Some of the drafts are accepted. The draft model has as many layers as the model; see `other_layers.check_group`.
+DRAFTS = Trial("draft-model", ("short", "edges", "prefixes"), SETTINGS, extras=("draft_model",), poison=True)
+
+FEATURES = ("adapters", "structured")
+STOCK_FEATURES = Trial("stock-features", FEATURES, shadowkv=None, extras=("adapters", "tokenizer"))
+OUR_FEATURES = Trial("our-features", FEATURES, SETTINGS, extras=("adapters", "tokenizer"), poison=True)
+
+STOCK_QUANTISED = Trial("stock-quantised", ("short",), shadowkv=None, extras=("quantised",))
+SMALL_BLOCKS = LOSSLESS | {"block_size": 64, "slot_chunks": 304}
+OUR_QUANTISED = Trial("our-quantised", ("short",), SMALL_BLOCKS, extras=("quantised",), poison=True)
+
+# In bfloat16, so that the table in float32 is not the model's own, and with keys that are rebuilt with it.
+SLEEPER = Trial(
+    "sleeper",
+    ("sleep",),
+    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128},
+    options={"dtype": "bfloat16"},
+)
+STAGES = Trial(
+    "v2-two-stages",
+    ("short", "prefixes"),
+    SETTINGS,
+    runner="v2",
+    options={"pipeline_parallel_size": 2},
+    in_process=False,
+)
+
+
+def trial_id(trial: Trial) -> str:
+    return trial.name
+
+
+@pytest.mark.parametrize("trial", [DRAFTS], ids=trial_id)
+def test_a_draft_model_changes_nothing(trials: Trials, trial: Trial) -> None:
+    stock = trials(STOCK).sequences
+    for scenario in trial.scenarios:
+        assert differences(trials(trial).sequences[scenario], stock[scenario], TOLERANCE) == []
+    assert trials(trial).counts["accepted drafts"] > 100
+    assert trials(trial).counts["seals"] > 50
+
+
+@pytest.mark.parametrize("trial", [STOCK_FEATURES], ids=trial_id)
+def test_stock_is_decisive(trials: Trials, trial: Trial) -> None:
+    for found in trials(trial).sequences.values():
+        assert min(margin for sequence in found.values() for margin in sequence["margins"]) > 1e-4
+
+
+@pytest.mark.parametrize("trial", [OUR_FEATURES], ids=trial_id)
+def test_adapters_keep_to_themselves(trials: Trials, trial: Trial) -> None:
+    ours, stock = (trials(one).sequences["adapters"] for one in (trial, STOCK_FEATURES))
+    assert differences(ours, stock, TOLERANCE) == []
+    first = {tuple(sequence["tokens"]) for name, sequence in ours.items() if "again" not in name}
+    assert len(first) == 3, "an adapter changed nothing"
+    assert {name: sequence["cached"] for name, sequence in ours.items()} == {
+        f"adapter {number}{again}": 512 if again else 0 for number in range(3) for again in ("", " again")
+    }
+
+
+@pytest.mark.parametrize("trial", [OUR_FEATURES], ids=trial_id)
+def test_structured_output(trials: Trials, trial: Trial) -> None:
+    ours, stock = (trials(one).sequences["structured"] for one in (trial, STOCK_FEATURES))
+    assert differences(ours, stock, TOLERANCE) == []
+    allowed = {*range(10), *range(120, 130)}
+    assert set(ours["guided"]["tokens"]) <= allowed
+    assert not set(ours["free"]["tokens"]) <= allowed
+
+
+@pytest.mark.parametrize("trial", [OUR_QUANTISED], ids=trial_id)
+def test_quantised_weights(trials: Trials, trial: Trial) -> None:
+    ours, stock = (trials(one).sequences["short"] for one in (trial, STOCK_QUANTISED))
+    assert differences(ours, stock, TOLERANCE) == []
+    assert differences(ours, trials(STOCK).sequences["short"], TOLERANCE), "nothing was quantised"
+    assert trials(trial).counts["seals"] > 4
+
+
+@pytest.mark.parametrize("trial", [SLEEPER], ids=trial_id)
+def test_nothing_is_lost_in_sleep(trials: Trials, trial: Trial) -> None:
+    found = trials(trial).sequences["sleep"]
+    before, after = (
+        {name.removeprefix(when): sequence for name, sequence in found.items() if name.startswith(when)}
+        for when in ("before ", "after ")
+    )
+    assert len(before) == 2
+    assert differences(after, before, tolerance=0.0) == []
+    assert all(sequence["cached"] == 0 for sequence in after.values())
+    assert trials(trial).counts["seals"] > 0
+
+
+@pytest.mark.parametrize("trial", [STAGES], ids=trial_id)
+def test_two_stages_of_a_pipeline(trials: Trials, trial: Trial) -> None:
+    """On the V2 runner: with two stages vLLM 0.32's V1 runner fails on the CPU, its own backend too."""
+    stock = trials(STOCK).sequences
+    for scenario in trial.scenarios:
+        assert differences(trials(trial).sequences[scenario], stock[scenario], TOLERANCE) == []
+
+
+def test_a_prompt_in_pieces_is_refused() -> None:
+    """Where vLLM answers the one request with the error, and goes on with the others."""
+    managers = simulation.Engine(num_blocks=64).managers
+    core: Any = EngineCore.__new__(EngineCore)
+    request = SimpleNamespace(resumable=True)
+    for served, error in ((managers, ValueError), ((), AttributeError)):
+        coordinator = SimpleNamespace(single_type_managers=served)
+        core.scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
+        with pytest.raises(error, match="streaming input; send the whole prompt" if error is ValueError else None):
+            core.preprocess_add_request(request)
+
+
+@pytest.mark.parametrize(("sizes", "engines"), [((1, 1), 1), ((4, 4), 4), ((4, 2), 4)])
+def test_data_parallel_engines_of_a_dense_model_share_the_host(sizes: tuple[int, int], engines: int) -> None:
+    """VLLM makes each forget the others before its workers start; those of all machines are counted then."""
+    parallel = ParallelConfig(data_parallel_size=sizes[0], data_parallel_size_local=sizes[1])
+    assert runtime._engines(parallel) == sizes[1]
+    parallel.reconfigure_for_independent_dp_rank()
+    assert parallel.data_parallel_size == 1
+    assert runtime._engines(parallel) == engines
