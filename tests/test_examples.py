@@ -67,3 +67,44 @@ def test_compose_file() -> None:
     compile(service["healthcheck"]["test"][3], "healthcheck", "exec")
     assert service["ulimits"]["memlock"] == -1
     assert "--attention-backend=shadowkv" in service["command"]
+
+
+STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$COMMANDS"\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "commands"),
+    [
+        (
+            ["head", "a model", "--max-model-len", "131072"],
+            [
+                "ray start --head --port=6379 --num-gpus=4",
+                "python3 - 2",
+                "vllm serve a model --attention-backend shadowkv --distributed-executor-backend ray "
+                "--tensor-parallel-size 4 --pipeline-parallel-size 2 --max-model-len 131072",
+                "ray stop",
+            ],
+        ),
+        (["worker", "10.0.0.1"], ["ray start --address=10.0.0.1:6379 --num-gpus=4 --block"]),
+        (["head"], None),
+        (["worker"], None),
+        ([], None),
+    ],
+    ids=lambda line: " ".join(line or ["refused"]),
+)
+def test_two_nodes(line: list[str], commands: list[str] | None, tmp_path: Path) -> None:
+    """What the script starts: there is no second machine here, and vLLM has no Ray on the CPU."""
+    for name in ("ray", "vllm", "python3"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    started = tmp_path / "commands"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMMANDS": str(started), "GPUS_PER_NODE": "4"}
+    script = [str(ROOT / "examples" / "two_nodes" / "serve.sh"), *line]
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=30)
+    if commands is None:
+        assert result.returncode == 2
+        assert result.stderr.startswith("usage: serve.sh head MODEL")
+        assert not started.exists()
+    else:
+        assert result.returncode == 0, result.stderr
+        assert started.read_text().splitlines() == commands
