@@ -1,8 +1,8 @@
-"""Which versions of vLLM the tests run on."""
+"""Which versions of vLLM the tests run on; docs/vllm_compat.md says which tests, and how."""
 
 from __future__ import annotations
 
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 """Minor versions of vLLM."""
 
 ANY_VERSION = "SHADOWKV_ANY_VLLM"

@@ -78,10 +78,15 @@ Setup = Callable[[Patch, Path], Any]
 CASES: dict[str, tuple[Callable[[], Any], Setup, str, str]] = {
     "vllm": (doctor._vllm, lambda m, _: versions(m, vllm="0.32.1"), "ok", "vLLM 0.32.1 is tested"),
     "no vllm": (doctor._vllm, lambda m, _: versions(m), "fail", "not installed → pip install"),
-    "other vllm": (doctor._vllm, lambda m, _: versions(m, vllm="0.33.0"), "fail", "refused → install vLLM 0.32.x, or"),
+    "other vllm": (
+        doctor._vllm,
+        lambda m, _: versions(m, vllm="0.34.0"),
+        "fail",
+        "refused → install vLLM 0.32.x, 0.33.x, or",
+    ),
     "other vllm, any": (
         doctor._vllm,
-        lambda m, _: (versions(m, vllm="0.33.0"), m.setenv("SHADOWKV_ANY_VLLM", "1")),
+        lambda m, _: (versions(m, vllm="0.34.0"), m.setenv("SHADOWKV_ANY_VLLM", "1")),
         "warn",
         "is not tested, and SHADOWKV_ANY_VLLM=1 → install",
     ),
