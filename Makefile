@@ -42,12 +42,13 @@ wheel: install
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python scripts/check_wheel.py "$$(ls -t dist/*.whl | head -1)"
 
-# Both need a GPU and a build with the CUDA kernels (CUDA_HOME, or SHADOWKV_CUDA=1).
+# Both need a GPU and a build with the CUDA kernels (CUDA_HOME, or SHADOWKV_CUDA=1). They go on after a failure, and
+# write build/gpu/report.md.
 gpu-test: install
-	$(BIN)/python -m pytest -m gpu tests/ops tests/gpu $(PYTEST_FLAGS)
+	$(BIN)/python scripts/gpu.py test
 
 gpu-bench: install
-	$(BIN)/python -m benchmarks.bench_ops --device cuda --json benchmarks/results/ops_cuda.json
+	$(BIN)/python scripts/gpu.py bench
 
 demo: install
 	$(BIN)/python -m benchmarks.demo

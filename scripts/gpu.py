@@ -1,0 +1,182 @@
+"""All work that needs a GPU, in order: `python scripts/gpu.py test | bench | all [--only NAME ...]`.
+
+Every step is a command that can be run alone. What it prints goes to a file of its own under the results' directory,
+and `report.md` there says of every step what it was, how long it took and how it ended; numbers and plots go to
+`benchmarks/results`. A step that fails does not stop
+the next: time on a GPU is short. `--rehearse` runs the same steps on a machine without one, at sizes that take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The rest of compute-sanitizer's cost is in starting Python: few tests, of every op.
+SANITIZED = ["tests/gpu/test_decode_graph.py", "tests/ops/test_store_values.py", "tests/ops/test_pack_block.py"]
+SANITIZED_KEYWORDS = "(eager or stream) or (128 and bfloat16)"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: of its files.
+        kind: "test" or "bench".
+        what: a sentence of the report.
+        command: arguments, Python first.
+        seconds: it is ended after so many.
+        needs: a program without which it is left out.
+    """
+
+    name: str
+    kind: str
+    what: str
+    command: list[str]
+    seconds: int
+    needs: str | None = None
+
+
+def steps(results: Path, rehearse: bool) -> list[Step]:
+    """The list; smaller, and on the CPU, for a rehearsal."""
+    python = sys.executable
+    device = ["--device", "cpu" if rehearse else "cuda"]
+    marked = [] if rehearse else ["-m", "gpu"]
+    ops = ["-k", "128 and bfloat16 and not emulated"] if rehearse else marked
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "3", "--target-processes", "all"]
+    model = str(results / "dummy")
+    lengths = ["4608"] if rehearse else ["32768", "61440", "122880"]
+    contexts = ["4096", "8192"] if rehearse else ["4096", "8192", "16384", "32768", "65536", "131072", "524288"]
+    served = ["--", "--load-format", "dummy", *(["--enforce-eager"] if rehearse else [])]
+    backends = ["--backends", "stock", "shadowkv", *([] if rehearse else ["stock-fp8", "shadowkv-int8"])]
+    few = ["--output-len", "8"] if rehearse else ["--output-len", "128"]
+
+    records = results if rehearse else ROOT / "benchmarks" / "results"
+
+    def to(name: str, *options: str) -> list[str]:
+        endings = {"json": ".json", "plot": ".png"}
+        return [x for option in options for x in (f"--{option}", str(records / (name + endings[option])))]
+
+    def bench(name: str, module: str, what: str, *arguments: str, seconds: int = 600) -> Step:
+        return Step(name, "bench", what, [python, "-m", f"benchmarks.{module}", *arguments], seconds)
+
+    return [
+        Step("doctor", "test", "what is installed", [python, "-m", "vllm_shadowkv", "doctor"], 120),
+        Step("ops", "test", "every op against the reference", [*pytest, *ops, "tests/ops"], 900),
+        Step("graphs", "test", "decode steps eager, captured, replayed, on another stream",
+             [*pytest, *marked, "tests/gpu/test_decode_graph.py"], 300),
+        Step("needle", "test", "the needle model against FLASH_ATTN",
+             [*pytest, *marked, "tests/gpu/test_needle.py"], 900),
+        *(
+            Step(tool, "test", f"compute-sanitizer {tool}",
+                 [*sanitizer, "--tool", tool, *pytest, "-m", "gpu", "-k", SANITIZED_KEYWORDS, *SANITIZED], 900,
+                 needs="compute-sanitizer")
+            for tool in ("memcheck", "racecheck")
+        ),
+        bench("ops_cuda", "bench_ops", "time of each op, share of its limit", *device, *to("ops_cuda", "json")),
+        bench("decode_cuda", "bench_decode", "the attention layer of a decode step, against FlashAttention",
+              *device, "--contexts", *contexts, "--batches", "1", "4", "16", *to("decode_cuda", "json", "plot")),
+        bench("model", "dummy_model", "the model that the next steps serve", "llama-3.1-8b", model,
+              *(["--layers", "1"] if rehearse else [])),
+        bench("throughput_cuda", "benchmark_throughput", "vllm bench throughput at equal device memory", model,
+              "--input-lens", *lengths, "--num-prompts", "2" if rehearse else "32", *few, *backends,
+              *to("throughput_cuda", "json", "plot"), *served, seconds=3600),
+        bench("latency_cuda", "benchmark_latency", "time to the first token and per token after it", model,
+              "--input-lens", *lengths, *few, *backends, *to("latency_cuda", "json", "plot"), *served, seconds=3600),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: "passed", "failed (exit code)", "took too long" or "left out (why)"."""
+
+    step: Step
+    outcome: str
+    seconds: float
+
+
+def run(step: Step, results: Path) -> Outcome:
+    """Runs one step, its output in a file of its own."""
+    if step.needs and shutil.which(step.needs) is None:
+        return Outcome(step, f"left out ({step.needs} is not installed)", 0)
+    started = time.monotonic()
+    with (results / f"{step.name}.log").open("wb") as log:
+        process = subprocess.Popen(step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(step.seconds)
+            outcome = "failed" if code else "passed"
+            outcome += f" (exit code {code})" if code else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            outcome = f"took longer than {step.seconds} s"
+    return Outcome(step, outcome, time.monotonic() - started)
+
+
+def report(outcomes: list[Outcome], about: dict[str, object]) -> str:
+    """The page, in Markdown."""
+    lines = ["# Report of a machine", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
+    lines += ["| step | what | ended | seconds |", "| --- | --- | --- | --- |"]
+    for o in outcomes:
+        lines.append(f"| [{o.step.name}]({o.step.name}.log) | {o.step.what} | {o.outcome} | {o.seconds:.0f} |")
+    lines += ["", *(f"- {o.step.name}: `{written(o.step)}`" for o in outcomes), ""]
+    return "\n".join(lines)
+
+
+def written(step: Step) -> str:
+    """The command as one would type it in the repository's root."""
+    return shlex.join(step.command).replace(sys.executable, "python").replace(f"{ROOT}/", "")
+
+
+def main() -> int:
+    """The command line; returns 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("test", "bench", "all"))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu", help="where everything goes")
+    parser.add_argument("--dry", action="store_true", help="print the commands")
+    parser.add_argument("--rehearse", action="store_true", help="small, on the CPU")
+    arguments = parser.parse_args()
+    results: Path = arguments.results.resolve()
+    chosen = [step for step in steps(results, arguments.rehearse) if arguments.kind in (step.kind, "all")]
+    if arguments.only:
+        unknown = set(arguments.only) - {step.name for step in chosen}
+        if unknown:
+            parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in chosen)}")
+        chosen = [step for step in chosen if step.name in arguments.only]
+    if arguments.dry:
+        for step in chosen:
+            print(f"{step.name}: {written(step)}")
+        return 0
+    results.mkdir(parents=True, exist_ok=True)
+    from benchmarks.machine import machine
+
+    about = machine("", "cpu" if arguments.rehearse else "cuda") | {
+        "command": f"python scripts/gpu.py {shlex.join(sys.argv[1:])}"
+    }
+    outcomes = []
+    for step in chosen:
+        print(f"{step.name}: {step.what} ...", flush=True)
+        outcomes.append(run(step, results))
+        print(f"  {outcomes[-1].outcome}, {outcomes[-1].seconds:.0f} s", flush=True)
+        (results / "report.md").write_text(report(outcomes, about))
+        ended = [{"name": o.step.name, "outcome": o.outcome, "seconds": round(o.seconds)} for o in outcomes]
+        (results / "report.json").write_text(json.dumps({"machine": about, "steps": ended}, indent=1) + "\n")
+    print(results / "report.md")
+    return int(any("passed" not in o.outcome and "left out" not in o.outcome for o in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
