@@ -64,7 +64,10 @@ def run(model: str, backend: str, input_len: int, output_len: int, num_prompts: 
         command += ["--output-json", str(result), *BACKENDS[backend], *extra]
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if finished.returncode or not result.exists():
-            raise RunError(f"{backend}, {input_len} tokens: {finished.stdout[-3000:]}")
+            lines = finished.stdout.splitlines()
+            # The engine's process says why; what ends the output is that it is gone.
+            why = [line for line in lines if " ERROR " in line][-20:] or lines[-30:]
+            raise RunError("\n".join([f"{backend}, {input_len} tokens:", *why]))
         numbers = json.loads(result.read_text())
     cache = re.search(r"KV cache size: ([\d,]+) tokens", finished.stdout)
     requests = re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", finished.stdout)
@@ -106,7 +109,7 @@ def main() -> int:
                     run(arguments.model, backend, length, arguments.output_len, arguments.num_prompts, extra)
                 )
             except RunError as error:
-                console.print(f"[red]{error}", markup=True)
+                console.print(str(error), style="red", markup=False)
                 return 1
             progress.advance(task)
     _print(console, records, arguments.num_prompts)

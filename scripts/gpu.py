@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""For a rehearsal: what vLLM would take on a CPU is half of the memory."""
+
 sys.path.insert(0, str(ROOT))
 
 # The rest of compute-sanitizer's cost is in starting Python: few tests, of every op.
@@ -107,7 +111,7 @@ class Outcome:
     seconds: float
 
 
-def run(step: Step, results: Path) -> Outcome:
+def run(step: Step, results: Path, environment: dict[str, str]) -> Outcome:
     """Runs one step, its output in a file of its own."""
     if step.needs and shutil.which(step.needs) is None:
         return Outcome(step, f"left out ({step.needs} is not installed)", 0)
@@ -166,10 +170,11 @@ def main() -> int:
     about = machine("", "cpu" if arguments.rehearse else "cuda") | {
         "command": f"python scripts/gpu.py {shlex.join(sys.argv[1:])}"
     }
+    environment = OFFLINE | (SMALL if arguments.rehearse else {})
     outcomes = []
     for step in chosen:
         print(f"{step.name}: {step.what} ...", flush=True)
-        outcomes.append(run(step, results))
+        outcomes.append(run(step, results, environment))
         print(f"  {outcomes[-1].outcome}, {outcomes[-1].seconds:.0f} s", flush=True)
         (results / "report.md").write_text(report(outcomes, about))
         ended = [{"name": o.step.name, "outcome": o.outcome, "seconds": round(o.seconds)} for o in outcomes]
