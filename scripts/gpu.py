@@ -117,7 +117,14 @@ def run(step: Step, results: Path, environment: dict[str, str]) -> Outcome:
         return Outcome(step, f"left out ({step.needs} is not installed)", 0)
     started = time.monotonic()
     with (results / f"{step.name}.log").open("wb") as log:
-        process = subprocess.Popen(step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             code = process.wait(step.seconds)
             outcome = "failed" if code else "passed"
