@@ -1,15 +1,15 @@
 """Asks one backend all questions and writes down its answers: `python -m benchmarks.accuracy.collect`.
 
-Setup A: the question is in the prompt, which is computed at once. Setup B: the context is computed and cached first, and
-the question comes in a second turn. Run it once for each backend, then compare the files with
+Setup A: the question is in the prompt, which is computed at once. Setup B: the context is computed and cached first,
+and the question comes in a second turn. Run it once for each backend, then compare the files with
 `benchmarks.accuracy.compare`. A run that was cut short goes on where it ended.
 
     python -m benchmarks.accuracy.collect stock.jsonl --needle-tokens 4080
     python -m benchmarks.accuracy.collect ours.jsonl --needle-tokens 4080 --backend shadowkv
     python -m benchmarks.accuracy.collect ours.jsonl --model NAME --samples qa.jsonl --url http://localhost:8000/v1
 
-With `--trajectory stock.jsonl` the answers written there are decoded again, token by token whatever the backend prefers,
-and the distributions of the next token are written with them: that gives the divergence of the two backends.
+With `--trajectory stock.jsonl` the answers written there are decoded again, token by token whatever the backend
+prefers, and the distributions of the next token are written with them: that gives the divergence of two backends.
 """
 
 from __future__ import annotations
@@ -32,14 +32,9 @@ SETUPS = ("A", "B")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a result; one that was cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """The lines of a result; a last one that was cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def ask_group(
@@ -76,6 +71,7 @@ def collect(
     done = {(record["name"], record["setup"]) for record in read_records(out)}
     trajectories = {(r["name"], r["setup"]): r["output"] for r in read_records(trajectory)} if trajectory else {}
     setups = list(setups)
+    _drop_cut_line(out)
     with out.open("a") as file, tqdm(total=total, desc=out.stem, unit="answers", mininterval=5) as bar:
         for group in by_context(samples):
             for setup in setups:
@@ -86,6 +82,11 @@ def collect(
                     file.write(json.dumps(record) + "\n")
                 file.flush()
                 bar.update(len(group))
+
+
+def _drop_cut_line(path: Path) -> None:
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def by_context(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -111,8 +112,8 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--haystacks", type=int, default=40)
     parser.add_argument("--questions", type=int, default=10, help="per haystack")
-    parser.add_argument("--trajectory", type=Path, help="decode this result's answers again, for their distributions")
-    parser.add_argument("--logprobs", type=int, default=20, help="likeliest tokens to report with --trajectory; -1: all")
+    parser.add_argument("--trajectory", type=Path, help="decode this result's answers, for distributions")
+    parser.add_argument("--logprobs", type=int, default=20, help="tokens to report with --trajectory; -1: all")
     arguments = parser.parse_args()
     if (arguments.needle_tokens is None) == (arguments.samples is None):
         parser.error("say either --needle-tokens or --samples")

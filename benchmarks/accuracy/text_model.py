@@ -43,7 +43,9 @@ def read_texts(folders: list[Path]) -> tuple[str, str]:
 def make_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((text[i : i + 10_000] for i in range(0, len(text), 10_000)), vocab_size, show_progress=False)
+    bpe.train_from_iterator(
+        (text[i : i + 10_000] for i in range(0, len(text), 10_000)), vocab_size, show_progress=False
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
 
@@ -122,7 +124,13 @@ def main() -> None:
     model.bfloat16().save_pretrained(arguments.directory)
     tokenizer.save_pretrained(arguments.directory)
     (arguments.directory / "held_out.txt").write_text(held_out)
-    about = {"characters": len(seen), "tokens": len(tokens), "minutes": arguments.minutes, "loss": loss, "unseen": unseen}
+    about = {
+        "characters": len(seen),
+        "tokens": len(tokens),
+        "minutes": arguments.minutes,
+        "loss": loss,
+        "unseen": unseen,
+    }
     (arguments.directory / "training.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"loss {loss:.3f}, on unseen text {unseen:.3f} nats per token")
 

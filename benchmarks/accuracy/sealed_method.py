@@ -1,0 +1,113 @@
+"""What vllm_shadowkv keeps of a prompt, with every choice open: the defaults are the page as it is.
+
+A part that is at its default is the reference's own function. `tests/test_accuracy.py` holds this file to the whole of
+`vllm_shadowkv.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.layers import Layer
+from benchmarks.accuracy.view import View, chunked, with_exact_chunks
+from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
+from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.reference import landmarks_and_outliers, quantise
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A method of our kind.
+
+    Attributes:
+        rank: None: what fits the page.
+        block_size: tokens that share a basis; None: the whole prompt.
+        num_outliers: chunks per KV head and block.
+        codec: of the factors; "none": exact keys.
+        centred: factorise what differs from the block's mean key.
+        exact_landmarks: means in fp32 instead of int8.
+        int8_values: one scale per token.
+        exact_tokens: newest tokens of the prompt that stay exact (`decode_exact_tokens`).
+    """
+
+    rank: int | None = None
+    block_size: int | None = 1024
+    chunk_size: int = 8
+    compression: int = 8
+    num_outliers: int = 1
+    codec: Literal["int8", "bf16", "none"] = "int8"
+    centred: bool = True
+    exact_landmarks: bool = False
+    int8_values: bool = False
+    exact_tokens: int = 0
+
+    def bytes_per_token(self, layer: Layer) -> float:
+        """Device bytes of a page, over its tokens."""
+        return layer.keys[0].numel() * 4 / self.compression
+
+    def page_rank(self, layer: Layer) -> int:
+        """What fits the page."""
+        config = ShadowKVConfig(
+            block_size=self.block_size or 1024,
+            chunk_size=self.chunk_size,  # type: ignore[arg-type]
+            compression=self.compression,  # type: ignore[arg-type]
+            num_outlier_chunks=self.num_outliers,
+            sparse_budget=2048,
+        )
+        return plan_page(config, *layer.keys.shape[1:], torch.bfloat16).rank
+
+    def view(self, layer: Layer) -> View:
+        """What the method keeps of the layer's prompt, whose length must be a multiple of the block size."""
+        prompt, exact = layer.prompt_tokens, layer.keys[: layer.prompt_tokens]
+        block = self.block_size or prompt
+        if prompt % block:
+            raise ValueError(f"the prompt must be a multiple of {block} tokens, got {prompt}")
+        rank = self.page_rank(layer) if self.rank is None else self.rank
+        rebuilt = exact
+        if self.codec != "none":
+            blocks = layer.pre_rope().flatten(1).split(block)
+            flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape)) for keys in blocks])
+            rebuilt = layer.rotated(flat.view_as(exact))
+
+        landmarks = chunked(exact, self.chunk_size).mean(2)
+        if not self.exact_landmarks:
+            codes, scales = quantise(landmarks)
+            landmarks = codes * scales[..., None]
+        forced = torch.zeros(landmarks.shape[:2], dtype=torch.bool)
+        for number, keys in enumerate(exact.split(block)):
+            first = number * block // self.chunk_size
+            _, outliers, _ = landmarks_and_outliers(keys, self.chunk_size, self.num_outliers)
+            forced.scatter_(1, outliers.long() + first, True)
+        keys = with_exact_chunks(rebuilt, exact, forced, self.chunk_size)  # no other sealed key is exact
+        forced[:, :SINK_CHUNKS] = forced[:, -LOCAL_CHUNKS:] = True
+        values = layer.values[:prompt]
+        if self.int8_values:
+            codes, scales = quantise(values)
+            values = codes * scales[..., None]
+        if self.exact_tokens:
+            keys[-self.exact_tokens :] = exact[-self.exact_tokens :]
+            values = torch.cat((values[: -self.exact_tokens], layer.values[prompt - self.exact_tokens : prompt]))
+            forced[:, -self.exact_tokens // self.chunk_size :] = True
+        scored = torch.ones_like(forced)
+        if self.exact_tokens:
+            scored[:, -self.exact_tokens // self.chunk_size :] = False  # their landmarks are not sealed yet
+        return View(keys, values, landmarks, forced, scored)
+
+    def _rebuild(self, keys: Tensor, rank: int) -> Tensor:
+        mean = keys.mean(0) * self.centred
+        _, _, right = torch.linalg.svd(keys - mean, full_matrices=False)
+        basis = right[:rank]
+        if self.codec == "bf16":
+            coefficients = ((keys - mean) @ basis.T).bfloat16().float()
+            return mean + coefficients @ basis.bfloat16().float()
+        # As `reference.factorise`: mixed directions, and basis rows that reach from -127 to 127.
+        generator = torch.Generator().manual_seed(0)
+        mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))
+        basis = mixing.float().T @ basis
+        scales = basis.abs().amax(1) / 127
+        codes, coefficient_scales = quantise((keys - mean) @ basis.T * scales)
+        return mean + (codes * coefficient_scales[:, None]) @ (basis / scales[:, None]).round()

@@ -1,0 +1,78 @@
+"""A method's view of a prompt, and the decode step that every method shares.
+
+A method says what it keeps (`View`); `attend` then does what ShadowKV does with it: score landmarks, softmax per query
+head, the highest of a GQA group, the best chunks per KV head, exact attention over them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.layers import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a method keeps of a prompt of T tokens in C chunks.
+
+    Attributes:
+        keys: fp32 `[T, num_kv_heads, head_size]`, post-RoPE, as attention will read them.
+        values: the same shape.
+        landmarks: fp32 `[num_kv_heads, C, head_size]`.
+        forced: bool `[num_kv_heads, C]`, chunks that are attended whatever their score.
+        scored: bool `[num_kv_heads, C]`, chunks whose landmarks are in the softmax.
+    """
+
+    keys: Tensor
+    values: Tensor
+    landmarks: Tensor
+    forced: Tensor
+    scored: Tensor
+
+
+def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
+    """Attention of the layer's queries over forced chunks, the best ones and generated tokens, `[n, heads, size]`."""
+    n, prompt = len(layer.queries), layer.prompt_tokens
+    kv_heads, num_chunks = view.forced.shape
+    chunk_size = prompt // num_chunks
+    generated = torch.ones(n, n, dtype=torch.bool).tril()
+    outputs = []
+    for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
+        logits = layer.scale * (queries @ view.landmarks[head].T)
+        scores = logits.masked_fill(~view.scored[head], -torch.inf).log_softmax(-1).amax(1)
+        scores = scores.masked_fill(view.forced[head], -torch.inf)
+        best = scores.topk(min(budget_chunks, num_chunks)).indices
+        chosen = view.forced[head].expand(n, -1) | torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+        seen = torch.cat((chosen.repeat_interleave(chunk_size, 1), generated), 1)
+        keys = torch.cat((view.keys[:, head], layer.keys[prompt:, head]))
+        values = torch.cat((view.values[:, head], layer.values[prompt:, head]))
+        weights = (layer.scale * (queries @ keys.T)).masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        outputs.append(weights @ values)
+    return torch.cat(outputs, 1)
+
+
+def full_attention(layer: Layer) -> Tensor:
+    """The same without a method."""
+    heads = layer.keys.shape[1]
+    everything = torch.ones(heads, layer.prompt_tokens, dtype=torch.bool)
+    prompt = slice(0, layer.prompt_tokens)
+    landmarks = layer.keys[prompt].transpose(0, 1)
+    return attend(View(layer.keys[prompt], layer.values[prompt], landmarks, everything, everything), layer, 0)
+
+
+def relative_error(output: Tensor, exact: Tensor) -> Tensor:
+    """|output - exact| / |exact| of each query and head, `[n, heads]`."""
+    return (output - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+
+def chunked(keys: Tensor, chunk_size: int) -> Tensor:
+    """`[T, heads, size]` -> `[heads, chunks, chunk_size, size]`."""
+    return keys.unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3)
+
+
+def with_exact_chunks(rebuilt: Tensor, exact: Tensor, chunks: Tensor, chunk_size: int) -> Tensor:
+    """Rebuilt keys, but exact ones where `chunks` (bool `[heads, C]`) says so; `[T, heads, size]`."""
+    return torch.where(chunks.repeat_interleave(chunk_size, 1).T[..., None], exact, rebuilt)
