@@ -1,6 +1,7 @@
 """What one attention layer of a model saw: keys, values, and the queries that came after a prompt.
 
-`captured` takes them from any transformers model, through its attention interface; `planted` makes them up.
+`captured` takes them from any transformers decoder, through transformers' attention interface, `encoded` from a text
+encoder; `planted` makes them up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vllm_shadowkv.rotary import Rotary, apply, undo
@@ -53,7 +54,7 @@ class Layer:
 
 
 def captured(model: str | Path, token_ids: list[int], num_queries: int, name: str) -> list[Layer]:
-    """Runs a transformers model over a sequence and returns its layers.
+    """Runs a transformers decoder over a sequence and returns its layers.
 
     Args:
         model: name or directory of a decoder with full attention and plain or scaled RoPE (neox pairing).
@@ -61,28 +62,79 @@ def captured(model: str | Path, token_ids: list[int], num_queries: int, name: st
         num_queries: see `Layer.queries`.
         name: of the sequence, for tables.
     """
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **options: object):
-        seen.append(
-            tuple(x[0].transpose(0, 1).bfloat16().float() for x in (query[:, :, -num_queries:], key, value))  # type: ignore[arg-type]
-        )
-        return sdpa_attention_forward(module, query, key, value, *rest, **options)
-
-    AttentionInterface.register("captured", attend)
-    config = AutoConfig.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="captured")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seen = _attended(network, torch.tensor([token_ids]), use_cache=False)
     with torch.inference_mode():
-        positions = torch.arange(len(token_ids))[None]
-        cos, sin = network.model.rotary_emb(torch.zeros(1), positions)
-        network.model(torch.tensor([token_ids]), use_cache=False)
+        cos, sin = network.model.rotary_emb(torch.zeros(1), torch.arange(len(token_ids))[None])
     half = cos.shape[-1] // 2
     rotary = Rotary(torch.cat((cos[0, :, :half], sin[0, :, :half]), -1), 2 * half, is_neox=True)
-    assert len(seen) == config.num_hidden_layers
+    prompt = len(token_ids) - num_queries
     return [
-        Layer(f"{name}, layer {i}", keys, values, queries, len(token_ids) - num_queries, rotary)
+        Layer(f"{name}, layer {i}", keys[0], values[0], queries[0, prompt:], prompt, rotary)
         for i, (queries, keys, values) in enumerate(seen)
     ]
+
+
+def encoded(
+    model: str | Path, text: str, prompt_tokens: int, num_queries: int, theta: float | None, name: str
+) -> list[Layer]:
+    """Runs a BERT-like encoder over a text in windows of 256 tokens, and puts the windows one after the other.
+
+    It stands in for a decoder where none is at hand: real keys of real text, but a query was never trained to look
+    beyond its window, and positions are in the input. Classification and separator tokens are left out.
+
+    Args:
+        model: name or directory.
+        text: at least as long as is asked for.
+        prompt_tokens: a multiple of 256.
+        num_queries: at most 256, the last ones of the window after the prompt; only their keys count as generated.
+        theta: turn queries and keys by RoPE with this base, as a decoder would; None: as they are.
+        name: of the text, for tables.
+    """
+    window = 256
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor(
+        tokenizer(text, add_special_tokens=False, truncation=True, max_length=prompt_tokens + window)["input_ids"]
+    )
+    if len(ids) < prompt_tokens + window:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than {prompt_tokens + window}")
+    rows = ids.view(-1, window)
+    ends = [torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    seen = _attended(network, torch.cat((ends[0], rows, ends[1]), 1))
+    tokens = prompt_tokens + num_queries
+    layers = []
+    for i, found in enumerate(seen):
+        queries, keys, values = (x[:, 1:-1].flatten(0, 1) for x in found)
+        queries, keys, values = (torch.cat((x[:prompt_tokens], x[-num_queries:])) for x in (queries, keys, values))
+        rotary = Rotary.identity() if theta is None else rotary_table(tokens, keys.shape[-1], theta)
+        positions = torch.arange(tokens)
+        queries, keys = (apply(rotary, x, positions).bfloat16().float() for x in (queries, keys))
+        layers.append(Layer(f"{name}, layer {i}", keys, values, queries[prompt_tokens:], prompt_tokens, rotary))
+    return layers
+
+
+def rotary_table(tokens: int, head_size: int, theta: float) -> Rotary:
+    """Plain RoPE over whole heads."""
+    pairs = head_size // 2
+    angles = torch.arange(tokens)[:, None].double() * theta ** -(torch.arange(pairs).double() / pairs)
+    return Rotary(torch.cat((angles.cos(), angles.sin()), -1).float(), head_size, is_neox=True)
+
+
+def _attended(network: PreTrainedModel, ids: Tensor, **options: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each layer's attention was called with: q, k, v `[batch, tokens, heads, size]`, rounded to bf16."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **more: object):
+        seen.append(tuple(x.transpose(1, 2).bfloat16().float() for x in (query, key, value)))
+        return sdpa_attention_forward(module, query, key, value, *rest, **more)
+
+    AttentionInterface.register("captured", attend)
+    network.set_attn_implementation("captured")
+    body = getattr(network, "model", network)  # without the head: nobody reads logits
+    with torch.inference_mode():
+        body(ids, **options)
+    assert len(seen) == network.config.num_hidden_layers
+    return seen
 
 
 def planted(
@@ -119,9 +171,7 @@ def planted(
     keys = torch.cat(passages) + 0.1 * normal(tokens, width) + 2 * normal(1, width) / math.sqrt(width)
     odd = torch.rand(tokens, generator=generator) < 1 / 200
     keys[odd] += 0.6 * normal(int(odd.sum()), width)
-    pairs = head_size // 2
-    angles = torch.arange(tokens)[:, None].double() * 500_000.0 ** -(torch.arange(pairs).double() / pairs)
-    rotary = Rotary(torch.cat((angles.cos(), angles.sin()), -1).float(), head_size, is_neox=True)
+    rotary = rotary_table(tokens, head_size, 500_000.0)
     keys = apply(rotary, keys.unflatten(1, (num_kv_heads, head_size)), torch.arange(tokens)).bfloat16().float()
     values = normal(tokens, num_kv_heads, head_size).bfloat16().float()
     sought = torch.randint(prompt_tokens, (num_queries, num_heads, 8), generator=generator)

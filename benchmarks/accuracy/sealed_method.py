@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.view import View, chunked, with_exact_chunks
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
-from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.page import HEAD_SIZES, plan_page
 from vllm_shadowkv.reference import landmarks_and_outliers, quantise
 
 
@@ -58,7 +58,10 @@ class Sealed:
             num_outlier_chunks=self.num_outliers,
             sparse_budget=2048,
         )
-        return plan_page(config, *layer.keys.shape[1:], torch.bfloat16).rank
+        heads, size = layer.keys.shape[1:]
+        if size not in HEAD_SIZES:  # only of an encoder: a page of the same width
+            heads, size = heads * size // HEAD_SIZES[0], HEAD_SIZES[0]
+        return plan_page(config, heads, size, torch.bfloat16).rank
 
     def view(self, layer: Layer) -> View:
         """What the method keeps of the layer's prompt, whose length must be a multiple of the block size."""

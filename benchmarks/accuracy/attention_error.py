@@ -1,0 +1,172 @@
+"""Error of attention outputs, ours against the paper's method: `python -m benchmarks.accuracy.attention_error`.
+
+For every layer and head, |o - o_full| / |o_full| of the queries that follow a prompt. The budget counts chunks that are
+chosen by score; what is forced comes on top, so the two methods are also compared with equally many attended chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from tqdm import tqdm
+
+from benchmarks.accuracy import sources
+from benchmarks.accuracy.layers import Layer
+from benchmarks.accuracy.paper_method import Paper, rank_at
+from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.view import View, attend, full_attention, relative_error
+from benchmarks.machine import machine
+
+BUDGETS = (128, 512, 2048)
+"""Tokens. At 8K they are what 1.6 %, 6 % and 25 % of a prompt are; 2,048 is the default."""
+OURS, SAME_SHARE, SAME_BYTES = "ours", "paper, 160 of 1024 dimensions", "paper, as many bytes"
+COLORS = {SAME_SHARE: "tab:gray", SAME_BYTES: "tab:orange", OURS: "tab:blue"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Errors of one method in one layer.
+
+    Attributes:
+        keys: |rebuilt - exact| / |exact| of all keys together.
+        all_chunks: the error where nothing is left out: what the keys alone cost.
+        equal_budget: by budget.
+        equal_attended: by budget, with as many chunks by score as give every method the same number of attended ones.
+        heads: per query head, those of `equal_attended` at the highest budget.
+    """
+
+    source: str
+    layer: str
+    method: str
+    rank: int
+    bytes_per_token: float
+    keys: float
+    all_chunks: float
+    equal_budget: dict[int, float]
+    equal_attended: dict[int, float]
+    heads: list[float]
+
+
+def methods(layer: Layer) -> dict[str, Sealed | Paper]:
+    """What is compared."""
+    width = layer.keys[0].numel()
+    ours = Sealed()
+    same_bytes = rank_at(ours.bytes_per_token(layer), layer)
+    return {OURS: ours, SAME_SHARE: Paper(rank=160 * width // 1024), SAME_BYTES: Paper(rank=same_bytes)}
+
+
+def measure(source: str, layer: Layer) -> list[Record]:
+    """One layer."""
+    full = full_attention(layer)
+    compared = methods(layer)
+    views = {name: method.view(layer) for name, method in compared.items()}
+    most_forced = max(round(_forced(view)) for view in views.values())
+
+    def error(view: View, chunks: int) -> torch.Tensor:
+        return relative_error(attend(view, layer, chunks), full)
+
+    records = []
+    for name, method in compared.items():
+        view = views[name]
+        exact = layer.keys[: layer.prompt_tokens]
+        everything = View(view.keys, view.values, view.landmarks, torch.ones_like(view.forced), view.scored)
+        extra = most_forced - round(_forced(view))
+        attended = {budget: error(view, budget // 8 + extra) for budget in BUDGETS}
+        records.append(
+            Record(
+                source,
+                layer.name,
+                name,
+                method.page_rank(layer) if isinstance(method, Sealed) else method.rank,
+                method.bytes_per_token(layer),
+                ((view.keys - exact).norm() / exact.norm()).item(),
+                error(everything, 0).mean().item(),
+                {budget: error(view, budget // 8).mean().item() for budget in BUDGETS},
+                {budget: found.mean().item() for budget, found in attended.items()},
+                attended[BUDGETS[-1]].mean(0).tolist(),
+            )
+        )
+    return records
+
+
+def _forced(view: View) -> float:
+    return view.forced.float().sum(1).mean().item()
+
+
+def markdown(records: list[Record]) -> str:
+    """Means over layers, by source and method; and how far ours is below the paper's at equal bytes."""
+    head = ["keys of", "method", "rank", "bytes a token", "keys", "all chunks"]
+    head += [f"{budget} tokens" for budget in BUDGETS] + [f"{budget}, equal attended" for budget in BUDGETS]
+    lines = [head, ["---"] * len(head)]
+    for source in dict.fromkeys(r.source for r in records):
+        columns: dict[str, list[float]] = {}
+        for method in (OURS, SAME_SHARE, SAME_BYTES):
+            rows = [r for r in records if (r.source, r.method) == (source, method)]
+            columns[method] = [
+                statistics.mean(r.keys for r in rows),
+                statistics.mean(r.all_chunks for r in rows),
+                *(statistics.mean(r.equal_budget[b] for r in rows) for b in BUDGETS),
+                *(statistics.mean(r.equal_attended[b] for r in rows) for b in BUDGETS),
+            ]
+            about = [source, method, str(rows[0].rank), f"{rows[0].bytes_per_token:.0f}"]
+            lines.append(about + [f"{value:.3f}" for value in columns[method]])
+        both = zip(columns[OURS], columns[SAME_BYTES], strict=True)
+        change = [f"{100 * (one / other - 1):+.0f} %" for one, other in both]
+        lines.append([source, "ours, against as many bytes", "", "", *change])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Error per layer, a panel per source; a dot is a head."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(r.source for r in records))
+    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.4), squeeze=False)
+    for panel, source in zip(panels[0], names, strict=True):
+        for shift, (method, color) in zip((-0.25, 0, 0.25), COLORS.items(), strict=True):
+            rows = [r for r in records if (r.source, r.method) == (source, method)]
+            for place, row in enumerate(rows):
+                panel.plot([place + shift] * len(row.heads), row.heads, ".", color=color, alpha=0.35, markersize=3)
+            means = [statistics.mean(row.heads) for row in rows]
+            places = [place + shift for place in range(len(rows))]
+            panel.plot(places, means, "_", color=color, markersize=12, label=method)
+        panel.set_title(source)
+        panel.set_xlabel("layer of a sequence")
+        panel.set_ylim(bottom=0)
+    panels[0][0].set_ylabel(f"relative error, budget {BUDGETS[-1]}, equal attended")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sources.add_arguments(parser)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    found = sources.chosen(arguments)
+    every = [(source, layer) for source, layers in found.items() for layer in layers]
+    records = [record for source, layer in tqdm(every, desc="layers") for record in measure(source, layer)]
+    text = markdown(records)
+    Console(width=200).print(Markdown(text))
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    if arguments.json:
+        content = {"machine": machine("accuracy.attention_error", "cpu"), "records": [asdict(r) for r in records]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.plot:
+        plot(records, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
