@@ -16,7 +16,7 @@ from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.view import View, chunked, with_exact_chunks
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import HEAD_SIZES, plan_page
-from vllm_shadowkv.reference import landmarks_and_outliers, quantise
+from vllm_shadowkv.reference import factorise, landmarks_and_outliers, quantise
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,10 @@ class Sealed:
         return View(keys, values, landmarks, forced, scored)
 
     def _rebuild(self, keys: Tensor, rank: int) -> Tensor:
-        mean = keys.mean(0) * self.centred
-        _, _, right = torch.linalg.svd(keys - mean, full_matrices=False)
-        basis = right[:rank]
+        # With every key's opposite beside it, the mean is 0 and the directions are those of the keys as they are.
+        mean, coefficients, basis = factorise(keys if self.centred else torch.cat((keys, -keys)), rank)
+        coefficients = coefficients[: len(keys)]
         if self.codec == "bf16":
-            coefficients = ((keys - mean) @ basis.T).bfloat16().float()
-            return mean + coefficients @ basis.bfloat16().float()
-        # As `reference.factorise`: mixed directions, and basis rows that reach from -127 to 127.
-        generator = torch.Generator().manual_seed(0)
-        mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))
-        basis = mixing.float().T @ basis
-        scales = basis.abs().amax(1) / 127
-        codes, coefficient_scales = quantise((keys - mean) @ basis.T * scales)
-        return mean + (codes * coefficient_scales[:, None]) @ (basis / scales[:, None]).round()
+            return mean + coefficients.bfloat16().float() @ basis.bfloat16().float()
+        codes, scales = quantise(coefficients)
+        return mean + (codes * scales[:, None]) @ basis.round()
