@@ -1,0 +1,137 @@
+"""A needle in a haystack, by length and depth, as a heat map: `python -m benchmarks.accuracy.niah`.
+
+    python -m benchmarks.accuracy.niah make niah.jsonl --model NAME --texts FOLDER --lengths 32768 65536 131072
+    python -m benchmarks.accuracy.collect ours.jsonl --model NAME --samples niah.jsonl --backend shadowkv
+    python -m benchmarks.accuracy.niah plot niah.png --model NAME --samples niah.jsonl stock.jsonl ours.jsonl
+
+Without `--texts` the haystack is the needle model's filler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.accuracy.collect import SETUPS, read_records
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import FILLER, KEYS, VALUES, VOCAB
+
+Record = dict[str, Any]
+Cells = dict[tuple[int, float], float]
+"""Share of right answers by length and depth."""
+
+
+def make(
+    model: str, texts: Path | None, lengths: list[int], num_depths: int, repeats: int, rng: random.Random
+) -> list[Record]:
+    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    words = _words(texts, rng, max(lengths))
+    lines = []
+    for length in lengths:
+        for depth in (100 * i / max(num_depths - 1, 1) for i in range(num_depths)):
+            for _ in range(repeats):
+                needle, question, expected = _needle(texts is None, rng)
+                start = rng.randrange(max(1, len(words) - length))
+                # Words are fewer than tokens: as many as fill the length, found by proportion.
+                sample = words[start : start + length]
+                per_word = len(tokenizer(" ".join(sample[:2000]))["input_ids"]) / len(sample[:2000])
+                room = length - len(tokenizer(f"{needle} {question}")["input_ids"]) - 8
+                hay = sample[: int(room / per_word)]
+                at = int(len(hay) * depth / 100)
+                context = " ".join([*hay[:at], needle, *hay[at:]])
+                lines.append(
+                    {
+                        "context": context,
+                        "question": question,
+                        "expected": expected,
+                        "family": f"{length} tokens",
+                        "length": length,
+                        "depth": depth,
+                    }
+                )
+    return lines
+
+
+def _words(texts: Path | None, rng: random.Random, most: int) -> list[str]:
+    if texts is None:
+        return [VOCAB[i] for i in rng.choices(FILLER, k=2 * most)]
+    words = " ".join(path.read_text(errors="ignore") for path in sorted(texts.rglob("*.txt"))).split()
+    return words * -(-2 * most // len(words))
+
+
+def _needle(own_words: bool, rng: random.Random) -> tuple[str, str, str]:
+    """The needle, the question and what the answer must contain."""
+    if own_words:
+        key, *values = (VOCAB[i] for i in (rng.choice(KEYS), *rng.sample(VALUES, 2)))
+        return f"@ {key} {' '.join(values)}", f"? {key}", f"{key} {' '.join(values)}"
+    city, number = rng.choice(["Lisbon", "Oslo", "Quito", "Hanoi", "Perth", "Turin"]), str(rng.randrange(10**6, 10**7))
+    return (
+        f"The magic number of {city} is {number}.",
+        f"\n\nQuestion: What is the magic number of {city}?\nAnswer: The magic number of {city} is",
+        number,
+    )
+
+
+def rates(samples: list[Record], records: list[Record], model: str) -> dict[str, Cells]:
+    """Shares of right answers by setup."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    right: dict[str, dict[tuple[int, float], list[bool]]] = {}
+    for record in records:
+        sample = samples[int(record["name"].rsplit("-", 1)[1])]
+        found = sample["expected"] in tokenizer.decode(record["output"])
+        cell = right.setdefault(record["setup"], {}).setdefault((sample["length"], sample["depth"]), [])
+        cell.append(found)
+    return {setup: {at: sum(cell) / len(cell) for at, cell in cells.items()} for setup, cells in right.items()}
+
+
+def plot(results: dict[str, dict[str, Cells]], path: Path) -> None:
+    """A heat map per result and setup."""
+    import matplotlib.pyplot as plt
+
+    maps = [(f"{name}, setup {s}", found[s]) for name, found in results.items() for s in SETUPS if s in found]
+    figure, panels = plt.subplots(1, len(maps), figsize=(3.6 * len(maps), 3.4), squeeze=False)
+    for panel, (title, cells) in zip(panels[0], maps, strict=True):
+        lengths, depths = (sorted({at[i] for at in cells}) for i in range(2))
+        shares = [[100 * cells.get((length, depth), float("nan")) for length in lengths] for depth in depths]
+        image = panel.imshow(shares, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        panel.set_yticks(range(len(depths)), [f"{depth:.0f} %" for depth in depths])
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("tokens")
+    panels[0][0].set_ylabel("depth")
+    figure.colorbar(image, ax=list(panels[0]), label="% right")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, plotting = commands.add_parser("make"), commands.add_parser("plot")
+    for command in (making, plotting):
+        command.add_argument("out", type=Path)
+        command.add_argument("--model", default=str(CHECKPOINT), help="whose tokenizer; default: the needle model")
+    making.add_argument("--texts", type=Path, help="folder of .txt files")
+    making.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    making.add_argument("--depths", type=int, default=9)
+    making.add_argument("--repeats", type=int, default=5)
+    plotting.add_argument("--samples", type=Path, required=True)
+    plotting.add_argument("results", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.command == "make":
+        sizes = (arguments.lengths, arguments.depths, arguments.repeats)
+        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"))
+        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return
+    samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
+    plot({p.stem: rates(samples, read_records(p), arguments.model) for p in arguments.results}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
