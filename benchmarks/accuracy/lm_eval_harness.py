@@ -23,8 +23,8 @@ from typing import Any
 from unittest.mock import patch
 
 ESSAYS, LONGBENCH = "baber/paul_graham_essays", "Xnhyacinth/LongBench"
-GENERATED = 128
-"""Most tokens that a RULER task generates, beyond which lm-eval cuts the prompt to make room for them."""
+UNCOUNTED = 128
+"""Room for what lm-eval does not count when it sizes a RULER prompt: `gen_prefix` and the chat template."""
 
 
 class TrapError(Exception):
@@ -57,11 +57,11 @@ def check(arguments: list[str]) -> None:
             if "completions" in known.model
             else "is not given"
         )
-        raise TrapError(f"max_length {what}; add max_length={longest + GENERATED} to --model_args.")
-    if int(length) < longest + GENERATED:
+        raise TrapError(f"max_length {what}; add max_length={longest + UNCOUNTED} to --model_args.")
+    if int(length) < longest + UNCOUNTED:
         raise TrapError(
-            f"max_length {length} is less than {longest} tokens of a prompt and {GENERATED} generated ones, so that "
-            f"prompts would be cut on the left; use max_length={longest + GENERATED}."
+            f"max_length {length} leaves no room beside prompts of {longest} tokens for gen_prefix and chat template, "
+            f"which lm-eval does not count: prompts would be cut on the left; use max_length={longest + UNCOUNTED}."
         )
     if "completions" in known.model and "tokenizer" not in options:
         raise TrapError(

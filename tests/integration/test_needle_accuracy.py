@@ -12,13 +12,24 @@ from pathlib import Path
 import pytest
 from engine import ENVIRONMENT
 
+from benchmarks.accuracy.paired import most_lost
 from benchmarks.needle.tasks import FAMILIES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 HAYSTACKS, QUESTIONS = 20, 10  # 200 prompts a family
-POINTS = 5
-"""How far below full attention a family may be."""
+KNOWN_LOSS = {
+    "single": 0.005,
+    "multi_key": 0.025,
+    "mixed": 0.015,
+    "variable_tracking": 0.005,
+    "multi_value": 0.055,
+    "multi_query": 0.065,
+    "overwritten": 0.02,
+}
+"""Share of wholly right answers that a correct build loses (docs/accuracy.md), where it is more than noise."""
+CONFIDENCE = 0.999
+"""How sure a failure is that accuracy fell: rounding alone, on another processor say, turns answers both ways."""
 PLANTED_POINTS = 15
 """How far a wrong build must be below in one family at least: the test above then notices it whatever the prompts."""
 
@@ -49,18 +60,31 @@ def percent(scores: list[float]) -> float:
     return 100 * sum(scores) / len(scores)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_within_five_points_of_full_attention(scores, family: str) -> None:
+def lost(scores: dict[str, dict[str, dict[str, list[float]]]], family: str) -> int:
+    """Wholly right answers that full attention has more of."""
     full, ours = (scores[name]["as built"][family] for name in ("stock", "shadowkv"))
     assert len(full) == len(ours) == HAYSTACKS * QUESTIONS
-    assert percent(full) >= 85, "the model itself cannot answer"
-    assert percent(ours) >= percent(full) - POINTS
+    return sum(score == 1 for score in full) - sum(score == 1 for score in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_loses_no_more_than_is_known(scores, family: str) -> None:
+    assert percent(scores["stock"]["as built"][family]) >= 85, "the model itself cannot answer"
+    assert lost(scores, family) <= most_lost(HAYSTACKS * QUESTIONS, KNOWN_LOSS[family], CONFIDENCE)
+
+
+@pytest.mark.slow
+def test_all_families_together_lose_no_more_than_is_known(scores) -> None:
+    """A fall that is too small for the bound of one family shows in the sum."""
+    mean = sum(KNOWN_LOSS.values()) / len(FAMILIES)
+    most = most_lost(len(FAMILIES) * HAYSTACKS * QUESTIONS, mean, CONFIDENCE)
+    assert sum(lost(scores, family) for family in FAMILIES) <= most
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", ["random selection", "flipped rotation"])
 def test_a_wrong_build_fails(scores, plant: str) -> None:
     full, wrong = scores["stock"]["as built"], scores["planted"][plant]
-    lost = {family: percent(full[family]) - percent(wrong[family]) for family in FAMILIES}
-    assert max(lost.values()) > PLANTED_POINTS, lost
+    missing = {family: percent(full[family]) - percent(wrong[family]) for family in FAMILIES}
+    assert max(missing.values()) > PLANTED_POINTS, missing
