@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-model", type=Path, help="a decoder's checkpoint; see text_model.py")
     parser.add_argument("--text", type=Path, help="its text; default: held_out.txt beside it")
     parser.add_argument("--encoder", type=Path, help="a text encoder's checkpoint; needs --text too")
+    parser.add_argument("--every", type=int, default=1, help="every so-many-th layer, from the last one back")
     parser.add_argument("--skip", nargs="+", choices=["needle", "twin", "planted"], default=[])
 
 
@@ -47,7 +48,7 @@ def chosen(arguments: argparse.Namespace) -> dict[str, list[Layer]]:
         text = arguments.text.read_text(errors="ignore")
         found["encoder"] = encoded(arguments.encoder, text, tokens, queries, None, "encoder")
         found["encoder, with RoPE"] = encoded(arguments.encoder, text, tokens, queries, 500_000.0, "encoder with RoPE")
-    return found
+    return {source: layers[:: -arguments.every][::-1] for source, layers in found.items()}
 
 
 def needle_layers(checkpoint: Path, tokens: int, seed: int) -> list[Layer]:

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.accuracy import sources
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.sealed_method import Sealed
-from benchmarks.accuracy.view import attend, full_attention, relative_error
+from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from benchmarks.machine import machine
 
 BUDGET = 2048
@@ -63,13 +62,20 @@ def variants() -> list[Variant]:
     ]
 
 
-def error(variant: Variant, layer: Layer, full: Tensor) -> float:
-    """The mean over queries and heads."""
-    method = variant.method
-    if variant.rank_share is not None:
-        method = replace(method, rank=round(variant.rank_share * Sealed().page_rank(layer)))
-    output = attend(method.view(layer), layer, variant.budget // method.chunk_size)
-    return relative_error(output, full).mean().item()
+def errors(layer: Layer, studied: list[Variant]) -> list[float]:
+    """The mean error over queries and heads, for every variant."""
+    full = full_attention(layer)
+    views: dict[Sealed, View] = {}  # many variants differ in the budget only
+    found = []
+    for variant in studied:
+        method = variant.method
+        if variant.rank_share is not None:
+            method = replace(method, rank=round(variant.rank_share * Sealed().page_rank(layer)))
+        if method not in views:
+            views[method] = method.view(layer)
+        output = attend(views[method], layer, variant.budget // method.chunk_size)
+        found.append(relative_error(output, full).mean().item())
+    return found
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -111,13 +117,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     found = sources.chosen(arguments)
+    studied = variants()
     results: dict[str, dict[str, dict[str, float]]] = {}
-    fulls = {id(layer): full_attention(layer) for layers in found.values() for layer in layers}
-    for variant in tqdm(variants(), desc="points"):
-        point = results.setdefault(variant.study, {}).setdefault(variant.label, {})
+    with tqdm(total=sum(map(len, found.values())), desc="layers") as bar:
         for source, layers in found.items():
-            errors = [error(variant, layer, fulls[id(layer)]) for layer in layers]
-            point[source] = statistics.mean(errors)
+            of_layers = []
+            for layer in layers:
+                of_layers.append(errors(layer, studied))
+                bar.update()
+            for variant, values in zip(studied, zip(*of_layers, strict=True), strict=True):
+                results.setdefault(variant.study, {}).setdefault(variant.label, {})[source] = statistics.mean(values)
     if arguments.json:
         about = {"machine": machine("accuracy.studies", "cpu"), "default": asdict(Sealed()), "budget": BUDGET}
         arguments.json.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
