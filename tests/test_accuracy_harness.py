@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ import torch
 from benchmarks.accuracy.ask import Reply, Request
 from benchmarks.accuracy.collect import collect, read_records
 from benchmarks.accuracy.compare import compare, markdown
-from benchmarks.accuracy.layers import planted
+from benchmarks.accuracy.layers import Layer, planted
 from benchmarks.accuracy.lm_eval_harness import TrapError, check
 from benchmarks.accuracy.paired import Flips, divergence, most_lost
 from benchmarks.accuracy.paper_method import Paper, rank_at
 from benchmarks.accuracy.samples import Sample, needles
 from benchmarks.accuracy.sealed_method import Sealed
-from benchmarks.accuracy.view import attend, full_attention, relative_error
+from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from vllm_shadowkv import reference
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.rotary import Rotary
 
 CONFIG = ShadowKVConfig(block_size=256, compression=4, sparse_budget=64, slot_chunks=40, num_outlier_chunks=2)
 
@@ -161,6 +163,23 @@ def test_the_papers_method_is_exact_where_it_keeps_everything(layer) -> None:
     assert relative_error(all_outliers, full).max() < 1e-5
     low = Paper(rank=16)
     assert relative_error(attend(low.view(layer), layer, 128), full).mean() > 0.02
+
+
+def test_mean_values_stand_for_what_is_left_out() -> None:
+    """Exact where the keys of a chunk are equal, and the values of a group."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(32, 1, 16, generator=generator).repeat_interleave(8, 0)
+    values = torch.randn(4, 1, 16, generator=generator).repeat_interleave(64, 0)
+    last = torch.randn(1, 1, 16, generator=generator)
+    queries = torch.randn(1, 2, 16, generator=generator)
+    rotary = Rotary.identity()
+    layer = Layer("equal", torch.cat((keys, last)), torch.cat((values, last)), queries, 256, rotary)
+    landmarks, nothing = keys[::8].transpose(0, 1), torch.zeros(1, 32, dtype=torch.bool)
+    left_out = View(keys, values, landmarks, nothing, ~nothing)
+    with_means = replace(left_out, mean_values=values[::64])
+    full = full_attention(layer)
+    assert relative_error(attend(with_means, layer, 3), full).max() < 1e-5
+    assert relative_error(attend(left_out, layer, 3), full).min() > 0.1
 
 
 def test_bytes_at_equal_rank_come_back_as_that_rank(layer) -> None:

@@ -6,6 +6,7 @@ head, the highest of a GQA group, the best chunks per KV head, exact attention o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class View:
         landmarks: fp32 `[num_kv_heads, C, head_size]`.
         forced: bool `[num_kv_heads, C]`, chunks that are attended whatever their score.
         scored: bool `[num_kv_heads, C]`, chunks whose landmarks are in the softmax.
+        mean_values: fp32 `[groups, num_kv_heads, head_size]`, of equally many tokens each. They stand for the values of
+            chunks that are not attended, as landmarks stand for their keys; None: such a chunk counts nothing.
     """
 
     keys: Tensor
@@ -31,6 +34,7 @@ class View:
     landmarks: Tensor
     forced: Tensor
     scored: Tensor
+    mean_values: Tensor | None = None
 
 
 def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
@@ -41,16 +45,21 @@ def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
     generated = torch.ones(n, n, dtype=torch.bool).tril()
     outputs = []
     for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
-        logits = layer.scale * (queries @ view.landmarks[head].T)
-        scores = logits.masked_fill(~view.scored[head], -torch.inf).log_softmax(-1).amax(1)
+        marks = layer.scale * (queries @ view.landmarks[head].T)
+        scores = marks.masked_fill(~view.scored[head], -torch.inf).log_softmax(-1).amax(1)
         scores = scores.masked_fill(view.forced[head], -torch.inf)
         best = scores.topk(min(budget_chunks, num_chunks)).indices
         chosen = view.forced[head].expand(n, -1) | torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
         seen = torch.cat((chosen.repeat_interleave(chunk_size, 1), generated), 1)
         keys = torch.cat((view.keys[:, head], layer.keys[prompt:, head]))
         values = torch.cat((view.values[:, head], layer.values[prompt:, head]))
-        weights = (layer.scale * (queries @ keys.T)).masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-        outputs.append(weights @ values)
+        logits = (layer.scale * (queries @ keys.T)).masked_fill(~seen[:, None], -torch.inf)
+        if view.mean_values is not None:
+            rest = marks + math.log(chunk_size)  # a chunk counts as so many tokens like its landmark
+            logits = torch.cat((logits, rest.masked_fill(chosen[:, None], -torch.inf)), -1)
+            means = view.mean_values[:, head]
+            values = torch.cat((values, means.repeat_interleave(num_chunks // len(means), 0)))
+        outputs.append(logits.softmax(-1) @ values)
     return torch.cat(outputs, 1)
 
 
