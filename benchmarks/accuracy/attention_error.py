@@ -60,8 +60,8 @@ def methods(layer: Layer) -> dict[str, Sealed | Paper]:
     """What is compared.
 
     The paper keeps the last 4 chunks exact. Ours keeps what is open: at least 32 tokens in 31 of 32 steps, and less in
-    the steps after a block was sealed. The rest of the open block, which ours has and the paper has not, is left out. A mean value per
-    block is not in the page yet; it would take 1 / 256 of it in bf16.
+    the steps after a block was sealed. The rest of the open block, which ours has and the paper has not, is left out.
+    A mean value per block is not in the page yet; it would take 1 / 256 of it in bf16.
     """
     width = layer.keys[0].numel()
     ours = Sealed(exact_tokens=8 * LOCAL_CHUNKS)
