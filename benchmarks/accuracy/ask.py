@@ -33,10 +33,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """Tokens, and for each the log-probabilities of the likeliest ones (token id -> log-probability), if asked for."""
+    """An answer.
+
+    Attributes:
+        token_ids: what was generated.
+        logprobs: for each token the log-probabilities of the likeliest ones, by token id, if asked for.
+        cached_tokens: of the prompt, what came from the prefix cache; None where a server does not say
+            (`--enable-prompt-tokens-details`).
+    """
 
     token_ids: list[int]
     logprobs: list[dict[int, float]]
+    cached_tokens: int | None = None
 
 
 class Asker(Protocol):
@@ -72,11 +80,12 @@ class Engine:
             for request in requests
         ]
         prompts = [{"prompt_token_ids": r.prompt, "cache_salt": r.salt} for r in requests]
-        outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=False)]
-        return [
-            Reply(list(o.token_ids), [{t: v.logprob for t, v in step.items()} for step in o.logprobs or []])
-            for o in outputs
-        ]
+        replies = []
+        for output in self._llm.generate(prompts, params, use_tqdm=False):
+            answer = output.outputs[0]
+            steps = [{token: value.logprob for token, value in step.items()} for step in answer.logprobs or []]
+            replies.append(Reply(list(answer.token_ids), steps, output.num_cached_tokens))
+        return replies
 
 
 class Server:
@@ -107,9 +116,11 @@ class Server:
             body |= {"return_tokens_as_token_ids": True}
         posted = urllib.request.Request(self._url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(posted, timeout=3600) as response:
-            choice = json.load(response)["choices"][0]
+            answer = json.load(response)
+        choice = answer["choices"][0]
         steps = (choice.get("logprobs") or {}).get("top_logprobs") or []
         return Reply(
             choice["token_ids"],
             [{int(token.removeprefix("token_id:")): value for token, value in step.items()} for step in steps],
+            (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens"),
         )

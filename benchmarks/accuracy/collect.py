@@ -56,6 +56,7 @@ def ask_group(
             "family": sample.family,
             "setup": setup,
             "prompt_tokens": len(request.prompt),
+            "cached_tokens": reply.cached_tokens,
             "answer": sample.answer,
             "output": reply.token_ids,
         }
