@@ -5,6 +5,7 @@ low-rank keys and int8 landmarks, a step reads the best chunks of them and the o
 Shapes use T tokens, H query heads, G KV heads, D head_dim, C chunks.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ class ShadowOptions:
     rank: int = 32
     random_selection: bool = False
     """Ignore the landmarks: the control that shows how much selection matters."""
+    mean_values: bool = False
+    """Let a chunk that is not selected count by its landmark and its block's mean value: a proposal, see docs."""
 
 
 class ExactContext:
@@ -72,27 +75,38 @@ class ShadowContext(ExactContext):
         """Attention of post-RoPE q [H, D] over the selected chunks and the open tail."""
         if self.landmarks is None:
             return super().attend(q)
-        index = self._select(q)[..., None].expand(-1, -1, q.shape[-1])
+        chunks = self._select(q)
+        size = self.options.chunk_size
+        tokens = (chunks[..., None] * size + torch.arange(size)).flatten(1)
+        index = tokens[..., None].expand(-1, -1, q.shape[-1])
         keys = torch.cat((self.keys.gather(1, index), self.keys[:, self.sealed :]), 1)
         values = torch.cat((self.values.gather(1, index), self.values[:, self.sealed :]), 1)
-        return _attend(q, keys, values)
+        if not self.options.mean_values:
+            return _attend(q, keys, values)
+        block = self.options.block_size
+        means = self.values[:, : self.sealed].unflatten(1, (-1, block)).mean(2).repeat_interleave(block // size, 1)
+        counts = torch.full(self.landmarks.shape[:2], math.log(size)).scatter(1, chunks, -torch.inf)
+        counts = torch.cat((torch.zeros(keys.shape[:2]), counts), 1)
+        return _attend(q, torch.cat((keys, self.landmarks), 1), torch.cat((values, means), 1), counts)
 
     def _select(self, q: Tensor) -> Tensor:
-        """Token indices [G, budget] of the best chunks of each KV head."""
-        num_heads, size = self.landmarks.shape[0], self.options.chunk_size
+        """The best chunks of each KV head, [G, budget / chunk_size]."""
+        num_heads = self.landmarks.shape[0]
         scores = q.float().view(num_heads, -1, q.shape[-1]) @ self.landmarks.transpose(-1, -2)
         weights = (scores * q.shape[-1] ** -0.5).softmax(-1).amax(1)
         if self.options.random_selection:
             weights = torch.rand_like(weights)
-        k = min(self.options.budget // size, weights.shape[-1])
-        chunks = weights.topk(k, -1).indices
-        return (chunks[..., None] * size + torch.arange(size)).flatten(1)
+        k = min(self.options.budget // self.options.chunk_size, weights.shape[-1])
+        return weights.topk(k, -1).indices
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Attention of q [H, D]; `counts` [G, T] are logarithms of how often a key counts."""
     groups = q.shape[0] // keys.shape[0]
     keys, values = (x.repeat_interleave(groups, 0).float() for x in (keys, values))
     scores = (q.float()[:, None] @ keys.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if counts is not None:
+        scores = scores + counts.repeat_interleave(groups, 0)[:, None]
     return (scores.softmax(-1) @ values)[:, 0].to(q.dtype)
 
 

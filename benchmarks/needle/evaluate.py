@@ -110,6 +110,7 @@ def main() -> None:
     if not args.full_only:
         sizes = {"budget": args.budget, "rank": args.rank}
         makers["shadow"] = shadow(ShadowOptions(**sizes))
+        makers["mean values"] = shadow(ShadowOptions(**sizes, mean_values=True))
         makers["random"] = shadow(ShadowOptions(**sizes, random_selection=True))
 
     table = Table("family", *makers, title=f"{args.checkpoint}, {args.tokens} tokens, %")
