@@ -153,7 +153,8 @@ def plot(records: list[Record], path: Path) -> None:
             places = [place + shift for place in range(len(rows))]
             panel.plot(places, means, "_", color=color, markersize=12, label=method)
         panel.set_title(source)
-        panel.set_xlabel("layer of a sequence")
+        panel.set_xticks(range(max(sum(r.source == source for r in records) // len(COLORS), 1)))
+        panel.set_xlabel("layer")
         panel.set_ylim(bottom=0)
     panels[0][0].set_ylabel(f"relative error, budget {BUDGETS[-1]}, equal attended")
     panels[0][0].legend(fontsize=7)
