@@ -58,6 +58,10 @@ def test_divergence_of_all_tokens_is_that_of_the_distributions() -> None:
     assert 0 < fewer <= divergence(one, other)
 
 
+def name_of(salt: str) -> str:
+    return salt.rsplit(" ", 1)[0]
+
+
 class Scripted:
     """Answers as told; keeps what it was asked."""
 
@@ -68,7 +72,7 @@ class Scripted:
         self.asked += requests
         replies = []
         for request in requests:
-            tokens = [request.prompt[-1] + (request.salt in self.wrong)] * request.max_tokens
+            tokens = [request.prompt[-1] + (name_of(request.salt) in self.wrong)] * request.max_tokens
             replies.append(Reply(request.forced or tokens, [{t: 0.0} for t in request.forced or []]))
         return replies
 
@@ -79,8 +83,15 @@ SAMPLES = [Sample(f"s{i}", "family", [1, 2, 3 + i // 2], [9], 2, [9, 9]) for i i
 def test_setup_b_caches_the_context_first_and_setup_a_shares_nothing(tmp_path: Path) -> None:
     ask = Scripted(set())
     collect(ask, SAMPLES[:2], ("A", "B"), tmp_path / "out.jsonl", None, None)
-    salts = [(r.salt, len(r.prompt)) for r in ask.asked]
+    salts = [(name_of(r.salt), len(r.prompt)) for r in ask.asked]
     assert salts == [("A s0", 4), ("A s1", 4), ("B s0", 3), ("B s0", 4), ("B s0", 4)]
+
+
+def test_a_second_run_finds_nothing_of_the_first_in_a_servers_cache(tmp_path: Path) -> None:
+    ask = Scripted(set())
+    for name in ("one", "two"):
+        collect(ask, SAMPLES[:1], ("A",), tmp_path / f"{name}.jsonl", None, None)
+    assert ask.asked[0].salt != ask.asked[1].salt
 
 
 def test_a_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:

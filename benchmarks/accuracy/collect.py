@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def ask_group(
-    ask: Asker, samples: list[Sample], setup: str, trajectories: dict[tuple[str, str], list[int]]
+    ask: Asker, samples: list[Sample], setup: str, trajectories: dict[tuple[str, str], list[int]], run: str
 ) -> list[dict[str, Any]]:
-    """Records of samples that share one context."""
+    """Records of samples that share one context. `run` is no other run's, or a server would remember its prompts."""
     if setup == "B":
         # Two tokens: a prompt is in the prefix cache once its request has run one step beyond it.
-        ask([Request(samples[0].context, 2, f"B {samples[0].name}")])
+        ask([Request(samples[0].context, 2, f"B {samples[0].name} {run}")])
     requests = []
     for sample in samples:
-        salt = f"A {sample.name}" if setup == "A" else f"B {samples[0].name}"
+        salt = f"A {sample.name} {run}" if setup == "A" else f"B {samples[0].name} {run}"
         forced = trajectories.get((sample.name, setup))
         length = len(forced) if forced else sample.max_tokens
         requests.append(Request(sample.context + sample.question, length, salt, forced, stop=sample.answer is None))
@@ -71,7 +72,7 @@ def collect(
     """Appends a record per sample and setup to `out`, without those that are there already."""
     done = {(record["name"], record["setup"]) for record in read_records(out)}
     trajectories = {(r["name"], r["setup"]): r["output"] for r in read_records(trajectory)} if trajectory else {}
-    setups = list(setups)
+    setups, run = list(setups), uuid.uuid4().hex
     _drop_cut_line(out)
     with out.open("a") as file, tqdm(total=total, desc=out.stem, unit="answers", mininterval=5) as bar:
         for group in by_context(samples):
@@ -79,7 +80,7 @@ def collect(
                 wanted = [sample for sample in group if (sample.name, setup) not in done]
                 if trajectory:
                     wanted = [sample for sample in wanted if (sample.name, setup) in trajectories]
-                for record in ask_group(ask, wanted, setup, trajectories) if wanted else []:
+                for record in ask_group(ask, wanted, setup, trajectories, run) if wanted else []:
                     file.write(json.dumps(record) + "\n")
                 file.flush()
                 bar.update(len(group))
