@@ -98,8 +98,14 @@ def data_from(
         stack.enter_context(patch("datasets.load_dataset", load_dataset))
         if essays:
             _split_sentences_without_nltk_data(stack)
-        from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, qa_utils, vt_utils
+        import lm_eval.tasks
+        from lm_eval.tasks._yaml_loader import _load_module_with_cache
 
+        # As lm-eval loads them: it would load a module anew that was imported in the ordinary way.
+        folder = Path(lm_eval.tasks.__file__).resolve().parent / "ruler"
+        cwe_utils, fwe_utils, niah_utils, qa_utils, vt_utils = (
+            _load_module_with_cache(folder / f"{name}_utils.py") for name in ("cwe", "fwe", "niah", "qa", "vt")
+        )
         files = {"SQuAD-explorer": squad, "hotpot": hotpot}
         download = qa_utils.download_json
 
