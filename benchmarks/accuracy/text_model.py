@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SUFFIXES = (".txt", ".md", ".rst", ".html")
 HELD_OUT_PERCENT = 8
+END = "<|end|>"
+"""Token 0. Never trained; some tools want a tokenizer to have one."""
 STAGES = [(0.0, 512, 2), (0.6, 2048, 1), (0.85, 4096, 1)]
 """From which share of the time on, tokens per sequence, sequences per step."""
 
@@ -64,7 +66,7 @@ def make_model(vocab_size: int) -> LlamaForCausalLM:
             rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=None,
+            eos_token_id=0,
         )
     )
 
