@@ -1,13 +1,15 @@
 """vLLM's scheduler and our managers, and a worker without a model: pages hold the tokens that were written there.
 
-The worker plans every step with the real `Planner`. "Keys and values" of a token are a number that depends on it and on
-all tokens before it, as those of a model do. A page read where another number is expected is the bug to be found.
+The worker plans every step with the real `Planner`, and the slots of what it decodes with the real `plan_slots`. "Keys
+and values" of a token are a number that depends on it and on all tokens before it, as those of a model do. A page or a
+slot read where another number is expected is the bug to be found.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import random
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -30,6 +32,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_shadowkv import ops
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import planner
 from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
@@ -39,6 +42,7 @@ from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
+from vllm_shadowkv.state.decode import DecodeRows
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -121,6 +125,7 @@ class Engine:
         max_step: tokens of a step.
         asynchronous: schedule a step before the output of the last one is known, as vLLM does on GPUs.
         slot_pages: per request.
+        policy: "fcfs", or "priority", which preempts requests that the same step has already scheduled.
         runner: "v1" or "v2": what vLLM's model runner calls prefilling. "v2-cuda" also plans as on CUDA, where rows of
             one token all decode through our kernels and most steps do not read the block tables on the host.
         settings: of ShadowKV.
@@ -136,6 +141,7 @@ class Engine:
         caching: bool = True,
         asynchronous: bool = False,
         slot_pages: int = 3,
+        policy: str = "fcfs",
         runner: str = "v1",
         **settings: Any,
     ) -> None:
@@ -146,6 +152,7 @@ class Engine:
         vllm.scheduler_config.max_num_scheduled_tokens = max_step
         vllm.scheduler_config.max_num_seqs = max_seqs
         vllm.scheduler_config.async_scheduling = asynchronous
+        vllm.scheduler_config.policy = policy  # type: ignore[assignment]
         vllm.model_config.max_model_len = max_model_len
         vllm.cache_config.enable_prefix_caching = caching
         vllm.cache_config.num_gpu_blocks = num_blocks
@@ -181,13 +188,14 @@ class Engine:
     def free_blocks(self) -> int:
         return self.manager.block_pool.get_num_free_blocks()
 
-    def add(self, prompt: Iterable[int], max_tokens: int = 1, name: str | None = None) -> Request:
-        """A new request."""
+    def add(self, prompt: Iterable[int], max_tokens: int = 1, name: str | None = None, priority: int = 0) -> Request:
+        """A new request; a lower priority comes first, where the policy asks for it."""
         request = Request(
             request_id=name or f"r{len(self.requests)}",
             prompt_token_ids=list(prompt),
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
+            priority=priority,
             block_hasher=get_request_block_hasher(self.config.block_size, sha256),
         )
         self.requests[request.request_id] = request
@@ -204,9 +212,15 @@ class Engine:
         self.preemptions += len(output.preempted_req_ids or ())
         for new in output.scheduled_new_reqs:
             self.hits[new.req_id] = new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                self.hits[name] = computed
         if output.total_num_scheduled_tokens:
-            for block in self.manager.block_pool.blocks:
-                if block.ref_cnt == 0 and block.block_hash is None:
+            free = [block for block in self.manager.block_pool.blocks if block.ref_cnt == 0]
+            self.worker.free = {block.block_id for block in free}
+            for block in free:
+                if block.block_hash is None:
                     self.worker.content[block.block_id] = ("freed", None)
             self.in_flight.append((output, self.worker.run(output)))
         if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
@@ -274,6 +288,7 @@ class Worker:
         runner: str,
     ) -> None:
         layout = plan_page(config, num_kv_heads=4, head_size=64, dtype=torch.float32)
+        self.layout, self.slot_pages = layout, slot_pages
         self.block, self.page = layout.block_size, layout.exact_tokens
         self.boundary, self.runner = boundary, runner
         self.content: list[tuple[str, Any]] = [("nothing", None)] * num_blocks
@@ -281,7 +296,14 @@ class Worker:
 
         What the managers have freed is "freed" from that moment on: any step may write there.
         """
+        self.free: set[int] = set()
+        """Pages that nobody owns in this step."""
+        self.slots: dict[int, dict[tuple[int, int], list[int]]] = {}
+        """Of every slot page, the marks of the chunk at each KV head and place. The tags in the page are real ones."""
+        self.draw = random.Random(0)
         self.rows: dict[str, _Row] = {}
+        self.known: dict[str, _Row] = {}
+        """All rows that ever were; a request that is aborted before it runs has none."""
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
         memory = SimpleNamespace(
             layout=layout, pages=pages, exact_views=layout.exact_views(pages), slot_pages=pages, worker=self
@@ -307,6 +329,8 @@ class Worker:
         self.decoded = 0
         """Rows that decoded over sealed blocks."""
         self.prefilled_over_sealed = 0
+        self.filled = self.kept = 0
+        """Chunks that were read from a slot: filled in that step, or still there."""
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
@@ -322,7 +346,7 @@ class Worker:
         self._write(rows, counts, step)
         for index, (name, row, count) in enumerate(zip(names, rows, counts, strict=True)):
             self._read(name, row, row.computed + count, int(self.bound.exact_start[index]))
-        self._check_slots(names, rows, step)
+        self._decode(names, rows, counts, step)
         sampled = []
         for name, row, count in zip(names, rows, counts, strict=True):
             row.computed += count
@@ -339,7 +363,8 @@ class Worker:
             self.rows.pop(name, None)
         for new in output.scheduled_new_reqs:
             assert new.prompt_token_ids is not None
-            self.rows[new.req_id] = _Row(new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+            row = _Row(new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+            self.rows[new.req_id] = self.known[new.req_id] = row
         cached = output.scheduled_cached_reqs
         for name, block_ids, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -387,7 +412,9 @@ class Worker:
 
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""
+        assert block not in self.free, "seals a block that nobody owns"
         assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
+        self.slots.pop(block, None)
         self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])
 
     def _write(self, rows: list[_Row], counts: list[int], step: Step) -> None:
@@ -399,6 +426,8 @@ class Worker:
         for slot, mark in zip(step.slot_mapping.tolist(), marks, strict=True):
             page, offset = divmod(slot, self.page)
             assert page > 0, "writes to the null block"
+            assert page not in self.free, "writes to a page that nobody owns"
+            self.slots.pop(page, None)
             kind, held = self.content[page]
             if kind != "exact":
                 held = [0] * self.page
@@ -421,19 +450,56 @@ class Worker:
                         + ("other tokens" if held_kind == kind else f"{held_kind} content")
                     )
 
-    def _check_slots(self, names: list[str], rows: list[_Row], step: Step) -> None:
+    def _decode(self, names: list[str], rows: list[_Row], counts: list[int], step: Step) -> None:
+        """Plans, fills and reads the slots of rows that decode over sealed blocks."""
         self.prefilled_over_sealed += len(step.prefills)
         if not step.decode:
             return
-        decoding = step.decode[0].rows
-        sparse = decoding.exact_start > 0
+        batch = step.decode[0]
+        first_tokens = [sum(counts[:index]) for index in range(len(rows))]
+        tokens = first_tokens if batch.tokens is None else batch.tokens.tolist()
+        decoding = [rows[first_tokens.index(token)] for token in tokens]
+        sparse = batch.rows.exact_start > 0
         self.decoded += int(sparse.sum())
-        taken = decoding.slot_table[sparse].flatten().tolist()
+        taken = batch.rows.slot_table[sparse].flatten().tolist()
         assert 0 not in taken, "a row that attends to sealed blocks lacks slots"
         assert len(set(taken)) == len(taken), "two rows share a slot page"
         for name, row in zip(names, rows, strict=True):
             for page in row.blocks[2]:
                 self.content[page] = ("slots", name)
+        self._read_slots(batch.rows, decoding)
+
+    def _read_slots(self, rows: DecodeRows, decoding: list[_Row]) -> None:
+        """Some chunks of every row, drawn at random, through the real tags; contents are marks."""
+        layout, state = self.layout, self.bound.state
+        per_page, heads, width = layout.slots_per_page, layout.num_kv_heads, layout.slots_per_page * self.slot_pages
+        chunk_ids = torch.full((len(decoding), heads, width), -1, dtype=torch.int32)
+        for row, start in enumerate(rows.exact_start.tolist()):
+            chunks = range(start // layout.chunk_size)
+            for head in range(heads):
+                chosen = sorted(self.draw.sample(chunks, min(len(chunks), width)))
+                chunk_ids[row, head, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        slot_ids, misses = torch.empty_like(chunk_ids), torch.empty_like(chunk_ids)
+        num_misses = torch.empty(chunk_ids.shape[:2], dtype=torch.int32)
+        pages = self.bound.memories["layer"].slot_pages
+        ops.plan_slots(
+            chunk_ids, rows.block_table, state.epochs, state.clock, rows.slot_table, pages, layout,
+            slot_ids, misses, num_misses,
+        )  # fmt: skip
+        chosen = (chunk_ids >= 0).nonzero().tolist()
+        for row, head, place in chosen:
+            chunk, slot, missed = chunk_ids[row, head, place], slot_ids[row, head, place], misses[row, head]
+            assert slot >= 0, "a selected chunk got no slot"
+            first = int(chunk) * layout.chunk_size
+            contents = self.slots.setdefault(int(rows.slot_table[row, slot // per_page]), {})
+            key = head, int(slot) % per_page
+            if place in missed:
+                block = self.content[decoding[row].blocks[0][first // self.block]][1]
+                contents[key] = block[first % self.block :][: layout.chunk_size]
+                self.filled += 1
+            else:
+                self.kept += 1
+            assert contents.get(key) == decoding[row].marks[first : first + layout.chunk_size], "a slot is stale"
 
 
 def _seal(memory: Any, block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
