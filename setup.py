@@ -4,6 +4,7 @@ Metadata is in pyproject.toml. Environment:
     SHADOWKV_CUDA: 1 compiles the CUDA kernels, 0 does not. Unset: as CUDA_HOME is set or not.
     CUDA_HOME: where the CUDA toolkit is; unset and SHADOWKV_CUDA=1: that of `nvcc` on the PATH.
     TORCH_CUDA_ARCH_LIST: as torch reads it; unset: CUDA_ARCHITECTURES below.
+    SHADOWKV_SANITIZE: 1 adds AddressSanitizer and UndefinedBehaviorSanitizer; tests/sanitized.py builds and runs that.
     MAX_JOBS: how many compilers run at once.
 """
 
@@ -37,6 +38,12 @@ COMMON_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-Werror"]
 # Python's own flags have -g, which makes the library seven times larger and a fifth slower to build.
 COMMON_FLAGS += ["-g0"]
+
+SANITIZE = os.environ.get("SHADOWKV_SANITIZE") == "1"
+SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+if SANITIZE:
+    # Lines of our sources in reports; -O1 compiles in half of the time of -O3.
+    COMMON_FLAGS += [*SANITIZER_FLAGS, "-O1", "-g1"]
 
 # How each kernel in csrc/cpu/kernels is compiled; csrc/cpu/isa.h explains. The order matters, see
 # BuildExtension. Widths are explicit because compilers by default avoid 512-bit registers.
@@ -97,6 +104,8 @@ def extension(cuda: str | None) -> Any:
     # libtorch.so must be NEEDED although nothing names it: through it the weak CUDA symbols are
     # found in a CUDA torch, while a CPU torch leaves them NULL.
     link_flags = ["-fopenmp", "-Wl,--no-as-needed", "-ltorch"]
+    if SANITIZE:
+        link_flags += SANITIZER_FLAGS
     library_dirs = []
     nvcc_flags: list[str] = []
     if cuda:
@@ -126,7 +135,8 @@ class BuildExtension(cpp_extension.BuildExtension):
         """Keep objects in build/, where pip would use a new directory and compile all again."""
         super().finalize_options()
         python = f"{sys.implementation.name}-{sys.version_info.major}.{sys.version_info.minor}"
-        self.build_temp = str(ROOT / "build" / f"objects-{platform.machine()}-{python}")
+        kind = "sanitized" if SANITIZE else "objects"
+        self.build_temp = str(ROOT / "build" / f"{kind}-{platform.machine()}-{python}")
 
     def build_extension(self, ext: Any) -> None:
         """Compile the kernels, hand their objects to the linker, build the rest as usual.
