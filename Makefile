@@ -1,4 +1,4 @@
-# CI runs `make test` and `make cuda-check`. Everything lives in .venv, which scripts/install.py sets up.
+# CI runs `make test`, `make cuda-check`, `make sanitize` and `make soak`. Everything lives in .venv, which scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
@@ -7,7 +7,7 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test cuda-check docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test cuda-check sanitize soak docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -30,6 +30,15 @@ test: lint
 # Needs the CUDA toolkit, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
+
+# The tests of the CPU ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	$(BIN)/python scripts/sanitize.py
+
+# A server under load, aborts and shared prefixes, then the same questions again in quiet.
+SECONDS ?= 120
+soak: install
+	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
 
 # The site, in build/site. What is generated from the code is written anew; commit it.
 docs: install

@@ -78,6 +78,17 @@ class Server:
         """Stops the server and everything that it started."""
         self._stop()
 
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        """The server's first process."""
+        assert self._process is not None
+        return self._process.pid
+
     def complete(self, prompt: str, max_tokens: int) -> Completion:
         """Asks for a greedy completion, streamed so that every token can be timed."""
         body = {
@@ -101,10 +112,12 @@ class Server:
                 return dict(re.findall(r'(\w+)="([^"]*)"', line.decode()))
         raise ServerError("the server reports no vllm:cache_config_info")
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://127.0.0.1:{self._port}"
+    def host_pool_mib(self) -> int:
+        """What the backend says that its host pool takes."""
+        found = re.search(r"host pool ([\d.]+) GiB", self.log_text())
+        if found is None:
+            raise ServerError("the log does not say how large the host pool is")
+        return round(float(found[1]) * 1024)
 
     def log_text(self) -> str:
         """The server's output up to now."""
