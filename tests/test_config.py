@@ -176,6 +176,31 @@ def test_a_combination_is_accepted_exactly_if_it_is_possible(
         assert read(**settings).chunks_per_block * chunk_size == block_size
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+# Often a valid value, or one that is valid with others; else anything that JSON can hold.
+NEAR = st.sampled_from([0, 1, 8, 16, 64, 256, 384, 1024, 2048, "int8", "none", "auto"]) | ANYTHING
+KEYS = st.sampled_from([*ShadowKVConfig.model_fields, "Block_Size", "", "a\nb"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(entry=st.dictionaries(KEYS, NEAR, max_size=6) | ANYTHING)
+def test_whatever_is_set_is_valid_or_refused_in_one_sentence(entry: Any) -> None:
+    try:
+        config = ShadowKVConfig.from_vllm({"shadowkv": entry})
+    except ValueError:
+        sentence = refusal(entry)
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+        named = entry if isinstance(entry, dict) else [type(entry).__name__]
+        assert any(key in sentence or repr(key) in sentence for key in named), f"{sentence!r} names no key"
+    else:
+        assert config.model_dump() == ShadowKVConfig().model_dump() | entry
+
+
 # The forms in which vLLM's command line takes --additional-config.
 COMMAND_LINES = [
     (["--additional-config", '{"shadowkv": {"rank": 160, "key_codec": "none"}}'], {"rank": 160, "key_codec": "none"}),

@@ -134,7 +134,7 @@ def _one_sentence(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parts.append(f"unknown key '{key}' (known: {', '.join(ShadowKVConfig.model_fields)})")
+            parts.append(f"unknown key {key!r} (known: {', '.join(ShadowKVConfig.model_fields)})")
         elif key:
             parts.append(f"'{key}': {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
         else:
