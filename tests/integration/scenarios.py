@@ -58,33 +58,31 @@ class Asker:
         self._adapters = adapters
 
     def ask(
-        self, requests: Mapping[str, Request], aborts: Mapping[int, Sequence[str]] | None = None
+        self,
+        requests: Mapping[str, Request],
+        aborts: Mapping[int, Sequence[str]] | None = None,
+        arrivals: Mapping[int, Sequence[str]] | None = None,
     ) -> dict[str, Generated]:
         """Runs requests side by side.
 
         Args:
             requests: by name.
             aborts: names of the requests to abort after that many steps.
+            arrivals: names of requests that come after that many steps; the others come at once.
 
         Returns:
             The sequences of the requests that were not aborted; several of one request are numbered.
         """
+        waiting = {name: step for step, names in (arrivals or {}).items() for name in names}
         for name, request in requests.items():
-            params = SamplingParams(
-                max_tokens=request.tokens,
-                ignore_eos=True,
-                logprobs=self._num_logprobs,
-                detokenize=False,
-                **request.sampling,
-            )
-            adapter = None
-            if request.adapter:
-                adapter = LoRARequest(str(request.adapter), request.adapter, f"{self._adapters}/{request.adapter}")
-            self.engine.add_request(name, {"prompt_token_ids": request.prompt}, params, lora_request=adapter)
+            if name not in waiting:
+                self._add(name, request)
         outputs, step = {}, 0
-        while self.engine.has_unfinished_requests():
+        while self.engine.has_unfinished_requests() or any(arrival > step for arrival in waiting.values()):
             outputs.update({output.request_id: output for output in self.engine.step() if output.finished})
             step += 1
+            for name in (arrivals or {}).get(step, ()):
+                self._add(name, requests[name])
             self.engine.abort_request(list((aborts or {}).get(step, ())))
         aborted = {name for names in (aborts or {}).values() for name in names}
         return {
@@ -93,6 +91,27 @@ class Asker:
             if name not in aborted
             for completion in output.outputs
         }
+
+    def _add(self, name: str, request: Request) -> None:
+        params = SamplingParams(
+            max_tokens=request.tokens,
+            ignore_eos=True,
+            logprobs=self._num_logprobs,
+            detokenize=False,
+            **request.sampling,
+        )
+        adapter = None
+        if request.adapter:
+            adapter = LoRARequest(str(request.adapter), request.adapter, f"{self._adapters}/{request.adapter}")
+        self.engine.add_request(name, {"prompt_token_ids": request.prompt}, params, lora_request=adapter)
+
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache.
+
+        Raises:
+            AssertionError: blocks are still in use, with no request running.
+        """
+        assert self.engine.reset_prefix_cache(), "a block is still in use"
 
 
 def _generated(output: Any, completion: Any) -> Generated:
@@ -195,6 +214,44 @@ def aborts(asker: Asker) -> dict[str, Generated]:
     return survivors | asker.ask(again)
 
 
+def alone(asker: Asker) -> dict[str, Generated]:
+    """The requests of `eight`, one after the other, each computed from nothing."""
+    found: dict[str, Generated] = {}
+    for name, request in _named(_prompts("eight", *EIGHT_LENGTHS), tokens=40).items():
+        asker.forget_prefixes()
+        found |= asker.ask({name: request})
+    asker.forget_prefixes()
+    return found
+
+
+def reset(asker: Asker) -> dict[str, Generated]:
+    """Prompts that fill a small pool, and one of them again: with the prefix cache emptied, and filled anew."""
+    prompts = _prompts("reset", 700, 690, 680)
+    first = asker.ask(_named(prompts, tokens=20))
+    asker.forget_prefixes()
+    again = asker.ask({"forgotten": Request.greedy(prompts[0], 8)})
+    return first | again | asker.ask({"known": Request.greedy(prompts[0], 8)})
+
+
+def storm(asker: Asker) -> dict[str, Generated]:
+    """Requests with common beginnings come at random, more than fit, and a third of them goes at a random step."""
+    draw = random.Random("storm")
+    heads = _prompts("storm", 900, 900)
+    requests, aborts, arrivals = {}, {}, {}
+    for number in range(36):
+        tail = [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(draw.choice([1, 7, 60, 200]))]
+        name = f"storm {number}"
+        head = draw.choice(heads)[: draw.choice([0, 63, 256, 500, 768, 900])]
+        requests[name] = Request.greedy(head + tail, draw.choice([1, 2, 20, 90, 150]))
+        came = draw.randrange(1, 120)
+        arrivals.setdefault(came, []).append(name)
+        if draw.random() < 0.35:
+            aborts.setdefault(came + draw.randrange(1, 40), []).append(name)
+    survivors = asker.ask(requests, aborts, arrivals)
+    asker.forget_prefixes()
+    return survivors
+
+
 def short(asker: Asker) -> dict[str, Generated]:
     """The least that still seals blocks of 64 and decodes over them across a boundary."""
     return asker.ask(_named(_prompts("short", 150, 210), tokens=60))
@@ -259,6 +316,9 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         preemption,
         longest,
         aborts,
+        alone,
+        reset,
+        storm,
         short,
         twice,
         scored,

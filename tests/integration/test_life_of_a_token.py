@@ -37,6 +37,9 @@ EVERYWHERE = (
     "preemption",
     "longest",
     "aborts",
+    "alone",
+    "reset",
+    "storm",
     "short",
 )
 ONLY_V1 = ("generation_together", "seeded", "twice")
@@ -50,7 +53,7 @@ WINDOWS = {"block_size": 64, "dense_threshold": 600, "prefill_exact_tokens": 256
 V1 = Trial("v1", EVERYWHERE + ONLY_V1, LOSSLESS | {"block_size": 256}, poison=True)
 V1_WINDOWS = Trial(
     "v1-windows",
-    ("edges", "eight", "generation", "prefixes", "longest", "aborts"),
+    ("edges", "eight", "generation", "prefixes", "longest", "aborts", "alone", "storm"),
     LOSSLESS | WINDOWS | {"slot_chunks": 304},
     poison=True,
 )
@@ -121,7 +124,7 @@ CUDA_TRIALS = (CUDA_V1, CUDA_V2_GRAPHS)
 
 COMPRESSED = Trial(
     "compressed",
-    ("edges", "eight", "prefixes"),
+    ("edges", "eight", "alone", "prefixes"),
     {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128},
     poison=True,
 )
@@ -233,6 +236,21 @@ def test_prefixes_are_hit(trials: Trials, trial: Trial) -> None:
     assert cached["again"] == 740 // block_size * block_size
     assert cached["branched"] == 520 // block_size * block_size
     assert cached["next turn"] >= 768, "blocks that end in generated tokens were not shared"
+
+
+@pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
+def test_after_a_reset_nothing_is_hit(trials: Trials, trial: Trial) -> None:
+    """Until someone has computed it again: 700 tokens, blocks of 256."""
+    cached = {name: sequence["cached"] for name, sequence in trials(trial).sequences["reset"].items()}
+    assert cached["forgotten"] == 0
+    assert cached["known"] == 512
+
+
+@pytest.mark.parametrize("trial", [V1, V1_WINDOWS, V2, COMPRESSED], ids=trial_id)
+def test_company_changes_nothing(trials: Trials, trial: Trial) -> None:
+    """Compressed keys too: which chunks are read depends on the request alone."""
+    found = trials(trial).sequences
+    assert differences(found["eight"], found["alone"], TOLERANCE) == []
 
 
 @pytest.mark.parametrize("trial", [COMPRESSED], ids=trial_id)

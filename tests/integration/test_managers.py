@@ -103,6 +103,24 @@ def test_a_preempted_request_publishes_nothing_more(asynchronous: bool) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("runner", ["v1", "v2", "v2-cuda"])
+def test_a_preempted_request_hits_what_it_has_published(asynchronous: bool, runner: str) -> None:
+    engine = Engine(asynchronous=asynchronous, runner=runner)
+    request = engine.add(prompt(3 * BLOCK), max_tokens=3 * BLOCK)
+    while request.num_computed_tokens < 5 * BLOCK:
+        engine.step()
+    own = published(engine, request)
+    assert own >= 4, "generated tokens too"
+    preempt(engine, request)
+    engine.step()
+    engine.step()
+    assert request.num_preemptions == 1
+    assert engine.hits[request.request_id] == own * BLOCK
+    engine.finish()
+    assert request.num_output_tokens == 3 * BLOCK
+
+
+@BOTH
 def test_generated_tokens_are_shared_too(asynchronous: bool) -> None:
     engine = Engine(asynchronous=asynchronous)
     first = engine.add(prompt(40), max_tokens=2 * BLOCK)

@@ -105,6 +105,8 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         _capture_graphs(llm)
     sequences = {name: SCENARIOS[name](asker) for name in trial["scenarios"]}
     planted = {plant: _ask_with_plant(plant, llm, asker, trial) for plant in trial["plants"]}
+    if trial["in_process"]:
+        _check_nothing_is_left(llm, ours=trial["shadowkv"] is not None)
     if trial["poison"]:
         counts["poisoned"] = poison.poisoned
     if trial["shadowkv"] is not None and trial["in_process"]:
@@ -275,6 +277,28 @@ def _ask_with_plant(plant: str, llm: Any, asker: Any, trial: dict[str, Any]) -> 
         if trial["graphs"]:
             _capture_graphs(llm)
         return SCENARIOS[trial["scenarios"][0]](asker)
+
+
+def _check_nothing_is_left(llm: Any, ours: bool) -> None:
+    """Raises AssertionError where a block outlives its request, or the worker's state of the blocks is broken."""
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+    pool = manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "a block is still in use"
+    if not ours:
+        return
+    import torch
+    from vllm.v1.core.kv_cache_utils import get_group_id
+
+    from vllm_shadowkv.integration.managers import ShadowManager
+    from vllm_shadowkv.integration.runtime import Runtime
+
+    managers = manager.coordinator.single_type_managers
+    groups = {group for group, of_one in enumerate(managers) if isinstance(of_one, ShadowManager)}
+    hashes = ((block.block_id, block.block_hash) for block in pool.blocks)
+    cached = [block for block, key in hashes if key is not None and get_group_id(key) in groups]
+    state = Runtime.latest().bind().state
+    state.check_integrity(torch.tensor(cached, dtype=torch.int64))
+    assert state.sealed[cached].all(), "a block can be hit and is not sealed"
 
 
 def _capture_graphs(llm: Any) -> None:
