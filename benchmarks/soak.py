@@ -1,8 +1,9 @@
 """`make soak SECONDS=1800`: a server under random load, then the same questions again in quiet.
 
 Clients ask a real `vllm serve` for prompts of 1 to 20,000 tokens, many with a common beginning, more than its KV cache
-holds at once, and hang up in the middle of some. Then, one after the other and without the prefix cache, everything
-that was answered is asked again. At the end
+holds at once, and hang up in the middle of some. They begin with requests that run side by side until they grow beyond
+the dense threshold and want slots, for which the pool is too small: most of them are preempted. Then, one after the
+other and without the prefix cache, everything that was answered is asked again. At the end
 
 * every greedy answer is the one that the quiet server gives;
 * no block is in use (`vllm:kv_cache_usage_perc` is 0), neither after the load nor after the quiet questions;
@@ -58,8 +59,10 @@ SETTINGS = {
 }
 """Nothing is lost, and nearly everything is sealed."""
 
-POOL_MIB = 160
-"""A request of 20,000 tokens takes about 95; the clients ask for more than there is."""
+BLOCKS = 224
+"""A request of 20,000 tokens takes about 190, one that has slots at least 83; the clients ask for more than that."""
+BLOCK_KIB = 512
+"""Of both layers' pages."""
 
 UNDECIDED = 1e-3
 SLACK_MIB = 256
@@ -95,12 +98,16 @@ class Load:
         ]
         self.answered: list[Question] = []
         self.counts: Counter[str] = Counter()
+        self._growing = CLIENTS
 
     def question(self) -> Question:
         """Lengths are log-uniform; half begin as others do, a few are a question again with another end."""
         draw = self._draw
+        if self._growing:
+            self._growing -= 1
+            return Question(draw.choices(draw.choice(self._heads), k=draw.randint(400, 480)), 200)
         length = min(int(LONGEST ** draw.random() * (1 + draw.random())), LONGEST)
-        # Some go on for so long that they need slots, and blocks, that were not there when they came.
+        # Some go on for so long that they need slots, or blocks, that were not there when they came.
         tokens = draw.randint(1, 48) if draw.random() < 0.8 else draw.randint(200, MODEL_LEN - LONGEST)
         kind = draw.random()
         head = draw.choice(self._heads)
@@ -187,18 +194,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="of load and quiet questions together, about")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runner", choices=("v1", "v2"), default="v1")
     arguments = parser.parse_args()
     console = Console()
     options = ["--attention-backend", "shadowkv", "--additional-config", json.dumps({"shadowkv": SETTINGS})]
     options += ["--dtype", "float32", "--max-model-len", str(MODEL_LEN), "--max-num-seqs", str(CLIENTS)]
-    options += ["--kv-cache-memory-bytes", str(POOL_MIB * 2**20), "--enforce-eager", "--enable-prefix-caching"]
+    options += ["--num-gpu-blocks-override", str(BLOCKS), "--enforce-eager", "--enable-prefix-caching"]
     options += ["--max-num-batched-tokens", "1024"]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "server.log"
         console.print("Starting `vllm serve " + " ".join([CHECKPOINT.name, *options]) + "` …")
         try:
-            with Server(CHECKPOINT, log, options, {}) as server:
+            with Server(
+                CHECKPOINT, log, options, {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            ) as server:
                 wrong = asyncio.run(_soak(server, arguments, console))
         except (ServerError, aiohttp.ClientError) as error:
             console.print(f"[red]{type(error).__name__}: {error}")
@@ -222,7 +230,7 @@ async def _soak(server: Server, arguments: argparse.Namespace, console: Console)
             busy = await client.wait_until_idle()
             different, undecided = await _ask_again(client, load, memory, progress)
         idle = await client.wait_until_idle()
-    announced = memory.first + POOL_MIB + server.host_pool_mib() + SLACK_MIB
+    announced = memory.first + BLOCKS * BLOCK_KIB // 1024 + server.host_pool_mib() + SLACK_MIB
     table = Table(title=f"{arguments.seconds:.0f} s, {CLIENTS} clients", title_justify="left", show_header=False)
     lengths = sorted(len(question.prompt) for question in load.answered)
     hit = busy["vllm:prefix_cache_hits_total"] / max(busy["vllm:prefix_cache_queries_total"], 1)
@@ -244,8 +252,8 @@ async def _soak(server: Server, arguments: argparse.Namespace, console: Console)
         wrong.append("KV cache blocks are in use with no request running.")
     if memory.most > announced:
         wrong.append(f"The server took {memory.most} MiB, more than the {announced} MiB that it announced.")
-    if not load.counts["hung up"] or not busy["vllm:prefix_cache_hits_total"]:
-        wrong.append("Nobody hung up, or no prefix was hit: the soak has not shown enough.")
+    if not (load.counts["hung up"] and busy["vllm:prefix_cache_hits_total"] and busy["vllm:num_preemptions_total"]):
+        wrong.append("Nobody hung up, no prefix was hit or nobody was preempted: the soak has not shown enough.")
     return wrong
 
 
