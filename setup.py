@@ -4,7 +4,7 @@ Metadata is in pyproject.toml. Environment:
     SHADOWKV_CUDA: 1 compiles the CUDA kernels, 0 does not. Unset: as CUDA_HOME is set or not.
     CUDA_HOME: where the CUDA toolkit is; unset and SHADOWKV_CUDA=1: that of `nvcc` on the PATH.
     TORCH_CUDA_ARCH_LIST: as torch reads it; unset: CUDA_ARCHITECTURES below.
-    SHADOWKV_SANITIZE: 1 adds AddressSanitizer and UndefinedBehaviorSanitizer; tests/sanitized.py builds and runs that.
+    SHADOWKV_SANITIZE: 1 adds AddressSanitizer and UndefinedBehaviorSanitizer; scripts/sanitize.py builds and runs that.
     MAX_JOBS: how many compilers run at once.
 """
 
