@@ -133,20 +133,22 @@ class Client:
         self._server, self._http = server, http
 
     async def ask(self, question: Question, patience: float | None) -> list[str] | None:
-        """Streams an answer; None if the client hung up before its end."""
+        """An answer; None if the client hung up before its end."""
+        try:
+            return await asyncio.wait_for(self._stream(question), patience)
+        except asyncio.TimeoutError:
+            return None
+
+    async def _stream(self, question: Question) -> list[str]:
         body = self._body(question) | {"stream": True}
         answer: list[str] = []
-        try:
-            async with asyncio.timeout(patience):
-                async with self._http.post(f"{self._server.url}/v1/completions", json=body) as response:
-                    if response.status != 200:
-                        raise ServerError(f"the server answered {response.status}: {await response.text()}")
-                    async for line in response.content:
-                        if line.startswith(b"data: {"):
-                            choice = json.loads(line[6:])["choices"][0]
-                            answer += choice["logprobs"]["tokens"] if choice["logprobs"] else []
-        except TimeoutError:
-            return None
+        async with self._http.post(f"{self._server.url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                raise ServerError(f"the server answered {response.status}: {await response.text()}")
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    answer += choice["logprobs"]["tokens"] if choice["logprobs"] else []
         return answer
 
     async def ask_quietly(self, question: Question, salt: str) -> Quiet:
@@ -222,7 +224,9 @@ async def _soak(server: Server, arguments: argparse.Namespace, console: Console)
     load = Load(arguments.seed)
     timeout = aiohttp.ClientTimeout(total=None)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    async with aiohttp.ClientSession(timeout=timeout) as http:
+    # Kept connections may be closed by the server just as they are used again.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         client = Client(server, http)
         memory = Memory(server.pid)
         with Progress(*columns, console=console) as progress:
@@ -277,9 +281,7 @@ async def _run_load(client: Client, load: Load, memory: Memory, seconds: float, 
             memory.look()
             progress.advance(task)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(CLIENTS):
-            group.create_task(one_client())
+    await asyncio.gather(*(one_client() for _ in range(CLIENTS)))
 
 
 async def _ask_again(client: Client, load: Load, memory: Memory, progress: Progress) -> tuple[list[str], int]:
