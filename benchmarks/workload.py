@@ -11,7 +11,7 @@ from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.decode import DecodeRows, DecodeWorkspace
-from vllm_shadowkv.state.huge_pages import use_huge_pages
+from vllm_shadowkv.state.huge_pages import copy_in_huge_pages, use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 
 SHAPES = {
@@ -65,7 +65,7 @@ class Workload:
             view[chosen] = normal(view[chosen].shape, dtype, generator).to(device)
 
         positions = torch.arange(sealed + open_tokens)[:, None] * 500_000.0 ** (-torch.arange(0, size, 2) / size)
-        table = torch.cat((positions.cos(), positions.sin()), -1).contiguous().to(device)
+        table = copy_in_huge_pages(torch.cat((positions.cos(), positions.sin()), -1), torch.float32).to(device)
         self.memory = LayerMemory(
             layout=layout,
             rotary=Rotary(table, size, is_neox=True),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_shadowkv.state.huge_pages import HUGE_PAGE, use_huge_pages
+from vllm_shadowkv.state.huge_pages import HUGE_PAGE, copy_in_huge_pages, use_huge_pages
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 needs_huge_pages = pytest.mark.skipif(
@@ -24,6 +24,15 @@ def test_memory_comes_in_huge_pages(zeros: bool) -> None:
     memory.fill_(3)
     assert (memory == 3).all()
     assert _huge_kib(memory) >= 6 * HUGE_PAGE // 1024  # of eight, the ends are not whole
+
+
+@needs_huge_pages
+def test_a_copy_is_equal_and_in_huge_pages() -> None:
+    table = torch.arange(2 * HUGE_PAGE, dtype=torch.int32).view(-1, 64).mT
+    copy = copy_in_huge_pages(table, torch.float32)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, table.float())
+    assert _huge_kib(copy) >= 2 * HUGE_PAGE // 1024  # of four, the ends are not whole
 
 
 def test_too_small_or_elsewhere() -> None:

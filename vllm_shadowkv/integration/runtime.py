@@ -29,7 +29,7 @@ from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
 from vllm_shadowkv.state.host_memory import GIB, free_bytes
-from vllm_shadowkv.state.huge_pages import use_huge_pages
+from vllm_shadowkv.state.huge_pages import copy_in_huge_pages, use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS
@@ -209,7 +209,7 @@ class Runtime:
         if table is not None and not layer.cos_sin.numel():
             known = (other.cos_sin for other in self._layers.values() if other.rotary.cos_sin is table)
             same = next((other for other in known if other.numel()), None)
-            layer.cos_sin = table.float().contiguous() if same is None else same
+            layer.cos_sin = copy_in_huge_pages(table, torch.float32) if same is None else same
             # vLLM's sleep mode of level 2 brings back the model's buffers, and nothing else that was made with them.
             layer.attention.register_buffer("shadowkv_table", table, persistent=False)
             layer.attention.register_buffer("shadowkv_cos_sin", layer.cos_sin, persistent=False)

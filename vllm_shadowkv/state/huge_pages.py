@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -37,3 +38,11 @@ def use_huge_pages(memory: Tensor, zeros: bool = False) -> bool:
         logger.debug("shadowkv: no huge pages for %d bytes of host memory: errno %d.", size, ctypes.get_errno())
         return False
     return not zeros or madvise(begin, size, _DONTNEED) == 0
+
+
+def copy_in_huge_pages(memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy as `dtype` on the same device, in huge pages where that is the CPU and has them."""
+    copy = torch.empty(memory.shape, dtype=dtype, device=memory.device)
+    if memory.device.type == "cpu":
+        use_huge_pages(copy)
+    return copy.copy_(memory)
