@@ -64,7 +64,9 @@ def bench(server: Server, model: str, prompts: list[str], output_len: int) -> di
             raise ServerError(f"vllm bench serve failed: {finished.stdout[-3000:]}")
         numbers: dict[str, float] = json.loads(result.read_text())
     if numbers["completed"] != len(prompts):
-        raise ServerError(f"{numbers['completed']:.0f} of {len(prompts)} requests were answered")
+        raise ServerError(
+            f"{numbers['completed']:.0f} of {len(prompts)} requests were answered:\n{finished.stdout[-2000:]}"
+        )
     return numbers
 
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from numpy import base_repr
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -44,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """What config.json says of a model with these weights' shapes, but for the vocabulary."""
 
 VOCABULARY = 32_000
+SPECIAL = ("<s>", "</s>", "<unk>")
 
 
 def write(shape: str, directory: Path, layers: int | None = None) -> None:
@@ -60,10 +62,14 @@ def write(shape: str, directory: Path, layers: int | None = None) -> None:
     if layers:
         config["num_hidden_layers"] = layers
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    # Short words: vLLM refuses a prompt by its characters when they are more than its tokens could have.
+    vocabulary = [*SPECIAL, *(base_repr(i, 36).lower() for i in range(len(SPECIAL), VOCABULARY))]
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=SPECIAL[2]))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", eos_token="w1", unk_token="w2")
-    tokenizer.save_pretrained(directory)
+    bos, eos, unknown = SPECIAL
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos, unk_token=unknown).save_pretrained(
+        directory
+    )
 
 
 def main() -> None:
