@@ -101,7 +101,7 @@ def run(
 
     def plan() -> None:
         work.state.start_step()
-        workspace.plan(memory, work.state, rows)
+        workspace.plan(memory, work.state, rows, work.slot_counts)
 
     add(
         "select_chunks",

@@ -91,11 +91,12 @@ class Workload:
         self.workspace = DecodeWorkspace(self.config, layout, self.heads, batch, blocks, torch.device(device))
         self.query = torch.randn(batch, self.heads, size, generator=generator).to(device, dtype)
         self.output = torch.empty_like(self.query)
+        self.slot_counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._generator = torch.Generator(device=device).manual_seed(1)
 
     def attend(self) -> None:
         """One decode step over sealed blocks and open tokens."""
-        self.workspace.attend(self.memory, self.state, self.rows, self.query, self.scale, self.output)
+        self.workspace.attend(self.memory, self.state, self.rows, self.query, self.scale, self.output, self.slot_counts)
 
     def force_hits(self, rate: float) -> None:
         """Makes a step hit this share of its chunks: of those in the slots, it forgets others at random.

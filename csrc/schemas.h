@@ -22,7 +22,7 @@ void define_ops(Library& m) {
   m.def(
       "plan_slots(Tensor chunk_ids, Tensor block_table, Tensor epochs, Tensor clock, "
       "Tensor slot_table, Tensor(a!) slot_pages, int[] layout, Tensor(b!) slot_ids, "
-      "Tensor(c!) misses, Tensor(d!) num_misses) -> ()");
+      "Tensor(c!) misses, Tensor(d!) num_misses, Tensor(e!) counts) -> ()");
   m.def(
       "fill_slots(Tensor chunk_ids, Tensor slot_ids, Tensor misses, Tensor num_misses, Tensor "
       "pages, "

@@ -43,6 +43,7 @@ from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.decode import DecodeRows
+from vllm_shadowkv.state.slot_counts import SlotCounts
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -313,6 +314,7 @@ class Worker:
             state=BlockState(num_blocks, torch.device("cpu")),
             memories={"layer": memory},
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
+            slots=SlotCounts(torch.device("cpu")),
         )
         runtime: Any = SimpleNamespace(
             bind=lambda: self.bound,

@@ -125,6 +125,7 @@ def plan_slots(
     slot_ids: Tensor,
     misses: Tensor,
     num_misses: Tensor,
+    counts: Tensor,
 ) -> None:
     """Gives every selected chunk a slot: the one that holds it, else the least recently used (ties to the lower slot).
 
@@ -143,9 +144,21 @@ def plan_slots(
             chunk without a slot.
         misses: int32 `[B, Hkv, K]`, written: the places in `chunk_ids` whose slots must be filled, ascending, then -1.
         num_misses: int32 `[B, Hkv]`, written.
+        counts: int64 `[3]`, added to: chunks that want a slot, that were found in one, and that were given one; the
+            difference was left out.
     """
     _ops.plan_slots(
-        chunk_ids, block_table, epochs, clock, slot_table, slot_pages, layout.ints, slot_ids, misses, num_misses
+        chunk_ids,
+        block_table,
+        epochs,
+        clock,
+        slot_table,
+        slot_pages,
+        layout.ints,
+        slot_ids,
+        misses,
+        num_misses,
+        counts,
     )
 
 

@@ -233,6 +233,7 @@ def plan_slots(
     slot_ids: Tensor,
     misses: Tensor,
     num_misses: Tensor,
+    counts: Tensor,
 ) -> None:
     """Gives every selected chunk a slot: its own, or the least recently used. Arguments: `ops.plan_slots`."""
     slot_ids.fill_(-1)
@@ -260,6 +261,8 @@ def plan_slots(
                     row_used[hit[0]] = int(clock)
                 else:
                     missed.append(i)
+            hits = int((slot_ids[row, head] >= 0).sum())
+            wanted = hits + len(missed)
             oldest = row_used.argsort(stable=True)
             victims = oldest[row_used[oldest] != int(clock)]
             missed = missed[: len(victims)]  # a chunk beyond the slots is left out
@@ -269,6 +272,7 @@ def plan_slots(
                 row_used[slot] = int(clock)
             misses[row, head, : len(missed)] = torch.tensor(missed, dtype=torch.int32)
             num_misses[row, head] = len(missed)
+            counts += torch.tensor([wanted, hits, len(missed)])
             tags[pages, head] = row_tags.unflatten(0, (len(pages), layout.slots_per_page))
             used[pages, head] = row_used.unflatten(0, (len(pages), layout.slots_per_page))
 

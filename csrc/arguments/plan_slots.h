@@ -13,7 +13,8 @@ inline PlanSlotsParams read_plan_slots(const Tensor& chunk_ids, const Tensor& bl
                                        const Tensor& slot_table, const Tensor& slot_pages,
                                        const std::vector<int64_t>& layout_ints,
                                        const Tensor& slot_ids, const Tensor& misses,
-                                       const Tensor& num_misses, DeviceType device) {
+                                       const Tensor& num_misses, const Tensor& counts,
+                                       DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
   const int64_t heads = layout.num_kv_heads;
   check_tensor(chunk_ids, "chunk_ids", device, ScalarType::Int, {kAnySize, heads, kAnySize});
@@ -27,6 +28,7 @@ inline PlanSlotsParams read_plan_slots(const Tensor& chunk_ids, const Tensor& bl
   check_tensor(slot_ids, "slot_ids", device, ScalarType::Int, {rows, heads, columns});
   check_tensor(misses, "misses", device, ScalarType::Int, {rows, heads, columns});
   check_tensor(num_misses, "num_misses", device, ScalarType::Int, {rows, heads});
+  check_tensor(counts, "counts", device, ScalarType::Long, {3});
 
   return {
       .layout = layout,
@@ -45,6 +47,7 @@ inline PlanSlotsParams read_plan_slots(const Tensor& chunk_ids, const Tensor& bl
       .slot_ids = static_cast<int32_t*>(slot_ids.data_ptr()),
       .misses = static_cast<int32_t*>(misses.data_ptr()),
       .num_misses = static_cast<int32_t*>(num_misses.data_ptr()),
+      .counts = static_cast<int64_t*>(counts.data_ptr()),
       .columns = columns,
       .num_rows = rows,
   };

@@ -3,8 +3,9 @@
 // and KV head puts the slots' tags into a hash table in shared memory and looks its chunks up.
 //
 // Reads the chunk ids, tags and stamps of a head's slots (16 bytes each) and two numbers per chunk
-// (block id, epoch); writes slot_ids, misses, a stamp per chunk and a tag per miss. It is bound by
-// latency. Slots that no chunk hit are sorted by stamp, then slot, and taken for the misses.
+// (block id, epoch); writes slot_ids, misses, a stamp per chunk and a tag per miss; adds three
+// counts per CTA. It is bound by latency. Slots that no chunk hit are sorted by stamp, then slot,
+// and taken for the misses.
 #include "arguments/plan_slots.h"
 
 #include <algorithm>
@@ -159,17 +160,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) plan_kernel(const SlotPlan pla
   sync_threads();
 
   const int64_t clock = *p.clock;
-  int missed = 0;
+  int hits = 0, missed = 0;
   for (int first = 0; first < columns; first += threads) {
     const int i = first + threadIdx.x;
     const int64_t tag = i < columns ? tag_of(p, row, chunk_ids[i]) : 0;
     const int slot = tag != 0 ? table.find(tag) : -1;
     const bool miss = tag != 0 && slot < 0;
-    const PrefixSum places = prefix_sum(miss, warps);
-    if (miss) misses[missed + places.before] = i;
+    // Two sums in one: neither exceeds kMaxThreads.
+    const PrefixSum places = prefix_sum(miss | (slot >= 0) << 16, warps);
+    if (miss) misses[missed + (places.before & 0xffff)] = i;
     if (i < columns) slot_ids[i] = slot;
     if (slot >= 0) *word(p.layout.slot_used, slot) = clock;
-    missed += places.total;
+    missed += places.total & 0xffff;
+    hits += places.total >> 16;
   }
 
   int taken = 0;
@@ -194,7 +197,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) plan_kernel(const SlotPlan pla
     }
   }
   for (int i = taken + threadIdx.x; i < columns; i += threads) misses[i] = -1;
-  if (threadIdx.x == 0) p.num_misses[item] = taken;
+  if (threadIdx.x == 0) {
+    p.num_misses[item] = taken;
+    atomic_add(&p.counts[0], hits + missed);
+    atomic_add(&p.counts[1], hits);
+    atomic_add(&p.counts[2], taken);
+  }
 }
 
 }  // namespace
@@ -202,10 +210,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) plan_kernel(const SlotPlan pla
 void plan_slots(const Tensor& chunk_ids, const Tensor& block_table, const Tensor& epochs,
                 const Tensor& clock, const Tensor& slot_table, const Tensor& slot_pages,
                 const std::vector<int64_t>& layout_ints, const Tensor& slot_ids,
-                const Tensor& misses, const Tensor& num_misses) {
+                const Tensor& misses, const Tensor& num_misses, const Tensor& counts) {
   const PlanSlotsParams p =
       read_plan_slots(chunk_ids, block_table, epochs, clock, slot_table, slot_pages, layout_ints,
-                      slot_ids, misses, num_misses, kDevice);
+                      slot_ids, misses, num_misses, counts, kDevice);
   const int64_t slots = p.pages_per_row * p.layout.slots_per_page;
   SHADOWKV_CHECK(slots <= kMaxSlots, "slot_table: expected pages of at most ", kMaxSlots,
                  " slots per row, got ", p.pages_per_row, " pages of ", p.layout.slots_per_page);

@@ -54,13 +54,14 @@ class Decode:
         self.workspace = DecodeWorkspace(CONFIG, layout, heads, 3, sealed.block_table.shape[1], torch.device(device))
         self.query = torch.zeros(3, heads, layout.head_size, dtype=layout.dtype, device=device)
         self.output = torch.zeros_like(self.query)
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.queries = [
             generators.randn(generator, *self.query.shape, dtype=layout.dtype).to(device) for _ in range(STEPS)
         ]
 
     def attend(self) -> None:
         """What a graph holds."""
-        self.workspace.attend(self.memory, self.state, self.rows, self.query, SCALE, self.output)
+        self.workspace.attend(self.memory, self.state, self.rows, self.query, SCALE, self.output, self.counts)
 
     def run(self, attend: Any) -> list[torch.Tensor]:
         """Some steps of one token each."""

@@ -30,29 +30,30 @@ class State:
     slot_ids: Tensor
     misses: Tensor
     num_misses: Tensor
+    counts: Tensor
 
     def run(self, function=ops.plan_slots) -> None:
         function(
             self.chunk_ids, self.block_table, self.epochs, self.clock, self.slot_table, self.slot_pages,
-            self.layout, self.slot_ids, self.misses, self.num_misses,
+            self.layout, self.slot_ids, self.misses, self.num_misses, self.counts,
         )  # fmt: skip
 
     def run_both(self) -> None:
         """The kernel on this state, the reference on a copy; every byte must agree."""
         copy = replace(self, **{name: getattr(self, name).clone() for name in ("slot_pages", "slot_ids", "misses")})
-        copy.num_misses = self.num_misses.clone()
+        copy.num_misses, copy.counts = self.num_misses.clone(), self.counts.clone()
         self.run()
         copy.run(reference.plan_slots)
-        for name in ("slot_ids", "misses", "num_misses", "slot_pages"):
+        for name in ("slot_ids", "misses", "num_misses", "slot_pages", "counts"):
             assert_bytes_equal(getattr(self, name), getattr(copy, name), name)
 
     def step(self, chunk_ids: Tensor) -> None:
         """The next step, with these chunks."""
         self.clock += 1
         self.chunk_ids = chunk_ids
-        before = self.contents()
+        before, counts = self.contents(), self.counts.clone()
         self.run_both()
-        self.check_invariants(before)
+        self.check_invariants(before, (self.counts - counts).tolist())
 
     def contents(self) -> dict[tuple[int, int, int], int]:
         """(row, head, tag) -> slot, of what the slots hold now."""
@@ -69,9 +70,9 @@ class State:
                         found[row, head, tag] = slot
         return found
 
-    def check_invariants(self, before: dict[tuple[int, int, int], int]) -> None:
+    def check_invariants(self, before: dict[tuple[int, int, int], int], counts: list[int]) -> None:
         """Written without the reference: a chunk has the slot that held it, else one that this step did not use."""
-        after = self.contents()
+        after, placed, filled = self.contents(), 0, 0
         for row in range(len(self.chunk_ids)):
             for head in range(self.layout.num_kv_heads):
                 chunks, slots = self.chunk_ids[row, head].tolist(), self.slot_ids[row, head].tolist()
@@ -89,8 +90,11 @@ class State:
                     else:
                         missed.append(place)
                 count = int(self.num_misses[row, head])
+                placed, filled = placed + len(used), filled + count
                 assert self.misses[row, head, :count].tolist() == missed
                 assert (self.misses[row, head, count:] == -1).all()
+        assert counts[1:] == [placed - filled, filled], "not the hits and the misses"
+        assert counts[0] >= placed
 
 
 def make_state(
@@ -117,6 +121,7 @@ def make_state(
         slot_ids=torch.full((rows, heads, columns), 77, dtype=torch.int32),
         misses=torch.full((rows, heads, columns), 77, dtype=torch.int32),
         num_misses=torch.full((rows, heads), 77, dtype=torch.int32),
+        counts=torch.tensor([2**40, 3, 77]),
     )
 
 
@@ -247,10 +252,11 @@ def test_a_chunk_of_an_invalid_block_gets_no_slot(bad: int) -> None:
 def test_more_chunks_than_slots_leave_the_last_ones_out() -> None:
     generator = generators.make_generator("too many")
     state = make_state(generator, rows=1, columns=10, pages_per_row=1)
-    chunks = torch.arange(10, dtype=torch.int32).expand(1, 2, 10).contiguous()
+    chunks, counts = torch.arange(10, dtype=torch.int32).expand(1, 2, 10).contiguous(), state.counts.clone()
     state.step(chunks)
     assert state.slot_ids[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
     assert state.num_misses.tolist() == [[7, 7]]
+    assert (state.counts - counts).tolist() == [20, 0, 14], "6 were left out"
     state.run_both()  # the same clock again: everything that is used stays
     assert state.num_misses.tolist() == [[0, 0]]
 
@@ -321,13 +327,13 @@ def test_strided_tables_and_pages() -> None:
     strided = replace(
         state, block_table=wide[:, :4], slot_table=wide[:, 10:13], slot_pages=spread[:, : state.layout.page_bytes],
         clock=state.clock.clone(), slot_ids=state.slot_ids.clone(), misses=state.misses.clone(),
-        num_misses=state.num_misses.clone(),
+        num_misses=state.num_misses.clone(), counts=state.counts.clone(),
     )  # fmt: skip
     for both in (state, strided):
         both.clock += 1
         both.chunk_ids = chunks
         both.run()
-    for name in ("slot_ids", "misses", "num_misses", "slot_pages"):
+    for name in ("slot_ids", "misses", "num_misses", "slot_pages", "counts"):
         assert_bytes_equal(getattr(strided, name), getattr(state, name), name)
 
 
@@ -340,7 +346,7 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.plan_slots.default,
         (
             state.chunk_ids, state.block_table, state.epochs, state.clock, state.slot_table, state.slot_pages,
-            state.layout.ints, state.slot_ids, state.misses, state.num_misses,
+            state.layout.ints, state.slot_ids, state.misses, state.num_misses, state.counts,
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
@@ -361,6 +367,8 @@ def test_opcheck() -> None:
         ("slot_ids", lambda t: t.mT.contiguous().mT, r"slot_ids: expected contiguous memory, got strides"),
         ("misses", lambda t: t.long(), r"misses: expected dtype Int, got Long"),
         ("num_misses", lambda t: t[:2], r"num_misses: expected shape \[3, 2\], got \[2, 2\]"),
+        ("counts", lambda t: t[:2], r"counts: expected shape \[3\], got \[2\]"),
+        ("counts", lambda t: t.int(), r"counts: expected dtype Long, got Int"),
         ("layout", lambda x: replace(x, slot_tags=4), r"layout: slot_tags must be \d+ bytes inside a page of \d+"),
         ("layout", lambda x: replace(x, slots_per_page=0), r"layout: slots_per_page must be positive, got 0"),
     ],

@@ -107,7 +107,9 @@ class ShadowKVImpl(AttentionImpl[Step]):
                 bound.state.start_step()
             rows_query = query if batch.tokens is None else query[batch.tokens]
             rows_out = out if batch.tokens is None else torch.empty_like(rows_query)
-            bound.workspace.attend(memory, bound.state, batch.rows, rows_query, self.scale, rows_out)
+            bound.workspace.attend(
+                memory, bound.state, batch.rows, rows_query, self.scale, rows_out, bound.slots.tensor
+            )
             if batch.tokens is not None:
                 out[batch.tokens] = rows_out
         for row in step.prefills:

@@ -34,6 +34,7 @@ from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS
 from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
+from vllm_shadowkv.state.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -65,6 +66,7 @@ class Bound:
         boundary: with its prefill window resolved.
         workspace: of the decode kernels.
         exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
+        slots: counts of the slots' hits and misses.
     """
 
     memories: dict[str, LayerMemory]
@@ -72,6 +74,7 @@ class Bound:
     boundary: ExactBoundary
     workspace: DecodeWorkspace
     exact_start: Tensor
+    slots: SlotCounts
 
 
 class Runtime:
@@ -99,6 +102,7 @@ class Runtime:
         self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
         self._bound: Bound | None = None
         self._bound_to: tuple[int, torch.Size] | None = None
+        self._slots: SlotCounts | None = None
         self.planner = Planner(self)
         bound_kv_cache_memory(_bound_bytes)
 
@@ -339,12 +343,15 @@ class Runtime:
             boundary.prefill_exact_tokens,
         )
         assert self._workspace is not None
+        if self._slots is None:
+            self._slots = SlotCounts(device)
         return Bound(
             memories=memories,
             state=BlockState(num_blocks, device),
             boundary=boundary,
             workspace=self._workspace,
             exact_start=torch.zeros(self._max_rows(), dtype=torch.int32, device=device),
+            slots=self._slots,
         )
 
 

@@ -81,7 +81,14 @@ class DecodeWorkspace:
         self._scratch = torch.empty(values if ops.needs_workspace(device) else 0, dtype=torch.float32, device=device)
 
     def attend(
-        self, memory: LayerMemory, state: BlockState, rows: DecodeRows, query: Tensor, scale: float, output: Tensor
+        self,
+        memory: LayerMemory,
+        state: BlockState,
+        rows: DecodeRows,
+        query: Tensor,
+        scale: float,
+        output: Tensor,
+        slot_counts: Tensor,
     ) -> None:
         """Attention of one token per row over its selected chunks and its exact tokens.
 
@@ -92,9 +99,10 @@ class DecodeWorkspace:
             query: float `[B, Hq, D]`, post-RoPE.
             scale: of the logits.
             output: float `[B, Hq, D]`, written.
+            slot_counts: int64 `[3]`, added to; see `ops.plan_slots`.
         """
         self.select(memory, rows, query, scale)
-        self.plan(memory, state, rows)
+        self.plan(memory, state, rows, slot_counts)
         self.fill(memory, rows)
         self.attend_tokens(memory, rows, query, scale, output)
 
@@ -113,7 +121,7 @@ class DecodeWorkspace:
             self._scratch,
         )
 
-    def plan(self, memory: LayerMemory, state: BlockState, rows: DecodeRows) -> None:
+    def plan(self, memory: LayerMemory, state: BlockState, rows: DecodeRows, slot_counts: Tensor) -> None:
         """Finds the picked chunks in the rows' slots, and slots for those that are not there."""
         count = len(rows.seq_lens)
         ops.plan_slots(
@@ -127,6 +135,7 @@ class DecodeWorkspace:
             self._slot_ids[:count],
             self._misses[:count],
             self._num_misses[:count],
+            slot_counts,
         )
 
     def fill(self, memory: LayerMemory, rows: DecodeRows) -> None:

@@ -2,11 +2,12 @@
 //
 // Reads the chunk ids, the tag and the stamp of every slot of the head (16 bytes each) and two
 // numbers per chunk (block id, epoch); writes slot_ids, misses, a stamp per chunk and a tag per
-// miss. The slots' tags go into a hash table, so the cost grows with chunks + slots. Slots that no
-// chunk hit are taken for the misses in the order of their stamps, the lower slot first.
+// miss; counts. The slots' tags go into a hash table, so the cost grows with chunks + slots. Slots
+// that no chunk hit are taken for the misses in the order of their stamps, the lower slot first.
 #include "cpu/kernels/plan_slots.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -33,6 +34,11 @@ int64_t tag_of(const PlanSlotsParams& p, int64_t row, int64_t chunk) {
   if (chunk < 0 || chunk / chunks >= p.table_width) return 0;
   const int64_t block = p.block_table[row * p.table_stride + chunk / chunks];
   return is_page(p, block) ? p.epochs[block] * chunks + chunk % chunks : 0;
+}
+
+// Other rows and heads count at the same time.
+void add(int64_t& count, int64_t value) {
+  std::atomic_ref(count).fetch_add(value, std::memory_order_relaxed);
 }
 
 // From tag to the lowest slot that holds it: open addressing, at most half full.
@@ -100,7 +106,7 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
     auto& entry = table.find(tag);
     if (entry.first == 0) entry = {tag, static_cast<int32_t>(slot)};
   }
-  int64_t missed = 0;
+  int64_t hit = 0, missed = 0;
   for (int64_t i = 0; i < p.columns; ++i) {
     const int64_t tag = tag_of(p, row, chunk_ids[i]);
     if (tag == 0) continue;
@@ -111,7 +117,10 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
     }
     slot_ids[i] = slot;
     *word(p.layout.slot_used, slot) = *p.clock;
+    ++hit;
   }
+  add(p.counts[0], hit + missed);
+  add(p.counts[1], hit);
   if (missed == 0) return;
 
   // What this step uses is no victim.
@@ -131,6 +140,7 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
   }
   std::fill(misses + taken, misses + missed, -1);
   p.num_misses[item] = static_cast<int32_t>(taken);
+  add(p.counts[2], taken);
 }
 
 }  // namespace shadowkv::SHADOWKV_ISA

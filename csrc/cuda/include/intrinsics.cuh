@@ -182,6 +182,9 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 __device__ __forceinline__ int atomic_add(int* to, int value) { return atomicAdd(to, value); }
+__device__ __forceinline__ void atomic_add(int64_t* to, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
 __device__ __forceinline__ uint64_t atomic_cas(uint64_t* at, uint64_t expected, uint64_t value) {
   return atomicCAS(reinterpret_cast<unsigned long long*>(at),
                    static_cast<unsigned long long>(expected),

@@ -174,6 +174,7 @@ inline int atomic_add(int* to, int value) {
   *to += value;
   return old;
 }
+inline void atomic_add(int64_t* to, int64_t value) { *to += value; }
 inline uint64_t atomic_cas(uint64_t* at, uint64_t expected, uint64_t value) {
   const uint64_t old = *at;
   if (old == expected) *at = value;
