@@ -14,7 +14,7 @@ from test_life_of_a_token import LOSSLESS, STOCK, TOLERANCE
 from vllm.config import ParallelConfig
 from vllm.v1.engine.core import EngineCore
 
-from vllm_shadowkv.integration import runtime
+from vllm_shadowkv.integration import machine
 
 SETTINGS: dict[str, Any] = LOSSLESS | {"block_size": 256}
 
@@ -130,7 +130,7 @@ def test_a_prompt_in_pieces_is_refused() -> None:
 def test_data_parallel_engines_of_a_dense_model_share_the_host(sizes: tuple[int, int], engines: int) -> None:
     """VLLM makes each forget the others before its workers start; those of all machines are counted then."""
     parallel = ParallelConfig(data_parallel_size=sizes[0], data_parallel_size_local=sizes[1])
-    assert runtime._engines(parallel) == sizes[1]
+    assert machine._engines(parallel) == sizes[1]
     parallel.reconfigure_for_independent_dp_rank()
     assert parallel.data_parallel_size == 1
-    assert runtime._engines(parallel) == engines
+    assert machine._engines(parallel) == engines

@@ -214,6 +214,11 @@ def test_the_pool_is_what_plan_says(trials: Trials, trial: Trial) -> None:
     assert plan.min_blocks - 1 == counts["blocks of the longest request"], "the null block is not counted there"
 
 
+@pytest.mark.parametrize("trial", [V1, V2, CUDA_V1], ids=trial_id)
+def test_an_llm_that_is_deleted_gives_its_host_pool_back(trials: Trials, trial: Trial) -> None:
+    assert trials(trial).counts["host pools left"] == 0
+
+
 @pytest.mark.parametrize("trial", [V1_DRAFTS], ids=trial_id)
 def test_drafts_were_accepted(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["accepted drafts"] > 200

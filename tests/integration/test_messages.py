@@ -202,6 +202,17 @@ def pool_that_does_not_fit(patch: Patch, folder: Path) -> None:
     host_pool.allocate(num_layers=2, num_blocks=1024, row_bytes=1 << 20)
 
 
+def override_that_does_not_fit(patch: Patch, folder: Path) -> None:
+    made = runtime_of(patch, host_memory_gib=1)
+    made.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=1 << 20)
+    made.bound_bytes(1 << 50)
+
+
+def pool_that_the_kernel_does_not_give(patch: Patch, folder: Path) -> None:
+    patch.setattr(host_pool, "free_bytes", lambda: 1 << 62)
+    host_pool.allocate(num_layers=1, num_blocks=1 << 40, row_bytes=1 << 20)
+
+
 def pool_that_cannot_be_pinned(patch: Patch, folder: Path) -> None:
     patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
     host_pool.allocate(num_layers=1, num_blocks=1, row_bytes=64, pinned=True)
@@ -270,6 +281,8 @@ TRIGGERS: list[Trigger] = [
     small_host,
     large_host_pool,
     pool_that_does_not_fit,
+    override_that_does_not_fit,
+    pool_that_the_kernel_does_not_give,
     pool_that_cannot_be_pinned,
     # The command.
     command(plan, "--additional-config", "{"),
@@ -411,11 +424,14 @@ def test_every_sentence_of_a_table_is_triggered(function: str) -> None:
 
 
 def test_warnings_are_few() -> None:
-    """There is one, tested in test_refusals.py. Others need a test, and this list."""
+    """They are tested in tests/test_exposition.py and test_refusals.py. Others need a test, and this list."""
     warned = [
         f"{path.relative_to(SOURCE)}: {ast.unparse(node.args[0])}"
         for path in sorted(SOURCE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "logger.error", "warnings.warn")
     ]
-    assert warned == ["integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s=1.'"]
+    assert [text[:80] for text in warned] == [
+        "integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s",
+        "integration/machine.py: 'shadowkv: %d KV cache blocks instead of the %d that vLL",
+    ]

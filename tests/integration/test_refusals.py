@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, other_layers, refusals, runtime
+from vllm_shadowkv.integration import compat, machine, other_layers, refusals, runtime
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
@@ -311,7 +312,8 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
     patch.setattr(runtime, "current_platform", platform)
     patch.setattr(runtime, "_attention", lambda layout, num_heads: None)
-    patch.setattr(runtime, "free_bytes", lambda: 8 * GIB)
+    patch.setattr(machine, "current_platform", platform)
+    patch.setattr(machine, "free_bytes", lambda: 8 * GIB)
     config = copy.copy(vllm_config())
     config.additional_config = {"shadowkv": settings}
     config.scheduler_config.async_scheduling = False
@@ -320,7 +322,7 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     made = Runtime(config)
     made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     made._layers = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
-    patch.setattr(Runtime, "_latest", made)
+    patch.setattr(Runtime, "_latest", weakref.ref(made))
     return made
 
 
@@ -438,6 +440,35 @@ def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..
     assert made.bound_bytes(1 << 20) == 1 << 20, "never more than vLLM has"
 
 
+def test_fewer_blocks_are_said_in_the_log(
+    make_runtime: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_runtime(host_memory_gib=1)
+    blocks = GIB // (2 * made.layout.value_row_bytes)
+    page = 2 * made.layout.page_bytes
+    made.bound_bytes(blocks * page)
+    assert not caplog.records
+    made.bound_bytes((blocks + 100) * page)
+    assert caplog.records[0].getMessage() == (
+        f"shadowkv: {blocks} KV cache blocks instead of the {blocks + 100} that vLLM has room for: the values of more "
+        "do not fit the host pool (shadowkv.host_memory_gib 1, shared by 1 rank(s)); raise shadowkv.host_memory_gib to "
+        "have more."
+    )
+
+
+def test_an_override_beyond_what_the_host_can_back_is_refused_at_start_up(
+    make_runtime: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_runtime(host_memory_gib=1)
+    blocks = 8 * GIB // (2 * made.layout.value_row_bytes)
+    made.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=blocks)
+    made.bound_bytes(1 << 50)
+    assert not caplog.records, "vLLM takes that many, so there are not fewer"
+    made.vllm_config.cache_config.num_gpu_blocks_override += 1
+    with pytest.raises(MemoryError, match=rf"the values of {blocks + 1} KV cache blocks need 8\.0 GiB"):
+        made.bound_bytes(1 << 50)
+
+
 def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
     alone = made.bound_bytes(1 << 50)
@@ -452,8 +483,8 @@ def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[...,
     needed = made.boundary.other_pages + made.boundary.max_exact_pages
     assert needed > 64 + made.slot_pages_per_request
     sentence = (
-        rf"shadowkv: host memory backs 40 KV cache blocks, one request of 65536 tokens needs {needed} "
-        rf"\(0\.\d GiB\); raise shadowkv\.host_memory_gib or lower --max-model-len\."
+        rf"shadowkv: host memory backs 40 KV cache blocks \(shadowkv.host_memory_gib 0\.01\), one request of 65536 "
+        rf"tokens needs {needed} \(0\.\d+ GiB\); raise shadowkv\.host_memory_gib, or lower --max-model-len\."
     )
     with pytest.raises(ValueError, match=sentence):
         made.bound_bytes(1 << 50)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,18 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         counts["replays"] = emulated_graphs.replays
     if shut_down:
         llm.llm_engine.engine_core.shutdown()
+    elif trial["in_process"] and trial["shadowkv"] is not None:
+        pools = _host_pools()
+        del llm, asker
+        gc.collect()
+        counts["host pools left"] = sum(pool() is not None for pool in pools)
     return {"sequences": sequences, "planted": planted, "counts": dict(counts)}
+
+
+def _host_pools() -> list[Any]:
+    from vllm_shadowkv.integration.runtime import Runtime
+
+    return [weakref.ref(memory.host_pool) for memory in Runtime.latest().bind().memories.values()]
 
 
 def _write_extras(trial: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -76,22 +76,21 @@ def num_blocks(given: argparse.Namespace, config: ShadowKVConfig, pool: Capacity
     Raises:
         ValueError: host or device cannot hold one request of `max_model_len`; one sentence.
     """
-    device = int(given.kv_cache_gib * GIB)
-    bounded = pool.bound_bytes(
-        device,
+    device = int(given.kv_cache_gib * GIB) // pool.block_bytes
+    host = pool.backing(
         config.host_memory_gib,
         pages_on_host=given.device == "cpu",
         ranks=given.tensor_parallel_size * given.pipeline_parallel_size,
         free=free_bytes() if given.host_gib is None else int(given.host_gib * GIB),
-    )
-    blocks = bounded // pool.block_bytes
+    ).blocks
+    blocks = min(device, host)
     if blocks < pool.min_blocks:
         raise ValueError(
             f"shadowkv: {given.kv_cache_gib:g} GiB hold {blocks} KV cache blocks, one request of "
             f"{pool.boundary.max_model_len} tokens needs {pool.min_blocks} "
             f"({pool.min_blocks * pool.block_bytes / GIB:.1f} GiB); raise --kv-cache-gib or lower --max-model-len."
         )
-    return blocks, bounded < device
+    return blocks, host < device
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
+from vllm_shadowkv.integration.machine import bound_bytes
 from vllm_shadowkv.integration.other_layers import foreign_pages, spec_dtype
 from vllm_shadowkv.integration.planner import Planner
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
@@ -28,7 +29,7 @@ from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
-from vllm_shadowkv.state.host_memory import GIB, free_bytes
+from vllm_shadowkv.state.host_memory import GIB
 from vllm_shadowkv.state.huge_pages import copy_in_huge_pages, use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
@@ -37,7 +38,7 @@ from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 from vllm_shadowkv.state.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
-    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.config import VllmConfig
 
     from vllm_shadowkv.integration.cpu_attention import CpuAttention
     from vllm_shadowkv.integration.flash_attention import FlashAttention
@@ -80,7 +81,8 @@ class Bound:
 class Runtime:
     """Everything of one model in one worker process. Layers share it."""
 
-    _latest: Runtime | None = None
+    _latest: weakref.ref[Runtime] | None = None
+    """The model's layers own it: with them it goes, and its memory."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         """Reads and checks the settings. `of` calls it for the model's first layer."""
@@ -119,18 +121,27 @@ class Runtime:
                 "shadowkv does not serve the draft model; name another backend for it, as attention_backend in "
                 "--speculative-config."
             )
-        context = vllm_config.compilation_config.static_forward_context
-        latest = cls._latest
-        if latest is None or latest.vllm_config.compilation_config.static_forward_context is not context:
-            cls._latest = latest = cls(vllm_config)
+        latest = cls._of(vllm_config)
+        if latest is None:
+            latest = cls(vllm_config)
+            cls._latest = weakref.ref(latest)
         return latest
+
+    @classmethod
+    def _of(cls, vllm_config: VllmConfig) -> Runtime | None:
+        """The latest one, if it is this engine's."""
+        latest = cls._latest() if cls._latest else None
+        context = vllm_config.compilation_config.static_forward_context
+        ours = latest is not None and latest.vllm_config.compilation_config.static_forward_context is context
+        return latest if ours else None
 
     @classmethod
     def latest(cls) -> Runtime:
         """The runtime of the model that was built last; vLLM asks for specs without a configuration at hand."""
-        if cls._latest is None:
+        latest = cls._latest() if cls._latest else None
+        if latest is None:
             raise RuntimeError("shadowkv: a KV cache spec was asked for before any attention layer was built.")
-        return cls._latest
+        return latest
 
     # -- Layers
     # ---------------------------------------------------------------------------------------------------------
@@ -256,25 +267,8 @@ class Runtime:
     # ---------------------------------------------------------------------------------------------------------
 
     def bound_bytes(self, available: int) -> int:
-        """Bounds the bytes of the KV cache by what the host pool can back.
-
-        Args:
-            available: bytes that vLLM would use.
-
-        Returns:
-            At most `available`.
-
-        Raises:
-            ValueError: the host cannot back one request of `max_model_len`; the sentence names the flags.
-        """
-        parallel = self.vllm_config.parallel_config
-        return self.capacity.bound_bytes(
-            available,
-            self.config.host_memory_gib,
-            pages_on_host=current_platform.is_cpu(),
-            ranks=parallel.local_world_size * _engines(parallel),
-            free=free_bytes(),
-        )
+        """Bounds the bytes of the KV cache by what the host pool can back; see `machine.bound_bytes`."""
+        return bound_bytes(available, self.capacity, self.config.host_memory_gib, self.vllm_config)
 
     def rehearse(self, query: Tensor) -> None:
         """Takes, once, the memory of sealing and of a prefill over sealed blocks, while vLLM measures the peak.
@@ -355,17 +349,6 @@ class Runtime:
         )
 
 
-def _engines(parallel: ParallelConfig) -> int:
-    """Data parallel engines that share this machine's memory, at most.
-
-    VLLM makes an engine of a dense model forget that there are others (`reconfigure_for_independent_dp_rank`). What it
-    leaves is how many there are on all machines.
-    """
-    if parallel.data_parallel_size == 1:
-        return max(1, parallel.elastic_ep_max_dp_size or 1)
-    return parallel.data_parallel_size_local
-
-
 def _attention(layout: PageLayout, num_heads: int) -> CpuAttention | FlashAttention:
     """The platform's; the other one's module needs not import there."""
     if current_platform.is_cpu():
@@ -384,11 +367,8 @@ def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:
 
 def _bound_bytes(vllm_config: VllmConfig, available: int) -> int:
     """`compat.bound_kv_cache_memory` calls it in every worker; other backends' workers are left alone."""
-    runtime = Runtime._latest
-    context = vllm_config.compilation_config.static_forward_context
-    if runtime is None or runtime.vllm_config.compilation_config.static_forward_context is not context:
-        return available
-    return runtime.bound_bytes(available)
+    runtime = Runtime._of(vllm_config)
+    return available if runtime is None else runtime.bound_bytes(available)
 
 
 def _on_registration(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:

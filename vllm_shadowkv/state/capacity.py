@@ -9,6 +9,7 @@ from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.host_memory import GIB
+from vllm_shadowkv.state.host_pool import Backing
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,23 @@ class Capacity:
         """Blocks without which the longest request cannot be served, the null block included."""
         return self.boundary.max_exact_pages + self.boundary.other_pages
 
-    def bound_bytes(
-        self, available: int, host_memory_gib: float | None, pages_on_host: bool, ranks: int, free: int
-    ) -> int:
-        """Bounds the device bytes of the pool by what the host can back; arguments as of `host_pool.max_blocks`.
-
-        Args:
-            available: bytes that vLLM would use.
-
-        Returns:
-            At most `available`.
+    def backing(self, host_memory_gib: float | None, pages_on_host: bool, ranks: int, free: int) -> Backing:
+        """How many blocks the host can back; arguments as of `host_pool.max_blocks`.
 
         Raises:
             ValueError: the host cannot back the longest request; the sentence names the flags.
         """
-        blocks = host_pool.max_blocks(
+        backing = host_pool.max_blocks(
             host_memory_gib, self.host_bytes, self.block_bytes, pages_on_host=pages_on_host, ranks=ranks, free=free
         )
-        if blocks < self.min_blocks:
-            gib = self.min_blocks * self.host_bytes / GIB
+        if backing.blocks < self.min_blocks:
+            gib = ranks * self.min_blocks * self.host_bytes / GIB
             raise ValueError(
-                f"shadowkv: host memory backs {blocks} KV cache blocks, one request of {self.boundary.max_model_len} "
-                f"tokens needs {self.min_blocks} ({gib:.1f} GiB); raise shadowkv.host_memory_gib or lower "
-                "--max-model-len."
+                f"shadowkv: host memory backs {backing.blocks} KV cache blocks ({backing.reason}), one request of "
+                f"{self.boundary.max_model_len} tokens needs {self.min_blocks} ({gib:.3g} GiB); {backing.way_out}, or "
+                "lower --max-model-len."
             )
-        return min(available, blocks * self.block_bytes)
+        return backing
 
     def resolve(self, num_blocks: int) -> Capacity:
         """Capacity of a pool of this size, with the prefill window that it gives (`ExactBoundary.resolve`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,10 +13,8 @@ PROC = Path("/proc/self/cgroup")
 UNLIMITED = 2**60
 """Control groups without a limit say "max" (version 2) or a number beyond any machine (version 1)."""
 
-_FILES = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
+_VERSION_2 = "memory.max", "memory.current", "inactive_file"
+_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 
 def free_bytes() -> int:
@@ -25,7 +24,7 @@ def free_bytes() -> int:
     return machine if group is None else min(machine, group[1])
 
 
-def cgroup(root: Path = CGROUP, own: str | None = None) -> tuple[int, int] | None:
+def cgroup(root: Path = CGROUP, membership: str | None = None) -> tuple[int, int] | None:
     """The tightest limit of this process's control groups and what is free of it, in bytes; None without a limit.
 
     Pages of files count as used, but are given back when memory is wanted, so inactive ones count as free here, as they
@@ -33,31 +32,42 @@ def cgroup(root: Path = CGROUP, own: str | None = None) -> tuple[int, int] | Non
 
     Args:
         root: where the control groups are mounted.
-        own: path of this process's group below it; None: as /proc/self/cgroup says.
+        membership: this process's groups, as /proc/self/cgroup says them; None: read it.
     """
-    group = root / (_own() if own is None else own).strip("/")
-    limits = [_limit(folder) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    groups = _groups(root, _membership() if membership is None else membership)
+    limits = [_limit(folder, *names) for folder, names in groups]
     return min((limit for limit in limits if limit is not None), key=lambda limit: limit[1], default=None)
 
 
-def _own() -> str:
-    """This process's group in version 2; the mount's root where that is not known, as in containers."""
+def _membership() -> str:
     try:
-        lines = PROC.read_text().splitlines()
+        return PROC.read_text()
     except OSError:
-        return "/"
-    path = next((line[3:] for line in lines if line.startswith("0::/")), "/")
-    return path if ".." not in path else "/"
+        return ""
 
 
-def _limit(group: Path) -> tuple[int, int] | None:
-    for limit_file, usage_file, stat_file in _FILES:
-        try:
-            limit = int((group / limit_file).read_text())
-            used = int((group / usage_file).read_text())
-            stat = dict(line.split() for line in (group / stat_file).read_text().splitlines())
-        except (OSError, ValueError):  # not there, or "max"
+def _groups(root: Path, membership: str) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The folders of the groups that limit memory, from the process's own ones up, and the names of files in them."""
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, names = root, _VERSION_2
+        elif "memory" in controllers.split(","):
+            mount, names = root / "memory", _VERSION_1
+        else:
             continue
-        if limit < UNLIMITED:
-            return limit, max(limit - used + int(stat.get("inactive_file", 0)), 0)
-    return None
+        # In a container the path may be the host's, and not exist; or lead out of what the container sees.
+        own = mount / path.strip("/") if ".." not in path else mount
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(mount):
+                yield folder, names
+
+
+def _limit(group: Path, limit_name: str, usage_name: str, cached_name: str) -> tuple[int, int] | None:
+    try:
+        limit = int((group / limit_name).read_text())
+        used = int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+    return (limit, max(limit - used + int(stat.get(cached_name, 0)), 0)) if limit < UNLIMITED else None

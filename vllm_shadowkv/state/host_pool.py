@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +17,18 @@ FREE_SHARE = 0.85
 """Share of the free host memory that the pool takes where the user sets no size."""
 
 
+@dataclass(frozen=True)
+class Backing:
+    """How many blocks of a rank the host can back, why no more, and what to do to have more."""
+
+    blocks: int
+    reason: str
+    way_out: str
+
+
 def max_blocks(
     host_memory_gib: float | None, row_bytes: int, page_bytes: int, pages_on_host: bool, ranks: int, free: int
-) -> int:
+) -> Backing:
     """How many blocks the host can back.
 
     Args:
@@ -28,20 +40,43 @@ def max_blocks(
         free: bytes of host memory that are free, see `host_memory.free_bytes`.
 
     Returns:
-        Blocks of this rank.
+        Of this rank.
 
     Raises:
         ValueError: the setting exceeds the free memory; the sentence names both.
     """
+    by_free = Backing(
+        int(FREE_SHARE * free) // ranks // (row_bytes + (page_bytes if pages_on_host else 0)),
+        f"{FREE_SHARE:.0%} of the {free / GIB:.1f} GiB of host memory that are free",
+        "free host memory" if pages_on_host else "free host memory, or set shadowkv.host_memory_gib",
+    )
     if host_memory_gib is None:
-        return int(FREE_SHARE * free) // ranks // (row_bytes + (page_bytes if pages_on_host else 0))
+        return by_free
     wanted = int(host_memory_gib * GIB)
     if wanted > free:
         raise ValueError(
             f"shadowkv: host_memory_gib asks for {host_memory_gib:g} GiB, but {free / GIB:.1f} GiB of host memory are "
             "free; lower host_memory_gib, or leave it out to take most of what is free."
         )
-    return wanted // ranks // row_bytes
+    by_setting = Backing(
+        wanted // ranks // row_bytes, f"shadowkv.host_memory_gib {host_memory_gib:g}", "raise shadowkv.host_memory_gib"
+    )
+    # Pages beside a pool of that size must fit, too.
+    return min(by_setting, by_free, key=lambda backing: backing.blocks) if pages_on_host else by_setting
+
+
+def check_room(num_blocks: int, row_bytes: int, page_bytes: int, pages_on_host: bool, ranks: int, free: int) -> None:
+    """Refuses a number of blocks that the host cannot back, before any of their memory is taken.
+
+    Args:
+        num_blocks: of this rank.
+        row_bytes, page_bytes, pages_on_host, ranks, free: as for `max_blocks`.
+
+    Raises:
+        MemoryError: the sentence names the bytes and the flags.
+    """
+    needed = ranks * num_blocks * (row_bytes + (page_bytes if pages_on_host else 0))
+    _check_free(needed, free, num_blocks, "values and pages" if pages_on_host else "values")
 
 
 def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = False) -> list[Tensor]:
@@ -60,19 +95,29 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = Fa
         MemoryError: it does not fit what is free, or cannot be pinned; the sentence names the bytes and the flags.
     """
     needed = num_layers * num_blocks * row_bytes
-    free = free_bytes()
-    if needed > free:
-        raise MemoryError(
-            f"shadowkv: the values of {num_blocks} KV cache blocks need {needed / GIB:.1f} GiB of host memory, "
-            f"{free / GIB:.1f} GiB are free; lower --num-gpu-blocks-override, --kv-cache-memory-bytes or "
-            "shadowkv.host_memory_gib."
-        )
-    pools = [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+    _check_free(needed, free_bytes(), num_blocks, "values")
+    try:
+        pools = [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+    except RuntimeError as error:  # the kernel gives no more: ulimit -v, vm.overcommit_memory
+        raise _no_room(needed, free_bytes(), num_blocks, "values") from error
     for pool in pools:
         use_huge_pages(pool)
     for pool in pools if pinned else ():
         _pin(pool)
     return pools
+
+
+def _check_free(needed: int, free: int, num_blocks: int, what: str) -> None:
+    if needed > free:
+        raise _no_room(needed, free, num_blocks, what)
+
+
+def _no_room(needed: int, free: int, num_blocks: int, what: str) -> MemoryError:
+    return MemoryError(
+        f"shadowkv: the {what} of {num_blocks} KV cache blocks need {needed / GIB:.1f} GiB of host memory "
+        f"({needed} bytes), {free / GIB:.1f} GiB ({free} bytes) are free; lower --num-gpu-blocks-override, "
+        "--kv-cache-memory-bytes or shadowkv.host_memory_gib."
+    )
 
 
 def _pin(pool: Tensor) -> None:
@@ -81,7 +126,20 @@ def _pin(pool: Tensor) -> None:
     status = int(cudart.cudaHostRegister(address, pool.nbytes, 0))
     if status:
         raise MemoryError(
-            f"shadowkv: CUDA could not pin {pool.nbytes / GIB:.1f} GiB of host memory (error {status}); raise the "
-            "limit on locked memory (ulimit -l unlimited), or lower shadowkv.host_memory_gib."
+            f"shadowkv: CUDA could not pin {pool.nbytes / GIB:.1f} GiB ({pool.nbytes} bytes) of host memory (error "
+            f"{status}), {free_bytes() / GIB:.1f} GiB are free; raise the limit on locked memory (ulimit -l unlimited, "
+            f"now {_locked_limit()}), or lower shadowkv.host_memory_gib."
         )
-    weakref.finalize(pool.untyped_storage(), cudart.cudaHostUnregister, address)
+    weakref.finalize(pool.untyped_storage(), _unpin, address)
+
+
+def _unpin(address: int) -> None:
+    """Gives pinned memory back; also at the process's exit, while the memory is still there."""
+    with contextlib.suppress(RuntimeError):  # a device that has failed cannot be waited for, and reads no more
+        torch.cuda.synchronize()  # a kernel may still read it
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _locked_limit() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.3g} GiB"
