@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +91,14 @@ class Server:
 
     def complete(self, prompt: str, max_tokens: int) -> Completion:
         """Asks for a greedy completion, streamed so that every token can be timed."""
+        text, times = "", []
+        for token in self.stream(prompt, max_tokens):
+            text += token
+            times.append(time.perf_counter())
+        return Completion(text.strip(), [later - earlier for earlier, later in pairwise(times)])
+
+    def stream(self, prompt: str, max_tokens: int) -> Generator[str, None, None]:
+        """Asks for a greedy completion; its tokens as they come. To close the generator is to hang up."""
         body = {
             "model": self._model,
             "prompt": prompt,
@@ -98,12 +106,9 @@ class Server:
             "temperature": 0,
             "stream": True,
         }
-        text, times = "", []
         for line in self._get("/v1/completions", body):
             if line.startswith(b"data: {"):
-                text += json.loads(line[6:])["choices"][0]["text"]
-                times.append(time.perf_counter())
-        return Completion(text.strip(), [later - earlier for earlier, later in pairwise(times)])
+                yield json.loads(line[6:])["choices"][0]["text"]
 
     def cache_config(self) -> dict[str, str]:
         """What the server reports of its KV cache in Prometheus' `vllm:cache_config_info`."""
@@ -118,6 +123,22 @@ class Server:
         if found is None:
             raise ServerError("the log does not say how large the host pool is")
         return round(float(found[1]) * 1024)
+
+    def metrics(self) -> dict[str, float]:
+        """What `/metrics` says: values by name with labels, as they are written there."""
+        lines = (line.decode().strip() for line in self._get("/metrics") if not line.startswith(b"#"))
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    @property
+    def pid(self) -> int:
+        """Of the server's first process, which leads its process group."""
+        assert self._process is not None
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int:
+        """Waits until that process has ended of itself; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(seconds)
 
     def log_text(self) -> str:
         """The server's output up to now."""

@@ -333,6 +333,7 @@ class Worker:
         self.prefilled_over_sealed = 0
         self.filled = self.kept = 0
         """Chunks that were read from a slot: filled in that step, or still there."""
+        self.sealed = 0
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
@@ -340,6 +341,7 @@ class Worker:
         names = [name for name in self.rows if name in output.num_scheduled_tokens]
         counts = [output.num_scheduled_tokens[name] for name in names]
         rows = [self.rows[name] for name in names]
+        self.planner.counts.wants_used_blocks = True
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planner, "seal_blocks", _seal)
             step = self._plan(rows, counts)
@@ -349,6 +351,7 @@ class Worker:
         for index, (name, row, count) in enumerate(zip(names, rows, counts, strict=True)):
             self._read(name, row, row.computed + count, int(self.bound.exact_start[index]))
         self._decode(names, rows, counts, step)
+        self._check_counts(rows)
         sampled = []
         for name, row, count in zip(names, rows, counts, strict=True):
             row.computed += count
@@ -412,9 +415,24 @@ class Worker:
             )
         return step
 
+    def _check_counts(self, rows: list[_Row]) -> None:
+        """What the planner counts, against what the pages hold."""
+        counts, size = self.planner.counts, self.block
+        assert counts.sealed_prefills == self.prefilled_over_sealed
+        assert counts.sealed_blocks == self.sealed
+        if not counts.wants_used_blocks:  # it has read the block tables
+            held = {
+                block
+                for row in rows
+                for number, block in enumerate(row.blocks[0])
+                if self.content[block] == ("shadow", row.marks[number * size : (number + 1) * size])
+            }
+            assert counts.used_blocks == len(held)
+
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""
         assert block not in self.free, "seals a block that nobody owns"
+        self.sealed += 1
         assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
         self.slots.pop(block, None)
         self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])

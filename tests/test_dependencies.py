@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "extension.py": {"torch"},
     "ops.py": {"torch", f"{OURS}.extension", f"{OURS}.page", f"{OURS}.rotary"},
     "page.py": {"torch", f"{OURS}.config"},
-    "plugin.py": {"vllm"},
+    "exposition.py": {"prometheus_client", "psutil"},
+    "metrics.py": {"prometheus_client", f"{OURS}.exposition", f"{OURS}.page", f"{OURS}.state"},
+    "plugin.py": {"prometheus_client", "vllm", f"{OURS}.exposition"},
     "reference.py": {"torch", f"{OURS}.config", f"{OURS}.page", f"{OURS}.rotary"},
     "rotary.py": {"torch"},
     "versions.py": set(),
@@ -36,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "integration": {
         *("torch", "vllm"),
-        *(f"{OURS}.{part}" for part in ("config", "extension", "ops", "page", "plugin", "rotary", "state", "versions")),
+        *(
+            f"{OURS}.{part}"
+            for part in ("config", "extension", "metrics", "ops", "page", "plugin", "rotary", "state", "versions")
+        ),
         f"{OURS}.integration",
     },
 }

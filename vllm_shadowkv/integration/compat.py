@@ -11,6 +11,7 @@ from typing import Any
 
 import vllm
 
+from vllm_shadowkv.metrics import count_refusal, labels_of
 from vllm_shadowkv.versions import ANY_VERSION, SUPPORTED, is_supported
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         if request.resumable and is_ours(self):
+            count_refusal(labels_of(self.vllm_config))
             raise ValueError(
                 "shadowkv does not support streaming input; send the whole prompt at once, or use another "
                 "--attention-backend."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_shadowkv.integration.metadata import DecodeBatch, DenseBatch, PrefillRow, Step
+from vllm_shadowkv.metrics import StepCounts
 from vllm_shadowkv.state.decode import DecodeRows
 from vllm_shadowkv.state.seal import seal_blocks
 
@@ -42,7 +43,7 @@ class Planner:
 
     def __init__(self, runtime: Runtime) -> None:
         """Plans for the layers of `runtime`."""
-        self.runtime = runtime
+        self.runtime, self.counts = runtime, StepCounts()
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
         self._completed: set[int] = set()
@@ -86,12 +87,15 @@ class Planner:
         rows = [] if capturing else _read_rows(shadow, self.runtime.max_drafts)
         if not capturing:
             self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
+            self.counts.steps += 1
+            bound.slots.step()
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
         attention = self.runtime.attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
         block_size = self.runtime.layout.block_size
         if not uniform or self._completed or any(row.computed % block_size == 0 for row in rows):
             block_table, exact_table = everything.block_table.cpu(), everything.exact_table.cpu()
+            self.counts.table_reads += 1
             rows = self._drop_dummies(rows, exact_table)
             for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
                 row.exact_start = start
@@ -99,6 +103,8 @@ class Planner:
             if attention.reads_unwritten_values:
                 self._clear_new_pages(bound, rows, exact_table)
             self._note_open(bound, rows, block_table)
+            if self.counts.wants_used_blocks:
+                self._count_used(rows, block_table)
         bound.state.start_step()
         written = step.slot_mapping.clamp_min(0) // self.runtime.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
@@ -152,6 +158,7 @@ class Planner:
         for memory in bound.memories.values():
             seal_blocks(memory, block_ids.to(device), exact_ids, first_positions)
         bound.state.seal(block_ids.long())
+        self.counts.sealed_blocks += len(found)
         self._completed.difference_update(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
@@ -180,6 +187,13 @@ class Planner:
             if row.seq_len - row.computed > 1:
                 self._completed.update(blocks[: row.seq_len // size - first].tolist())
 
+    def _count_used(self, rows: list[_Row], block_table: Tensor) -> None:
+        """Counts the sealed blocks of the step's requests."""
+        size = self.runtime.layout.block_size
+        blocks = [block_table[row.index, : row.computed // size] for row in rows]
+        self.counts.used_blocks = len(torch.cat(blocks).unique()) if blocks else 0
+        self.counts.wants_used_blocks = False
+
     def _sort(self, step: Step, rows: list[_Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
         """Puts each row where it attends."""
         dense = [row for row in rows if not row.exact_start]
@@ -201,6 +215,8 @@ class Planner:
             for row in rows
             if row.exact_start and row.prefilling
         ]
+        self.counts.sealed_prefills += len(step.prefills)
+        self.counts.expanded_tokens += sum(row.exact_start for row in step.prefills)
 
     def _decode_batch(self, rows: list[_Row], number: int, everything: DecodeRows) -> DecodeBatch:
         """Token `number` of those rows that have so many: the first is certain, the others are drafts to verify."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
+from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_shadowkv.config import ShadowKVConfig
@@ -22,6 +23,7 @@ from vllm_shadowkv.integration.planner import Planner
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.integration.rope import rotary_of
 from vllm_shadowkv.integration.specs import ShadowSpec
+from vllm_shadowkv.metrics import Meter, labels_of
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import host_pool
@@ -105,6 +107,7 @@ class Runtime:
         self._bound: Bound | None = None
         self._bound_to: tuple[int, torch.Size] | None = None
         self._slots: SlotCounts | None = None
+        self._meter: Meter | None = None
         self.planner = Planner(self)
         bound_kv_cache_memory(_bound_bytes)
 
@@ -337,8 +340,9 @@ class Runtime:
             boundary.prefill_exact_tokens,
         )
         assert self._workspace is not None
-        if self._slots is None:
-            self._slots = SlotCounts(device)
+        self._slots = self._slots or SlotCounts(device)
+        self._meter = self._meter or self._make_meter(self._slots)
+        self._meter.num_blocks = num_blocks
         return Bound(
             memories=memories,
             state=BlockState(num_blocks, device),
@@ -346,6 +350,17 @@ class Runtime:
             workspace=self._workspace,
             exact_start=torch.zeros(self._max_rows(), dtype=torch.int32, device=device),
             slots=self._slots,
+        )
+
+    def _make_meter(self, slots: SlotCounts) -> Meter:
+        return Meter(
+            self.planner.counts,
+            slots,
+            self.layout,
+            len(self._layers),
+            labels=labels_of(self.vllm_config),
+            first_rank=self.vllm_config.parallel_config.rank == 0,
+            log_seconds=envs.VLLM_LOG_STATS_INTERVAL,
         )
 
 

@@ -1,0 +1,204 @@
+"""`vllm serve` as users run it, with the needle model: its metrics, and what it leaves behind.
+
+Tests share a server as long as it lives, so their order matters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from engine import ENVIRONMENT
+
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import make_prompt
+from benchmarks.server import Server
+from vllm_shadowkv.exposition import NAME
+
+# A budget of all the chunks that the prompt's two sealed blocks have, so that their number is known.
+SETTINGS = {"dense_threshold": 1024, "sparse_budget": 2048, "slot_chunks": 280, "host_memory_gib": 0.08}
+PROMPT_TOKENS, BLOCK_SIZE, BLOCK_CHUNKS = 2100, 1024, 128
+LAYERS, KV_HEADS, HEAD_SIZE, CHUNK_SIZE, VALUE_BYTES = 2, 2, 64, 8, 2
+HEADS = LAYERS * KV_HEADS
+ROOT = Path(__file__).parents[2]
+
+
+def new_server(directory: Path) -> Server:
+    """A server whose temporary files are in `directory / "tmp"`."""
+    (directory / "tmp").mkdir()
+    arguments = ["--attention-backend", "shadowkv", "--additional-config", json.dumps({"shadowkv": SETTINGS})]
+    arguments += [
+        "--served-model-name",
+        "needle",
+        str(CHECKPOINT),
+        "--max-model-len",
+        "4096",
+        "--max-num-seqs",
+        "4",
+        "--enforce-eager",
+    ]
+    environment = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
+    environment |= {"TMPDIR": str(directory / "tmp"), "PYTHONPATH": str(ROOT)}
+    return Server(CHECKPOINT, directory / "server.log", arguments, environment)
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Waits until something holds, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path) -> Iterator[Server]:
+    with new_server(directory) as server:
+        yield server
+
+
+# -- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Our metrics by short name and phase. They have the labels of vLLM's own."""
+    found = {}
+    for name, value in server.metrics().items():
+        match = re.fullmatch(r'vllm:shadowkv_(\w+)\{engine="0",model_name="needle"(?:,phase="(\w+)")?\}', name)
+        assert match or "shadowkv" not in name, name
+        if match:
+            found[" ".join(filter(None, match.groups()))] = value
+    return found
+
+
+def test_the_numbers_are_those_of_what_happened(server: Server) -> None:
+    assert not any("shadowkv" in name for name in server.metrics()), "before the first step"
+    prompt = make_prompt("multi_value", PROMPT_TOKENS, 7)
+    steps = len(prompt.answer_ids) - 1  # the first token is the prefill's
+    assert steps == 4
+    assert server.complete(prompt.text, steps + 1).text == prompt.answer
+    assert 'vllm:generation_tokens_total{engine="0",model_name="needle"}' in server.metrics()
+    sealed = PROMPT_TOKENS // BLOCK_SIZE
+    chunks = sealed * BLOCK_CHUNKS * HEADS
+    chunk_bytes, block_bytes = (tokens * HEAD_SIZE * VALUE_BYTES for tokens in (CHUNK_SIZE, HEADS * BLOCK_SIZE))
+    first = metrics(server)
+    pool = int(SETTINGS["host_memory_gib"] * 2**30) // block_bytes * block_bytes
+    table_reads, used = first.pop("table_reads_total"), first.pop("host_pool_used_bytes")
+    assert first == {
+        "sealed_blocks_total": sealed,
+        "selected_chunks_total": steps * chunks,
+        "slot_misses_total": chunks,
+        "slot_hits_total": (steps - 1) * chunks,
+        "fetched_bytes_total decode": chunks * chunk_bytes,
+        "fetched_bytes_total prefill": 0,
+        "expanded_tokens_total": 0,
+        "sealed_prefills_total": 0,
+        "refused_requests_total": 0,
+        "host_pool_bytes": pool,
+    }
+    assert table_reads >= steps + 1, "on the CPU every step reads them"
+    assert used in (0, sealed * block_bytes), "counted once a second"
+
+    # The same prompt again hits the two blocks, and reads them for what is left of it.
+    assert server.complete(prompt.text, steps + 1).text == prompt.answer
+    second = metrics(server)
+    assert second["sealed_blocks_total"] == sealed
+    assert second["expanded_tokens_total"] == sealed * BLOCK_SIZE
+    assert second["sealed_prefills_total"] == 1
+    assert second["fetched_bytes_total prefill"] == sealed * block_bytes
+    assert second["selected_chunks_total"] == 2 * steps * chunks
+    assert second["slot_hits_total"] + second["slot_misses_total"] == second["selected_chunks_total"]
+
+
+def test_a_line_in_the_log_now_and_then(server: Server) -> None:
+    line = eventually(lambda: re.search(r"Engine 000: shadowkv: sealed 2 blocks, slots held (.*)", server.log_text()))
+    assert re.search(r" host pool \d\.\d\d of 0\.08 GiB used", line[0])
+
+
+def test_a_small_host_pool_is_said(server: Server) -> None:
+    blocks = int(server.cache_config()["num_gpu_blocks"])
+    said = re.search(r"WARNING .* shadowkv: (\d+) KV cache blocks instead of the (\d+) that vLLM .*", server.log_text())
+    assert said is not None
+    assert int(said[1]) == blocks < int(said[2])
+    assert said[0].endswith(
+        "(shadowkv.host_memory_gib 0.08, shared by 1 rank(s)); raise shadowkv.host_memory_gib to have more."
+    )
+
+
+# -- The end ---------------------------------------------------------------------------------------------------------
+
+
+class Traces:
+    """A server's processes, and what they have outside of themselves."""
+
+    def __init__(self, pid: int, temporary: Path) -> None:
+        main = psutil.Process(pid)
+        self.processes = [main, *main.children(recursive=True)]
+        self.temporary = temporary
+        maps = [part.path for process in self.processes for part in process.memory_maps(grouped=True)]
+        self.shared = {Path(path) for path in maps if path.startswith("/dev/shm/")}
+        self.socket_names = {f"@{NAME}.{process.pid}" for process in self.processes}
+
+    def engine(self) -> psutil.Process:
+        (engine,) = (process for process in self.processes if "EngineCore" in process.cmdline()[0])
+        return engine
+
+    def sockets(self) -> set[str]:
+        return self.socket_names & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+
+    def left(self) -> list[str]:
+        """What outlives the server, but for what vLLM leaves of its own, with the stock backend too."""
+        _, alive = psutil.wait_procs(self.processes, timeout=20)
+        files = [path for path in self.temporary.rglob("*") if not stat.S_ISSOCK(path.lstat().st_mode)]
+        theirs = ("vllm_dist_", "torchinductor_")
+        return [
+            *(f"{process.pid} {process.name()}" for process in alive),
+            *(str(path) for path in self.shared if path.exists()),
+            *(str(path) for path in files if not path.relative_to(self.temporary).parts[0].startswith(theirs)),
+            *self.sockets(),
+        ]
+
+
+def end(server: Server, directory: Path, how: str) -> None:
+    """Ends a server that is at work, and looks for what is left of it."""
+    answer = server.stream(make_prompt("multi_value", PROMPT_TOKENS, 8).text, max_tokens=1900)
+    next(answer), next(answer)
+    traces = Traces(server.pid, directory / "tmp")
+    assert len(traces.processes) >= 3, "the server, the engine, a worker"
+    assert len(traces.sockets()) == 1
+    assert traces.shared, "the engine's and the worker's queues"
+    if how == "SIGTERM":
+        os.kill(server.pid, signal.SIGTERM)
+    elif how == "Ctrl-C":  # a terminal tells the whole group
+        os.killpg(server.pid, signal.SIGINT)
+    else:
+        traces.engine().kill()
+    psutil.wait_procs(traces.processes[1:], timeout=30)
+    # vLLM's API server sends nothing any more, but waits until its clients hang up.
+    answer.close()
+    server.wait(60)
+    assert traces.left() == []
+
+
+def test_nothing_is_left_after_sigterm(server: Server, directory: Path) -> None:
+    end(server, directory, "SIGTERM")
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "a crash of the engine"])
+def test_nothing_is_left_after(how: str, tmp_path: Path) -> None:
+    with new_server(tmp_path) as server:
+        end(server, tmp_path, how)
