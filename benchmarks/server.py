@@ -129,12 +129,6 @@ class Server:
         lines = (line.decode().strip() for line in self._get("/metrics") if not line.startswith(b"#"))
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
-    @property
-    def pid(self) -> int:
-        """Of the server's first process, which leads its process group."""
-        assert self._process is not None
-        return self._process.pid
-
     def wait(self, seconds: float) -> int:
         """Waits until that process has ended of itself; returns its exit code."""
         assert self._process is not None

@@ -504,8 +504,11 @@ class Worker:
         pages = self.bound.memories["layer"].slot_pages
         ops.plan_slots(
             chunk_ids, rows.block_table, state.epochs, state.clock, rows.slot_table, pages, layout,
-            slot_ids, misses, num_misses,
+            slot_ids, misses, num_misses, slot_counts := torch.zeros(3, dtype=torch.int64),
         )  # fmt: skip
+        wanted, found, _ = slot_counts.tolist()
+        assert wanted == int((chunk_ids >= 0).sum())
+        assert found == wanted - int(num_misses.sum())
         chosen = (chunk_ids >= 0).nonzero().tolist()
         for row, head, place in chosen:
             chunk, slot, missed = chunk_ids[row, head, place], slot_ids[row, head, place], misses[row, head]
