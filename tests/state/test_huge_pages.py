@@ -23,7 +23,7 @@ def test_memory_comes_in_huge_pages(zeros: bool) -> None:
         assert not memory.any()
     memory.fill_(3)
     assert (memory == 3).all()
-    assert _huge_kib(memory) >= 6 * HUGE_PAGE // 1024  # of eight, the ends are not whole
+    assert _advised(memory) >= 6 * HUGE_PAGE  # of eight, the ends are not whole
 
 
 @needs_huge_pages
@@ -32,7 +32,7 @@ def test_a_copy_is_equal_and_in_huge_pages() -> None:
     copy = copy_in_huge_pages(table, torch.float32)
     assert copy.is_contiguous()
     assert torch.equal(copy, table.float())
-    assert _huge_kib(copy) >= 2 * HUGE_PAGE // 1024  # of four, the ends are not whole
+    assert _advised(copy) >= 2 * HUGE_PAGE  # of four, the ends are not whole
 
 
 def test_too_small_or_elsewhere() -> None:
@@ -42,16 +42,16 @@ def test_too_small_or_elsewhere() -> None:
     assert torch.equal(memory, torch.arange(100))
 
 
-def _huge_kib(memory: torch.Tensor) -> int:
-    """Of the mappings that hold the memory."""
+def _advised(memory: torch.Tensor) -> int:
+    """Bytes of the memory that Linux was asked to back with huge pages. Whether it had any free is another matter."""
     assert sys.platform == "linux"
     begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
-    inside, found = False, 0
+    inside = found = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             low, high = (int(part, 16) for part in words[0].split("-"))
-            inside = low < end and high > begin
-        elif inside and words[0] == "AnonHugePages:":
-            found += int(words[1])
+            inside = max(0, min(high, end) - max(low, begin))
+        elif words[0] == "VmFlags:" and "hg" in words:
+            found += inside
     return found
