@@ -97,13 +97,14 @@ class Server:
             times.append(time.perf_counter())
         return Completion(text.strip(), [later - earlier for earlier, later in pairwise(times)])
 
-    def stream(self, prompt: str, max_tokens: int) -> Generator[str, None, None]:
+    def stream(self, prompt: str, max_tokens: int, ignore_eos: bool = False) -> Generator[str, None, None]:
         """Asks for a greedy completion; its tokens as they come. To close the generator is to hang up."""
         body = {
             "model": self._model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
+            "ignore_eos": ignore_eos,
             "stream": True,
         }
         for line in self._get("/v1/completions", body):

@@ -159,8 +159,9 @@ class Traces:
         main = psutil.Process(pid)
         self.processes = [main, *main.children(recursive=True)]
         self.temporary = temporary
-        maps = [part.path for process in self.processes for part in process.memory_maps(grouped=True)]
-        self.shared = {Path(path) for path in maps if path.startswith("/dev/shm/")}
+        # psutil reads smaps, which takes seconds: the answer would have ended.
+        maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in self.processes)
+        self.shared = {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
         self.socket_names = {f"@{NAME}.{process.pid}" for process in self.processes}
 
     def engine(self) -> psutil.Process:
@@ -185,13 +186,13 @@ class Traces:
 
 def end(server: Server, directory: Path, how: str) -> None:
     """Ends a server that is at work, and looks for what is left of it."""
-    answer = server.stream(make_prompt("multi_value", PROMPT_TOKENS, 8).text, max_tokens=1900)
+    answer = server.stream(make_prompt("multi_value", PROMPT_TOKENS, 8).text, 1900, ignore_eos=True)
     next(answer), next(answer)
+    eventually(lambda: server.metrics()['vllm:num_requests_running{engine="0",model_name="needle"}'])
     traces = Traces(server.pid, directory / "tmp")
     assert len(traces.processes) >= 3, "the server, the engine, a worker"
     assert len(traces.sockets()) == 1
     assert traces.shared, "the engine's and the worker's queues"
-    assert server.metrics()['vllm:num_requests_running{engine="0",model_name="needle"}'] == 1
     if how == "SIGTERM":
         os.kill(server.pid, signal.SIGTERM)
     elif how == "Ctrl-C":  # a terminal tells the whole group
