@@ -1,18 +1,23 @@
-"""Time to the first token and per token after it, for shadowkv and vLLM's own backends, through `vllm bench serve`.
+"""Time to the first token and per token after it, for shadowkv and vLLM's own backends.
 
     python -m benchmarks.dummy_model llama-3.1-8b build/llama-2-layers --layers 2
     python -m benchmarks.benchmark_latency build/llama-2-layers --input-lens 32768 --batches 1 4 -- --load-format dummy
 
-One server per backend and length, with equal arguments; what follows `--` goes to `vllm serve` as it is. The first
-request computes its whole prompt: its time to the first token is the table's. The batches then share that prompt but
-for a few tokens, as questions about one document do, and are asked together. Random weights have no locality: their
-slot hit rate says nothing of a real model's.
+By `vllm bench serve`: one server per backend and length, with equal arguments; what follows `--` goes to `vllm serve`
+as it is. The first request computes its whole prompt: its time to the first token is the table's. The batches then
+share that prompt but for a few tokens, as questions about one document do, and are asked together.
+
+With `--offline` by `vllm bench latency`: the prompts of a batch share nothing, so this takes longer. It runs twice,
+with one output token and with all of them; what all of them take beyond the first is the time per token.
+
+Random weights have no locality: their slot hit rate says nothing of a real model's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +41,7 @@ OWN_TOKENS = 16
 
 @dataclass(frozen=True)
 class Record:
-    """One batch. `ttft_ms` is that of the first request, which found nothing in the prefix cache."""
+    """One batch. `ttft_ms`: of a request that finds nothing in the prefix cache; offline, of the whole batch."""
 
     backend: str
     input_len: int
@@ -100,9 +105,40 @@ def measure(
         return records
 
 
-def table(records: list[Record], model: str) -> Table:
+def latency(model: str, backend: str, input_len: int, output_len: int, batch: int, extra: list[str]) -> float:
+    """Median seconds of a whole batch by `vllm bench latency`, which leaves the prefix cache off.
+
+    Raises:
+        ServerError: it failed.
+    """
+    vllm = Path(sys.executable).with_name("vllm")
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "result.json"
+        command = [str(vllm), "bench", "latency", "--model", model, "--input-len", str(input_len)]
+        command += ["--output-len", str(output_len), "--batch-size", str(batch), "--output-json", str(result)]
+        command += ["--num-iters-warmup", "1", "--num-iters", "3", "--max-model-len", str(input_len + output_len + 64)]
+        finished = subprocess.run(
+            [*command, *BACKENDS[backend], *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if finished.returncode or not result.exists():
+            raise ServerError(f"vllm bench latency failed: {finished.stdout[-3000:]}")
+        return statistics.median(json.loads(result.read_text())["latencies"])
+
+
+def measure_offline(
+    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str]
+) -> list[Record]:
+    """As `measure`, by `vllm bench latency`."""
+    records = []
+    for batch in batches:
+        first, whole = (latency(model, backend, input_len, tokens, batch, extra) for tokens in (1, output_len))
+        records.append(Record(backend, input_len, batch, 1000 * first, 1000 * (whole - first) / (output_len - 1)))
+    return records
+
+
+def table(records: list[Record], title: str) -> Table:
     """The records for the terminal; ratios are to the first backend of the same size."""
-    view = Table(title=f"vllm bench serve, {model}", title_justify="left")
+    view = Table(title=title, title_justify="left")
     for name in ("backend", "prompt", "batch", "first token, s", "ratio", "per token, ms", "ratio"):
         view.add_column(name, justify="left" if name == "backend" else "right")
     first = {(r.input_len, r.batch): r for r in reversed(records)}
@@ -144,24 +180,27 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["stock", "shadowkv"])
     parser.add_argument("--input-lens", type=int, nargs="+", required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=64, help="at least 2")
+    parser.add_argument("--offline", action="store_true", help="by `vllm bench latency`, without a server")
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument("--plot", type=Path, help="where a plot goes (.png)")
     arguments = parser.parse_args(own)
     console = Console()
     records: list[Record] = []
+    way = measure_offline if arguments.offline else measure
     runs = [(length, backend) for length in arguments.input_lens for backend in arguments.backends]
     with Progress(console=console) as progress:
         task = progress.add_task("runs", total=len(runs))
         for length, backend in runs:
             progress.update(task, description=f"{backend}, {length:,} tokens")
             try:
-                records += measure(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
+                records += way(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
             except ServerError as error:
                 console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
                 return 1
             progress.advance(task)
-    console.print(table(records, arguments.model))
+    name = "latency" if arguments.offline else "serve"
+    console.print(table(records, f"vllm bench {name}, {arguments.model}"))
     if arguments.json:
         about = machine("benchmark_latency", "cuda" if torch.cuda.is_available() else "cpu")
         content = {"machine": about, "records": [asdict(r) for r in records]}

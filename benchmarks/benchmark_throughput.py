@@ -1,9 +1,10 @@
 """`vllm bench throughput` for shadowkv and vLLM's own backends, one after the other, with equal arguments and memory.
 
-    python -m benchmarks.benchmark_throughput MODEL --input-lens 32768 122880 -- --load-format dummy
+    python -m benchmarks.benchmark_throughput MODEL --input-lens 32768 --num-prompts 1 8 32 -- --load-format dummy
 
-What follows `--` goes to `vllm bench throughput` as it is, `--kv-cache-memory-bytes` for instance. Random weights have
-no locality: their slot hit rate says nothing of a real model's.
+All prompts of a run are given at once, and as many as fit are decoded together: throughput over their number shows
+where a backend's cache is full. What follows `--` goes to `vllm bench throughput` as it is, `--kv-cache-memory-bytes`
+for instance. Random weights have no locality: their slot hit rate says nothing of a real model's.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from benchmarks.machine import machine
 
 BACKENDS = {
     "stock": [],
@@ -38,6 +43,7 @@ class Record:
 
     backend: str
     input_len: int
+    num_prompts: int
     requests_per_second: float
     output_tokens_per_second: float
     seconds: float
@@ -75,6 +81,7 @@ def run(model: str, backend: str, input_len: int, output_len: int, num_prompts: 
     return Record(
         backend=backend,
         input_len=input_len,
+        num_prompts=num_prompts,
         requests_per_second=numbers["requests_per_second"],
         output_tokens_per_second=num_prompts * output_len / seconds,
         seconds=seconds,
@@ -93,43 +100,43 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["stock", "shadowkv"])
     parser.add_argument("--input-lens", type=int, nargs="+", required=True)
     parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--num-prompts", type=int, nargs="+", default=[16], help="a run for each number")
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument("--plot", type=Path, help="where a plot goes (.png)")
     arguments = parser.parse_args(own)
     console = Console()
     records: list[Record] = []
-    runs = [(backend, length) for length in arguments.input_lens for backend in arguments.backends]
+    runs = list(product(arguments.input_lens, arguments.num_prompts, arguments.backends))
     with Progress(console=console) as progress:
         task = progress.add_task("runs", total=len(runs))
-        for backend, length in runs:
-            progress.update(task, description=f"{backend}, {length:,} tokens")
+        for length, num_prompts, backend in runs:
+            progress.update(task, description=f"{backend}, {num_prompts} of {length:,} tokens")
             try:
-                records.append(
-                    run(arguments.model, backend, length, arguments.output_len, arguments.num_prompts, extra)
-                )
+                records.append(run(arguments.model, backend, length, arguments.output_len, num_prompts, extra))
             except RunError as error:
                 console.print(str(error), style="red", markup=False)
                 return 1
             progress.advance(task)
-    _print(console, records, arguments.num_prompts)
+    _print(console, records)
     if arguments.json:
-        command = "python -m benchmarks.benchmark_throughput " + " ".join(sys.argv[1:])
-        arguments.json.write_text(json.dumps({"command": command, "records": [asdict(r) for r in records]}, indent=1))
+        about = machine("benchmark_throughput", "cuda" if torch.cuda.is_available() else "cpu")
+        content = {"machine": about, "records": [asdict(r) for r in records]}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.plot:
         _plot(arguments.plot, records)
     return 0
 
 
-def _print(console: Console, records: list[Record], num_prompts: int) -> None:
-    table = Table(title=f"vllm bench throughput, {num_prompts} prompts", title_justify="left")
-    for name in ("backend", "input", "output tokens/s", "ratio", "requests that fit", "tokens that fit"):
+def _print(console: Console, records: list[Record]) -> None:
+    """A table; ratios are to the first backend of the same size."""
+    table = Table(title="vllm bench throughput", title_justify="left")
+    for name in ("backend", "input", "prompts", "output tokens/s", "ratio", "requests that fit", "tokens that fit"):
         table.add_column(name, justify="left" if name == "backend" else "right")
-    first = {record.input_len: record for record in reversed(records)}
+    first = {(r.input_len, r.num_prompts): r for r in reversed(records)}
     for r in records:
-        ratio = r.output_tokens_per_second / first[r.input_len].output_tokens_per_second
+        ratio = r.output_tokens_per_second / first[r.input_len, r.num_prompts].output_tokens_per_second
         table.add_row(
-            r.backend, f"{r.input_len:,}", f"{r.output_tokens_per_second:.1f}", f"{ratio:.2f}",
+            r.backend, f"{r.input_len:,}", str(r.num_prompts), f"{r.output_tokens_per_second:.1f}", f"{ratio:.2f}",
             "" if r.most_requests is None else f"{r.most_requests:.1f}",
             "" if r.cache_tokens is None else f"{r.cache_tokens:,}",
         )  # fmt: skip
@@ -137,20 +144,24 @@ def _print(console: Console, records: list[Record], num_prompts: int) -> None:
 
 
 def _plot(path: Path, records: list[Record]) -> None:
+    """Throughput over the number of prompts, and how many requests fit."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for backend in dict.fromkeys(record.backend for record in records):
-        mine = [record for record in records if record.backend == backend]
-        axes.plot([r.input_len for r in mine], [r.output_tokens_per_second for r in mine], marker="o", label=backend)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("prompt, tokens")
-    axes.set_ylabel("output tokens per second")
-    axes.legend()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for backend, length in dict.fromkeys((r.backend, r.input_len) for r in records):
+        mine = [r for r in records if (r.backend, r.input_len) == (backend, length)]
+        numbers = [r.num_prompts for r in mine]
+        left.plot(numbers, [r.output_tokens_per_second for r in mine], marker="o", label=f"{backend}, {length:,}")
+        right.bar(f"{backend}\n{length:,}", mine[0].most_requests or 0, color="tab:gray")
+    left.set_ylim(bottom=0)
+    left.set_xlabel("prompts given at once")
+    left.set_ylabel("output tokens per second")
+    left.legend(title="backend, tokens of a prompt")
+    right.set_ylabel("requests that fit the KV cache")
+    right.tick_params(axis="x", labelrotation=90)
     figure.savefig(path, dpi=150)
 
 

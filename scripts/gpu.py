@@ -95,7 +95,7 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         bench("model", "dummy_model", "the model that the next steps serve", "llama-3.1-8b", model,
               *(["--layers", "1"] if rehearse else [])),
         bench("throughput_cuda", "benchmark_throughput", "vllm bench throughput at equal device memory", model,
-              "--input-lens", *lengths, "--num-prompts", "2" if rehearse else "32", *few, *backends,
+              "--input-lens", *lengths, "--num-prompts", *(["2"] if rehearse else ["1", "8", "32"]), *few, *backends,
               *to("throughput_cuda", "json", "plot"), *served, seconds=3600),
         bench("latency_cuda", "benchmark_latency", "time to the first token and per token after it", model,
               "--input-lens", *lengths, *few, *backends, *to("latency_cuda", "json", "plot"), *served, seconds=3600),

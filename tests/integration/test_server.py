@@ -34,8 +34,8 @@ HEADS = LAYERS * KV_HEADS
 ROOT = Path(__file__).parents[2]
 
 
-def new_server(directory: Path) -> Server:
-    """A server whose temporary files are in `directory / "tmp"`."""
+def new_server(directory: Path, *more: str) -> Server:
+    """A server with more arguments, whose temporary files are in `directory / "tmp"`."""
     (directory / "tmp").mkdir()
     arguments = ["--attention-backend", "shadowkv", "--additional-config", json.dumps({"shadowkv": SETTINGS})]
     arguments += [
@@ -47,6 +47,7 @@ def new_server(directory: Path) -> Server:
         "--max-num-seqs",
         "4",
         "--enforce-eager",
+        *more,
     ]
     environment = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOG_STATS_INTERVAL": "1"}
     environment |= {"TMPDIR": str(directory / "tmp"), "PYTHONPATH": str(ROOT)}
@@ -214,3 +215,24 @@ def test_nothing_is_left_after_sigterm(server: Server, directory: Path) -> None:
 def test_nothing_is_left_after(how: str) -> None:
     with new_directory() as directory, new_server(directory) as server:
         end(server, directory, how)
+
+
+# -- Several engines -------------------------------------------------------------------------------------------------
+
+
+def test_two_engines_share_the_work_and_the_host() -> None:
+    prompts = [make_prompt("multi_value", PROMPT_TOKENS, seed) for seed in (9, 10)]
+    with new_directory() as directory, new_server(directory, "--data-parallel-size", "2") as server:
+        # Both are under way at once, so that vLLM gives each engine one.
+        answers = [server.stream(prompt.text, 5) for prompt in prompts]
+        texts = [next(answer) for answer in answers]
+        for prompt, text, answer in zip(prompts, texts, answers, strict=True):
+            assert "".join([text, *answer]).strip() == prompt.answer
+        labels = [f'{{engine="{engine}",model_name="needle"}}' for engine in "01"]
+        # With several API servers, workers write their numbers once a second.
+        eventually(lambda: all(f"vllm:shadowkv_selected_chunks_total{each}" in server.metrics() for each in labels))
+        counted = server.metrics()
+        pool = int(SETTINGS["host_memory_gib"] / 2 * 2**30)
+        for each in labels:
+            assert counted[f"vllm:shadowkv_sealed_blocks_total{each}"] == PROMPT_TOKENS // BLOCK_SIZE
+            assert pool - 2**20 < counted[f"vllm:shadowkv_host_pool_bytes{each}"] <= pool
