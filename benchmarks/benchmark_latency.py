@@ -8,7 +8,8 @@ as it is. The first request computes its whole prompt: its time to the first tok
 share that prompt but for a few tokens, as questions about one document do, and are asked together.
 
 With `--offline` by `vllm bench latency`: the prompts of a batch share nothing, so this takes longer. It runs twice,
-with one output token and with all of them; what all of them take beyond the first is the time per token.
+with one output token and with all of them; what all of them take beyond the first is the time per token. vLLM draws
+token ids below 10,000, so a smaller vocabulary is refused.
 
 Random weights have no locality: their slot hit rate says nothing of a real model's.
 """
@@ -31,7 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.benchmark_throughput import BACKENDS
+from benchmarks.benchmark_throughput import BACKENDS, reason
 from benchmarks.machine import machine
 from benchmarks.server import Server, ServerError
 
@@ -121,7 +122,7 @@ def latency(model: str, backend: str, input_len: int, output_len: int, batch: in
             [*command, *BACKENDS[backend], *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if finished.returncode or not result.exists():
-            raise ServerError(f"vllm bench latency failed: {finished.stdout[-3000:]}")
+            raise ServerError(f"vllm bench latency failed:\n{reason(finished.stdout)}")
         return statistics.median(json.loads(result.read_text())["latencies"])
 
 

@@ -55,6 +55,12 @@ class RunError(Exception):
     """`vllm bench throughput` failed; the message ends with the end of its output."""
 
 
+def reason(output: str) -> str:
+    """Why a run of vLLM failed: what its processes raised, for the output ends with that they are gone."""
+    lines = output.splitlines()
+    return "\n".join([line for line in lines if re.search(r" ERROR .*(Error|Exception): ", line)] or lines[-30:])
+
+
 def run(model: str, backend: str, input_len: int, output_len: int, num_prompts: int, extra: list[str]) -> Record:
     """Runs one backend at one length.
 
@@ -70,10 +76,7 @@ def run(model: str, backend: str, input_len: int, output_len: int, num_prompts: 
         command += ["--output-json", str(result), *BACKENDS[backend], *extra]
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if finished.returncode or not result.exists():
-            lines = finished.stdout.splitlines()
-            # The engine's process says why; what ends the output is that it is gone.
-            why = [line for line in lines if " ERROR " in line][-20:] or lines[-30:]
-            raise RunError("\n".join([f"{backend}, {input_len} tokens:", *why]))
+            raise RunError(f"{backend}, {input_len} tokens:\n{reason(finished.stdout)}")
         numbers = json.loads(result.read_text())
     cache = re.search(r"KV cache size: ([\d,]+) tokens", finished.stdout)
     requests = re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", finished.stdout)
