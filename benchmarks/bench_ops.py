@@ -106,7 +106,7 @@ def run(
     add(
         "select_chunks",
         partial(workspace.select, memory, rows, work.query, work.scale),
-        heads * chunks * (layout.head_size + 4),
+        heads * (chunks * (layout.head_size + 4) + chunks // layout.chunks * layout.head_size * 2),
     )
     add("plan_slots", plan, heads * (work.config.slot_chunks * 16 + 8 * workspace.columns))
     for rate in hit_rates:
@@ -150,7 +150,7 @@ def run(
     _, exact_values = layout.exact_views(memory.pages)
     add(
         "store_values",
-        lambda: ops.store_values(spare, exact_ids, exact_values, memory.host_pool, layout),
+        lambda: ops.store_values(spare, exact_ids, exact_values, memory.pages, memory.host_pool, layout),
         bytes_of_blocks / len(blocks) * (0.5 if device == "cuda" else 1),
         "link",
     )

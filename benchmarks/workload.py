@@ -129,8 +129,9 @@ def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: to
     for section in ("coefficient_scales", "landmark_scales"):
         layout.view(pages, section).fill_(0.01)
     layout.view(pages, "mean").zero_()
-    keys = layout.view(pages, "outlier_keys")
-    keys.copy_(normal(keys.shape, layout.dtype, generator))
+    for section in ("outlier_keys", "mean_values"):
+        view = layout.view(pages, section)
+        view.copy_(normal(view.shape, layout.dtype, generator))
     ids = layout.view(pages, "outlier_ids")
     ids.copy_(torch.rand(*ids.shape[:2], layout.chunks, generator=generator).argsort(-1)[..., : ids.shape[-1]].int())
     layout.view(pages, "outlier_cosines").uniform_(-1, 1, generator=generator)

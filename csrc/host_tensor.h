@@ -201,6 +201,7 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
   check_section("landmark_scales", l.landmark_scales, 4, 4 * l.num_kv_heads * l.chunks());
   check_section("outlier_ids", l.outlier_ids, 4, 4 * l.num_kv_heads * l.num_outliers);
   check_section("outlier_cosines", l.outlier_cosines, 4, 4 * l.num_kv_heads * l.num_outliers);
+  check_section("mean_values", l.mean_values, value_bytes, l.width() * value_bytes);
   const int64_t slots = l.num_kv_heads * l.slots_per_page;
   check_section("slot_keys", l.slot_keys, value_bytes, slots * chunk_values * value_bytes);
   check_section("slot_values", l.slot_values, value_bytes, slots * chunk_values * value_bytes);

@@ -32,6 +32,7 @@ struct PageLayout {
   int64_t outlier_ids;         // int32 [num_kv_heads, num_outliers], chunk in the block
   int64_t outlier_cosines;     // fp32 [num_kv_heads, num_outliers]
   int64_t outlier_keys;  // dtype [num_kv_heads, num_outliers, chunk_size, head_size], rank > 0 only
+  int64_t mean_values;   // dtype [num_kv_heads, head_size]
   // Slot page.
   int64_t slot_keys;    // dtype [num_kv_heads, slots_per_page, chunk_size, head_size]
   int64_t slot_values;  // dtype [num_kv_heads, slots_per_page, chunk_size, head_size]

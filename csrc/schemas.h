@@ -13,12 +13,12 @@ void define_ops(Library& m) {
       "pack_block(Tensor block_ids, Tensor keys, Tensor mean, Tensor coefficients, Tensor basis, "
       "Tensor(a!) pages, int[] layout) -> ()");
   m.def(
-      "store_values(Tensor block_ids, Tensor exact_ids, Tensor exact_values, Tensor(a!) host_pool, "
-      "int[] layout) -> ()");
+      "store_values(Tensor block_ids, Tensor exact_ids, Tensor exact_values, Tensor(a!) pages, "
+      "Tensor(b!) host_pool, int[] layout) -> ()");
   m.def(
       "select_chunks(Tensor query, Tensor pages, Tensor block_table, Tensor exact_start, "
       "Tensor seq_lens, float scale, int budget_chunks, int[] layout, Tensor(a!) workspace, "
-      "Tensor(b!) chunk_ids) -> ()");
+      "Tensor(b!) chunk_ids, Tensor(c!) rest_values, Tensor(d!) rest_lse) -> ()");
   m.def(
       "plan_slots(Tensor chunk_ids, Tensor block_table, Tensor epochs, Tensor clock, "
       "Tensor slot_table, Tensor(a!) slot_pages, int[] layout, Tensor(b!) slot_ids, "
@@ -31,8 +31,8 @@ void define_ops(Library& m) {
   m.def(
       "sparse_attention(Tensor query, Tensor slot_ids, Tensor slot_table, Tensor slot_pages, "
       "Tensor exact_keys, Tensor exact_values, Tensor exact_table, Tensor exact_start, "
-      "Tensor seq_lens, float scale, int[] layout, Tensor(a!) workspace, Tensor(b!) output, "
-      "Tensor(c!) lse) -> ()");
+      "Tensor seq_lens, Tensor rest_values, Tensor rest_lse, float scale, int[] layout, "
+      "Tensor(a!) workspace, Tensor(b!) output, Tensor(c!) lse) -> ()");
   m.def(
       "expand_blocks(Tensor block_ids, Tensor first_positions, Tensor pages, Tensor host_pool, "
       "Tensor cos_sin, bool is_neox, int[] layout, Tensor(a!) keys, Tensor(b!) values) -> ()");

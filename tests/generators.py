@@ -205,6 +205,7 @@ def seal_block(
     reference.pack_block(
         torch.tensor([block], dtype=torch.int32), keys[None], mean[None], coefficients[None], basis[None], pages, layout
     )
+    layout.view(pages, "mean_values")[block] = values.float().mean(0)
     pool, scales = layout.value_views(host_pool)
     by_chunk = values.transpose(0, 1).unflatten(1, (-1, layout.chunk_size))
     if scales is None:

@@ -143,6 +143,10 @@ def test_ours_is_what_the_reference_computes(layer) -> None:
     exact = layer.keys[:1024].unflatten(0, (4, 256)).bfloat16()
     factors = [reference.factorise(keys, page.rank) for keys in layer.pre_rope().flatten(1).split(256)]
     reference.pack_block(blocks, exact, *(torch.stack(parts) for parts in zip(*factors, strict=True)), pages, page)
+    paged = torch.cat((torch.zeros(1, 2, 64, 64), layer.values[:1024].unflatten(0, (16, 64)).transpose(1, 2)))
+    exact_ids = torch.arange(1, 17, dtype=torch.int32).view(4, 4)
+    host_pool = torch.zeros(5, page.value_row_bytes, dtype=torch.uint8)
+    reference.store_values(blocks, exact_ids, paged.bfloat16(), pages, host_pool, page)
     table = layer.rotary.cos_sin
     rebuilt = torch.cat([reference.rebuild_keys(pages, b, 256 * (b - 1), table, True, page) for b in range(1, 5)])
     torch.testing.assert_close(view.keys, rebuilt, rtol=1e-4, atol=1e-4)
@@ -150,7 +154,8 @@ def test_ours_is_what_the_reference_computes(layer) -> None:
     # The reference stops at 5 forced chunks plus what the slots leave to outliers: here all 8.
     ids = torch.full((1, 2, CONFIG.slot_chunks), -1, dtype=torch.int32)
     arguments = (blocks[None], torch.tensor([1024]), torch.tensor([1025]), layer.scale, CONFIG.budget_chunks, page)
-    reference.select_chunks(layer.queries[:1], pages, *arguments, ids)
+    rest_values, rest_lse = torch.zeros(1, 8, 64), torch.zeros(1, 8)
+    reference.select_chunks(layer.queries[:1], pages, *arguments, ids, rest_values, rest_lse)
     chosen = torch.zeros(2, 129, dtype=torch.bool).scatter(1, ids[0].long().where(ids[0] >= 0, 128), True)[:, :128]
     forced = torch.cat((view.forced[:, :-4], torch.ones(2, 4, dtype=torch.bool)), 1)
     assert (chosen & forced == forced).all()
@@ -162,7 +167,8 @@ def test_ours_is_what_the_reference_computes(layer) -> None:
     for head in range(8):
         kv = head // 4
         logits = (layer.scale * keys[:, kv] @ layer.queries[0, head]).masked_fill(~seen[kv], -torch.inf)
-        values = torch.cat((view.values[:, kv], layer.values[1024:1025, kv]))
+        logits = torch.cat((logits, rest_lse[0, head, None]))
+        values = torch.cat((view.values[:, kv], layer.values[1024:1025, kv], rest_values[0, head, None]))
         torch.testing.assert_close(output[0, head], logits.softmax(0) @ values, rtol=1e-3, atol=1e-3)
 
 

@@ -21,8 +21,8 @@ def test_on_device_keeps_views_and_copies_back(monkeypatch: pytest.MonkeyPatch) 
     results = []
     for library in (ops._ops, OnDevice(ops._ops, "cpu")):
         monkeypatch.setattr(ops, "_ops", library)
-        wide = torch.zeros(4, layout.value_row_bytes + 16, dtype=torch.uint8)
-        ops.store_values(torch.tensor([2], dtype=torch.int32), exact_ids, values, wide[:, :-16], layout)
+        wide = torch.zeros(8, layout.value_row_bytes + 16, dtype=torch.uint8)
+        ops.store_values(torch.tensor([7], dtype=torch.int32), exact_ids, values, pages, wide[:, :-16], layout)
         results.append(wide)
     assert results[0].any()
     assert torch.equal(*results)

@@ -20,7 +20,7 @@ from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, PageLayout, plan_p
 HEADER = (Path(__file__).parent.parent / "csrc/layout.h").read_text()
 
 FACTORS = {"coefficients", "coefficient_scales", "basis", "mean", "outlier_keys"}
-LANDMARKS = {"landmarks", "landmark_scales", "outlier_ids", "outlier_cosines"}
+ALWAYS = {"landmarks", "landmark_scales", "outlier_ids", "outlier_cosines", "mean_values"}
 SLOTS = {"slot_keys", "slot_values", "slot_tags", "slot_used", "slot_epoch"}
 
 KV_HEADS = (1, 2, 3, 4, 8, 16, 32)
@@ -64,7 +64,7 @@ def layouts(draw: st.DrawFn, small: bool = False) -> PageLayout:
 
 
 def expected_sections(layout: PageLayout) -> set[str]:
-    return (FACTORS if layout.rank else {"exact_keys"}) | LANDMARKS | SLOTS
+    return (FACTORS if layout.rank else {"exact_keys"}) | ALWAYS | SLOTS
 
 
 def byte_ranges(layout: PageLayout, names: set[str]) -> list[tuple[int, int, str]]:
@@ -104,7 +104,7 @@ def test_a_page_of_any_encoding_has_the_bytes_of_an_exact_one(layout: PageLayout
 @FAST
 @given(layouts())
 def test_sections_are_those_of_the_key_codec(layout: PageLayout) -> None:
-    present = {name for name in FACTORS | {"exact_keys"} | LANDMARKS | SLOTS if layout.has(name)}
+    present = {name for name in FACTORS | {"exact_keys"} | ALWAYS | SLOTS if layout.has(name)}
     assert present == expected_sections(layout)
     assert not layout.has("page_bytes")
     with pytest.raises(KeyError):
@@ -131,7 +131,7 @@ def shapes(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
 def test_views_have_the_shapes_of_the_header(layout: PageLayout) -> None:
     pages = torch.empty(2, layout.page_bytes, dtype=torch.uint8)
     expected = shapes(layout)
-    assert set(expected) == FACTORS | {"exact_keys"} | LANDMARKS | SLOTS
+    assert set(expected) == FACTORS | {"exact_keys"} | ALWAYS | SLOTS
     for name in expected_sections(layout):
         shape, dtype = expected[name]
         view = layout.view(pages, name)
@@ -228,6 +228,8 @@ def test_llama_3_1_8b() -> None:
     bytes_per_sealed_token = layout.page_bytes / layout.block_size
     assert bytes_per_sealed_token * 8 == 2 * 8 * 128 * torch.bfloat16.itemsize
     assert 14 <= layout.slots_per_page <= 16
+    # A mean value per head takes 1/256 of the page, which the rank does not need.
+    assert layout.view(torch.empty(1, layout.page_bytes, dtype=torch.uint8), "mean_values").nbytes * 256 == 512 * 1024
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_the_rank_is_the_largest_that_fits(layout: PageLayout) -> None:
     used = sum(
         -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         for name, (shape, dtype) in shapes(layout).items()
-        if name in FACTORS | LANDMARKS
+        if name in FACTORS | ALWAYS
     )
     per_rank = layout.block_size + layout.width + 4  # a column of coefficients, a row of the basis, its scale
     whole = plan(

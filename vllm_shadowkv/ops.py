@@ -46,19 +46,21 @@ def pack_block(
 
 
 def store_values(
-    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout
+    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, pages: Tensor, host_pool: Tensor, layout: PageLayout
 ) -> None:
-    """Copies blocks' values from their exact pages to the host pool.
+    """Copies blocks' values from their exact pages to the host pool, and writes their mean to the shadow page.
 
     Args:
-        block_ids: int32 `[n]`, rows of the host pool.
+        block_ids: int32 `[n]`, rows of the host pool and pages.
         exact_ids: int32 `[n, block_size / T]`, the blocks' exact pages in token order; a block with an invalid id here
             or in `block_ids` is skipped.
         exact_values: float `[N, Hkv, T, D]`, a view of the pages (`PageLayout.exact_views`), any strides with the last
-        1. host_pool: uint8 `[N, layout.value_row_bytes]`, written.
+            1.
+        pages: uint8 `[N, P]`; `mean_values` is written: a head's mean over the block's tokens.
+        host_pool: uint8 `[N, layout.value_row_bytes]`, written.
         layout: of the pages.
     """
-    _ops.store_values(block_ids, exact_ids, exact_values, host_pool, layout.ints)
+    _ops.store_values(block_ids, exact_ids, exact_values, pages, host_pool, layout.ints)
 
 
 def select_chunks(
@@ -71,14 +73,20 @@ def select_chunks(
     budget_chunks: int,
     layout: PageLayout,
     chunk_ids: Tensor,
+    rest_values: Tensor,
+    rest_lse: Tensor,
     workspace: Tensor | None = None,
 ) -> None:
-    """Picks the chunks that a decode step attends to (paper, section 4.2).
+    """Picks the chunks that a decode step attends to (paper, section 4.2), and estimates attention to the rest.
 
     A chunk's score is its landmark's share in the softmax over all sealed chunks, the maximum over the query heads of a
     GQA group. Always picked: the first `SINK_CHUNKS`, the chunks that overlap the newest `LOCAL_CHUNKS * chunk_size`
     tokens, and outliers, worst first, as far as `K - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS` allows; then the best
-    `budget_chunks` of the rest, ties to the lower id.
+    `budget_chunks` of the others, ties to the lower id.
+
+    The rest are the sealed chunks that are not in `chunk_ids`. One counts as `chunk_size` tokens whose key is its
+    landmark and whose value is the mean of its block's values; one whose logit is not finite counts nothing. A chunk in
+    `chunk_ids` for which `plan_slots` then finds no slot is in neither.
 
     Args:
         query: float `[B, Hq, D]`, post-RoPE; rows may be strided.
@@ -91,6 +99,9 @@ def select_chunks(
         budget_chunks: chunks picked by score.
         layout: of the pages.
         chunk_ids: int32 `[B, Hkv, K]`, written: position / chunk_size, ascending, then -1.
+        rest_values: fp32 `[B, Hq, D]`, written: attention over the rest; zeros where there is none.
+        rest_lse: fp32 `[B, Hq]`, written: log-sum-exp of its scaled logits, a chunk counted `chunk_size` times; -inf
+            where there is none.
         workspace: fp32, for a CUDA kernel, overwritten; with fewer than `select_chunks_workspace` values it works on
             some rows at a time. None: allocated for this call.
     """
@@ -98,7 +109,18 @@ def select_chunks(
         size = select_chunks_workspace(layout, query.shape[0], query.shape[1], block_table.shape[1])
         workspace = _workspace(query, size)
     _ops.select_chunks(
-        query, pages, block_table, exact_start, seq_lens, scale, budget_chunks, layout.ints, workspace, chunk_ids
+        query,
+        pages,
+        block_table,
+        exact_start,
+        seq_lens,
+        scale,
+        budget_chunks,
+        layout.ints,
+        workspace,
+        chunk_ids,
+        rest_values,
+        rest_lse,
     )
 
 
@@ -111,7 +133,7 @@ def select_chunks_workspace(layout: PageLayout, rows: int, num_heads: int, max_b
         num_heads: query heads, all KV heads together.
         max_blocks: columns of the block table.
     """
-    return rows * num_heads * max_blocks * (layout.chunks + 2)
+    return rows * max_blocks * (num_heads * (layout.chunks + 2) + layout.num_kv_heads * layout.chunks)
 
 
 def plan_slots(
@@ -215,13 +237,15 @@ def sparse_attention(
     exact_table: Tensor,
     exact_start: Tensor,
     seq_lens: Tensor,
+    rest_values: Tensor,
+    rest_lse: Tensor,
     scale: float,
     layout: PageLayout,
     output: Tensor,
     lse: Tensor,
     workspace: Tensor | None = None,
 ) -> None:
-    """Attention of one token per row over its slots and over its exact tokens `[exact_start, seq_len)`.
+    """Attention of one token per row over its slots and its exact tokens `[exact_start, seq_len)`, and over the rest.
 
     Args:
         query: float `[B, Hq, D]`, post-RoPE; rows may be strided.
@@ -231,10 +255,12 @@ def sparse_attention(
         exact_table: int32 `[B, max_pages]`, page of token t in column t / T; tokens of an invalid page are skipped.
         exact_start: int32 `[B]`.
         seq_lens: int32 `[B]`, the current token included.
+        rest_values: fp32 `[B, Hq, D]`, from `select_chunks`; not read where `rest_lse` is -inf.
+        rest_lse: fp32 `[B, Hq]`, from `select_chunks`; -inf: there is no rest, and none is merged.
         scale: of the logits.
         layout: of the pages.
         output: float `[B, Hq, D]`, written; zeros for a row that attends to nothing. Rows may be strided.
-        lse: fp32 `[B, Hq]`, written: log-sum-exp of the scaled logits; -inf for such a row.
+        lse: fp32 `[B, Hq]`, written: log-sum-exp of the scaled logits, the rest included; -inf for such a row.
         workspace: as for `select_chunks`; see `sparse_attention_workspace`.
     """
     if workspace is None:
@@ -249,6 +275,8 @@ def sparse_attention(
         exact_table,
         exact_start,
         seq_lens,
+        rest_values,
+        rest_lse,
         scale,
         layout.ints,
         workspace,

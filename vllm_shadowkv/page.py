@@ -3,7 +3,7 @@
 A page is one layer's bytes of one block on the device. It has one size and three encodings:
 
 * exact:  K and V of `block_size / compression` tokens, in the layout of vLLM's own attention kernel;
-* shadow: the compressed keys of `block_size` tokens;
+* shadow: the compressed keys of `block_size` tokens, and the mean of their values;
 * slots:  rebuilt K and fetched V of selected chunks, with the tags that say which chunks they are.
 
 Kernels receive the layout as the integers of `PageLayout.ints` (`csrc/layout.h` reads them in the same order).
@@ -70,6 +70,7 @@ class PageLayout:
     outlier_ids: int
     outlier_cosines: int
     outlier_keys: int
+    mean_values: int
     # Byte offsets in a slot page.
     slot_keys: int
     slot_values: int
@@ -273,6 +274,7 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
         ("landmark_scales", (heads, layout.chunks), torch.float32),
         ("outlier_ids", (heads, outliers), torch.int32),
         ("outlier_cosines", (heads, outliers), torch.float32),
+        ("mean_values", (heads, size), layout.dtype),
     ]
 
 

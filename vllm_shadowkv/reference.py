@@ -2,7 +2,9 @@
 
 ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
 KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in
-least-recently-used slots. Every function after `seal` has the name, the arguments and the results of the kernel in
+least-recently-used slots; and one that makes it more accurate: the rest, which are the chunks that are not selected,
+are not left out but estimated from their landmarks and the mean of their block's values (as RetroInfer does per
+cluster, arXiv 2505.02922). Every function after `seal` has the name, the arguments and the results of the kernel in
 `ops.py` that it defines.
 
 Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once
@@ -11,6 +13,8 @@ sealed context.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -105,14 +109,19 @@ def pack_block(
 
 
 def store_values(
-    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, host_pool: Tensor, layout: PageLayout
+    block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, pages: Tensor, host_pool: Tensor, layout: PageLayout
 ) -> None:
-    """Copies blocks' values from their exact pages to the host pool. Arguments: `ops.store_values`."""
+    """Copies blocks' values from their exact pages to the host pool, their mean to the shadow page.
+
+    Arguments: `ops.store_values`.
+    """
     pool, scales = layout.value_views(host_pool)
-    for block, pages in zip(block_ids.tolist(), exact_ids.long(), strict=True):
-        if not 0 < block < len(host_pool) or not ((pages > 0) & (pages < len(exact_values))).all():
+    for block, exact in zip(block_ids.tolist(), exact_ids.long(), strict=True):
+        usable = 0 < block < min(len(host_pool), len(pages)) and ((exact > 0) & (exact < len(exact_values))).all()
+        if not usable:
             continue
-        values = exact_values[pages].transpose(0, 1).flatten(1, 2)  # [heads, block_size, head_size]
+        values = exact_values[exact].transpose(0, 1).flatten(1, 2)  # [heads, block_size, head_size]
+        layout.view(pages, "mean_values")[block] = values.float().mean(1)
         values = values.unflatten(1, (-1, layout.chunk_size))
         if scales is None:
             pool[block] = values
@@ -184,9 +193,17 @@ def select_chunks(
     budget_chunks: int,
     layout: PageLayout,
     chunk_ids: Tensor,
+    rest_values: Tensor,
+    rest_lse: Tensor,
 ) -> None:
-    """Picks the chunks that a decode step attends to. Arguments: `ops.select_chunks`."""
+    """Picks the chunks that a decode step attends to, and estimates attention to the rest.
+
+    Arguments: `ops.select_chunks`.
+    """
     chunk_ids.fill_(-1)
+    rest_values.fill_(0)
+    rest_lse.fill_(-torch.inf)
+    mean_values = layout.view(pages, "mean_values")
     landmarks, landmark_scales = layout.view(pages, "landmarks"), layout.view(pages, "landmark_scales")
     outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")
     most_outliers = chunk_ids.shape[2] - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS
@@ -220,6 +237,15 @@ def select_chunks(
             best = rest[scores[rest].argsort(descending=True, stable=True)[:budget_chunks]]
             chosen = torch.cat((ids[forced], best)).sort().values[: chunk_ids.shape[2]]
             chunk_ids[row, head, : len(chosen)] = chosen.int()
+            # The rest: a chunk counts as chunk_size tokens with its landmark as key, its block's mean as value.
+            usable_rest = usable.clone()
+            usable_rest[chosen] = False
+            means = mean_values[blocks, head].float().repeat_interleave(layout.chunks, 0)
+            for member, of_head in enumerate(logits, head * group):
+                left = usable_rest & of_head.isfinite()
+                if left.any():
+                    rest_lse[row, member] = of_head[left].logsumexp(0) + math.log(layout.chunk_size)
+                    rest_values[row, member] = of_head[left].softmax(0) @ means[left]
 
 
 def plan_slots(
@@ -327,12 +353,17 @@ def sparse_attention(
     exact_table: Tensor,
     exact_start: Tensor,
     seq_lens: Tensor,
+    rest_values: Tensor,
+    rest_lse: Tensor,
     scale: float,
     layout: PageLayout,
     output: Tensor,
     lse: Tensor,
 ) -> None:
-    """Exact attention over the chunks in slots and the tokens in exact pages. Arguments: `ops.sparse_attention`."""
+    """Exact attention over the chunks in slots and the tokens in exact pages, merged with the estimate of the rest.
+
+    Arguments: `ops.sparse_attention`.
+    """
     slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
     group = query.shape[1] // layout.num_kv_heads
     for row in range(len(query)):
@@ -362,5 +393,10 @@ def sparse_attention(
             )
             heads = slice(head * group, (head + 1) * group)
             logits = scale * (query[row, heads].float() @ keys.float().T)
-            lse[row, heads] = logits.logsumexp(-1)
-            output[row, heads] = ((logits - lse[row, heads, None]).exp() @ values.float()).to(output.dtype)
+            rest = rest_lse[row, heads]
+            lse[row, heads] = logits.logsumexp(-1).logaddexp(rest)
+            attended = (logits - lse[row, heads, None]).exp() @ values.float()
+            there = rest > -torch.inf
+            share = (rest[there] - lse[row, heads][there]).exp()
+            attended[there] += share[:, None] * rest_values[row, heads][there]
+            output[row, heads] = attended.to(output.dtype)

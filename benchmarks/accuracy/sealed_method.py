@@ -32,8 +32,8 @@ class Sealed:
         exact_landmarks: means in fp32 instead of int8.
         int8_values: one scale per token.
         exact_tokens: newest tokens of the prompt that stay exact (`decode_exact_tokens`).
-        mean_value_tokens: tokens that share a mean value, by which chunks count that are not attended; None: they do
-            not count. Not in the page: a proposal.
+        rest: chunks that are not attended count by their landmark and a mean value; False: they are left out.
+        mean_value_tokens: tokens that share that mean value; None: a block's.
     """
 
     rank: int | None = None
@@ -46,6 +46,7 @@ class Sealed:
     exact_landmarks: bool = False
     int8_values: bool = False
     exact_tokens: int = 0
+    rest: bool = True
     mean_value_tokens: int | None = None
 
     def bytes_per_token(self, layer: Layer) -> float:
@@ -101,8 +102,10 @@ class Sealed:
         scored = torch.ones_like(forced)
         if self.exact_tokens:
             scored[:, -self.exact_tokens // self.chunk_size :] = False  # their landmarks are not sealed yet
-        shared = self.mean_value_tokens
-        means = None if shared is None else layer.values[:prompt].unflatten(0, (-1, shared)).mean(1)
+        means = None
+        if self.rest:
+            shared = self.mean_value_tokens or block
+            means = layer.values[:prompt].unflatten(0, (-1, shared)).mean(1).bfloat16().float()
         return View(keys, values, landmarks, forced, scored, means)
 
     def _rebuild(self, keys: Tensor, rank: int) -> Tensor:

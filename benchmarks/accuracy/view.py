@@ -26,7 +26,7 @@ class View:
         forced: bool `[num_kv_heads, C]`, chunks that are attended whatever their score.
         scored: bool `[num_kv_heads, C]`, chunks whose landmarks are in the softmax.
         mean_values: fp32 `[groups, num_kv_heads, head_size]`, of equally many tokens each. They stand for the values of
-            chunks that are not attended, as landmarks stand for their keys; None: such a chunk counts nothing.
+            the rest, the chunks that are not attended, as landmarks stand for its keys; None: the rest is left out.
     """
 
     keys: Tensor

@@ -13,7 +13,8 @@ inline SelectChunksParams read_select_chunks(const Tensor& query, const Tensor& 
                                              const Tensor& seq_lens, double scale,
                                              int64_t budget_chunks,
                                              const std::vector<int64_t>& layout_ints,
-                                             const Tensor& chunk_ids, DeviceType device) {
+                                             const Tensor& chunk_ids, const Tensor& rest_values,
+                                             const Tensor& rest_lse, DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
   check_tensor(query, "query", device, scalar_type(layout), {kAnySize, kAnySize, layout.head_size},
                Strides::kLastContiguous);
@@ -30,6 +31,9 @@ inline SelectChunksParams read_select_chunks(const Tensor& query, const Tensor& 
   const int64_t fewest = budget_chunks + kSinkChunks + kLocalChunks;
   SHADOWKV_CHECK(rows == 0 || chunk_ids.size(2) >= fewest, "chunk_ids: expected at least ", fewest,
                  " columns for a budget of ", budget_chunks, " chunks, got ", chunk_ids.size(2));
+  check_tensor(rest_values, "rest_values", device, ScalarType::Float,
+               {rows, query.size(1), layout.head_size});
+  check_tensor(rest_lse, "rest_lse", device, ScalarType::Float, {rows, query.size(1)});
 
   return {
       .layout = layout,
@@ -46,6 +50,8 @@ inline SelectChunksParams read_select_chunks(const Tensor& query, const Tensor& 
       .seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr()),
       .chunk_ids = static_cast<int32_t*>(chunk_ids.data_ptr()),
       .columns = chunk_ids.size(2),
+      .rest_values = static_cast<float*>(rest_values.data_ptr()),
+      .rest_lse = static_cast<float*>(rest_lse.data_ptr()),
       .num_rows = rows,
       .group = query.size(1) / heads,
       .budget_chunks = budget_chunks,

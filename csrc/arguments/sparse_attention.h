@@ -15,9 +15,9 @@ inline ExactStrides exact_strides(const Tensor& tensor) {
 inline SparseAttentionParams read_sparse_attention(
     const Tensor& query, const Tensor& slot_ids, const Tensor& slot_table, const Tensor& slot_pages,
     const Tensor& exact_keys, const Tensor& exact_values, const Tensor& exact_table,
-    const Tensor& exact_start, const Tensor& seq_lens, double scale,
-    const std::vector<int64_t>& layout_ints, const Tensor& output, const Tensor& lse,
-    DeviceType device) {
+    const Tensor& exact_start, const Tensor& seq_lens, const Tensor& rest_values,
+    const Tensor& rest_lse, double scale, const std::vector<int64_t>& layout_ints,
+    const Tensor& output, const Tensor& lse, DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
   const ScalarType dtype = scalar_type(layout);
   const int64_t heads = layout.num_kv_heads, size = layout.head_size;
@@ -36,6 +36,8 @@ inline SparseAttentionParams read_sparse_attention(
                Strides::kRows);
   check_tensor(exact_start, "exact_start", device, ScalarType::Int, {rows});
   check_tensor(seq_lens, "seq_lens", device, ScalarType::Int, {rows});
+  check_tensor(rest_values, "rest_values", device, ScalarType::Float, {rows, query_heads, size});
+  check_tensor(rest_lse, "rest_lse", device, ScalarType::Float, {rows, query_heads});
   check_tensor(output, "output", device, dtype, {rows, query_heads, size},
                Strides::kLastContiguous);
   check_tensor(lse, "lse", device, ScalarType::Float, {rows, query_heads});
@@ -63,6 +65,8 @@ inline SparseAttentionParams read_sparse_attention(
       .exact_table_stride = stride_of(exact_table, 0),
       .exact_start = static_cast<const int32_t*>(exact_start.data_ptr()),
       .seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr()),
+      .rest_values = static_cast<const float*>(rest_values.data_ptr()),
+      .rest_lse = static_cast<const float*>(rest_lse.data_ptr()),
       .output = output.data_ptr(),
       .output_row_stride = stride_of(output, 0),
       .output_head_stride = stride_of(output, 1),

@@ -1,6 +1,7 @@
 // The arguments of store_values, checked: what a kernel gets on any device.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "host_tensor.h"
@@ -9,7 +10,8 @@
 namespace shadowkv {
 
 inline StoreValuesParams read_store_values(const Tensor& block_ids, const Tensor& exact_ids,
-                                           const Tensor& exact_values, const Tensor& host_pool,
+                                           const Tensor& exact_values, const Tensor& pages,
+                                           const Tensor& host_pool,
                                            const std::vector<int64_t>& layout_ints,
                                            DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
@@ -20,6 +22,7 @@ inline StoreValuesParams read_store_values(const Tensor& block_ids, const Tensor
   check_tensor(exact_values, "exact_values", device, scalar_type(layout),
                {kAnySize, layout.num_kv_heads, layout.exact_tokens, layout.head_size},
                Strides::kLastContiguous);
+  check_pages(pages, "pages", device, layout.page_bytes);
   check_pages(host_pool, "host_pool", DeviceType::CPU, layout.value_row_bytes());
 
   return {
@@ -32,8 +35,10 @@ inline StoreValuesParams read_store_values(const Tensor& block_ids, const Tensor
       .exact_stride = stride_of(exact_values, 0),
       .head_stride = stride_of(exact_values, 1),
       .token_stride = stride_of(exact_values, 2),
+      .pages = static_cast<uint8_t*>(pages.mutable_data_ptr()),
       .host_pool = static_cast<uint8_t*>(host_pool.mutable_data_ptr()),
-      .num_blocks = host_pool.size(0),
+      .num_blocks = std::min(pages.size(0), host_pool.size(0)),
+      .page_stride = stride_of(pages, 0),
       .host_pool_stride = stride_of(host_pool, 0),
   };
 }

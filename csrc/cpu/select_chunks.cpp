@@ -15,10 +15,10 @@ constexpr int64_t kItemBlocks = 8;
 void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                    const Tensor& exact_start, const Tensor& seq_lens, double scale,
                    int64_t budget_chunks, const std::vector<int64_t>& layout_ints, const Tensor&,
-                   const Tensor& chunk_ids) {
+                   const Tensor& chunk_ids, const Tensor& rest_values, const Tensor& rest_lse) {
   const SelectChunksParams p =
       read_select_chunks(query, pages, block_table, exact_start, seq_lens, scale, budget_chunks,
-                         layout_ints, chunk_ids, DeviceType::CPU);
+                         layout_ints, chunk_ids, rest_values, rest_lse, DeviceType::CPU);
   const int64_t heads = p.layout.num_kv_heads, tasks = p.num_rows * heads;
   if (tasks >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_items(tasks, [&](int64_t task) {

@@ -12,12 +12,12 @@ namespace {
 void sparse_attention(const Tensor& query, const Tensor& slot_ids, const Tensor& slot_table,
                       const Tensor& slot_pages, const Tensor& exact_keys,
                       const Tensor& exact_values, const Tensor& exact_table,
-                      const Tensor& exact_start, const Tensor& seq_lens, double scale,
-                      const std::vector<int64_t>& layout_ints, const Tensor&, const Tensor& output,
-                      const Tensor& lse) {
+                      const Tensor& exact_start, const Tensor& seq_lens, const Tensor& rest_values,
+                      const Tensor& rest_lse, double scale, const std::vector<int64_t>& layout_ints,
+                      const Tensor&, const Tensor& output, const Tensor& lse) {
   const SparseAttentionParams p = read_sparse_attention(
       query, slot_ids, slot_table, slot_pages, exact_keys, exact_values, exact_table, exact_start,
-      seq_lens, scale, layout_ints, output, lse, DeviceType::CPU);
+      seq_lens, rest_values, rest_lse, scale, layout_ints, output, lse, DeviceType::CPU);
   const int64_t heads = p.layout.num_kv_heads, tasks = p.num_rows * heads;
   if (tasks >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_items(tasks, [&](int64_t task) {

@@ -1,4 +1,5 @@
-// Scores the landmarks of every row and KV head and picks its chunks, in two launches.
+// Scores the landmarks of every row and KV head, picks its chunks, and attends to the rest as a
+// whole, in three launches.
 //
 // Logits: a warp multiplies eight landmarks at a time with the query heads of the group on tensor
 // cores. Reads chunks * (head_size + 4) bytes of landmarks and scales per block and KV head, which
@@ -6,6 +7,8 @@
 // Pick: a CTA per row and KV head turns logits into scores, finds the threshold of the best by a
 // radix select, and emits ids in ascending order. Reads the logits once and the scores about five
 // times (they lie in the L2 cache); 8 bytes per outlier.
+// Rest: a CTA per row and query head reads logits and keys again, and each block's mean value; its
+// warps take blocks in turn and are merged in their order. See select_rest.cuh.
 #include "arguments/select_chunks.h"
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include "cuda/include/launch.cuh"
 #include "cuda/include/radix_select.cuh"
 #include "cuda/include/select_logits.cuh"
+#include "cuda/include/select_rest.cuh"
 
 namespace shadowkv::cuda {
 namespace {
@@ -23,7 +27,6 @@ constexpr int64_t kMostRows = 65535;  // grid.z
 constexpr int64_t kOutlierCacheBytes = 64 << 10;
 
 // A chunk's key: a larger one is picked first.
-constexpr uint32_t kUnusable = 0;
 constexpr uint32_t kForced = 0xffffffffu;
 
 // The chunks of a row that are always picked, outliers apart.
@@ -56,10 +59,10 @@ __device__ __forceinline__ uint64_t outlier_key(const SelectPass& pass, int64_t 
   return ~(static_cast<uint64_t>(ordered(cosine)) << 32 | static_cast<uint32_t>(chunk));
 }
 
-// Turns the group's logits into keys, in place of those of the first head: as bits, for the floats
-// are never used as such.
+// Turns the group's logits into keys.
 __device__ __forceinline__ void score(const SelectPass& pass, int64_t row, const float* sums,
-                                      const ForcedChunks& forced, float* logits, int size) {
+                                      const ForcedChunks& forced, const float* logits,
+                                      uint32_t* keys, int size) {
   constexpr int kUnroll = 4;
   const int64_t stride = pass.p.table_width * pass.chunks;
   const int threads = blockDim.x;
@@ -80,7 +83,7 @@ __device__ __forceinline__ void score(const SelectPass& pass, int64_t row, const
       if (chunk >= size) continue;
       uint32_t key = forced.contains(chunk) ? kForced : ordered(best[u]);
       if (block_at(pass.p, row, chunk / pass.chunks) == 0) key = kUnusable;
-      logits[chunk] = bits_float(key);
+      keys[chunk] = key;
     }
   }
 }
@@ -115,9 +118,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   }
   sync_threads();
 
-  float* keys = pass.logits + first_head * p.table_width * pass.chunks;
+  const int64_t row_chunks = p.table_width * pass.chunks;
+  uint32_t* keys = pass.keys + (blockIdx.x * p.layout.num_kv_heads + head) * row_chunks;
   const ForcedChunks forced(p, row);
-  score(pass, row, sums, forced, keys, size);
+  score(pass, row, sums, forced, pass.logits + first_head * row_chunks, keys, size);
 
   const int64_t room = p.columns - p.budget_chunks - kSinkChunks - kLocalChunks;
   const int outliers = room > 0 ? blocks * static_cast<int>(p.layout.num_outliers) : 0;
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   const uint64_t worst = radix_select(outliers, room, memory, outlier);
   for (int i = threadIdx.x; i < outliers; i += threads) {
     const uint64_t key = outlier(i);
-    if (key != 0 && key >= worst) keys[static_cast<uint32_t>(~key)] = bits_float(kForced);
+    if (key != 0 && key >= worst) keys[static_cast<uint32_t>(~key)] = kForced;
   }
   sync_threads();
 
@@ -140,8 +144,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
     if (key == kUnusable || key == kForced) return 0;
     return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(chunk);
   };
-  const uint64_t threshold = radix_select(size, p.budget_chunks, memory,
-                                          [&](int i) { return ranked(float_bits(keys[i]), i); });
+  const uint64_t threshold =
+      radix_select(size, p.budget_chunks, memory, [&](int i) { return ranked(keys[i], i); });
   const auto picked = [&](uint32_t key, int chunk) {
     return key == kForced || (key != kUnusable && ranked(key, chunk) >= threshold);
   };
@@ -151,7 +155,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   const int begin = warp * share, end = begin + share < size ? begin + share : size;
   int mine = 0;
 #pragma unroll 4
-  for (int i = begin + lane; i < end; i += kWarp) mine += picked(float_bits(keys[i]), i);
+  for (int i = begin + lane; i < end; i += kWarp) mine += picked(keys[i], i);
   const PrefixSum counts = prefix_sum(mine, memory.warps);
   int64_t place = shuffle(counts.before, 0);
   constexpr int kUnroll = 4;
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = first + u * kWarp + lane;
-      key[u] = i < end ? float_bits(keys[i]) : kUnusable;
+      key[u] = i < end ? keys[i] : kUnusable;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -168,7 +172,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
       const bool take = picked(key[u], i);
       const uint32_t all = ballot(take);
       const int64_t at = place + count_bits(all & ((1u << lane) - 1));
-      if (take && at < p.columns) ids[at] = i;
+      if (take && at < p.columns) {
+        ids[at] = i;
+        keys[i] = kUnusable;  // what is left is the rest
+      }
       place += count_bits(all);
     }
   }
@@ -189,10 +196,11 @@ unsigned pick_threads(int64_t chunks) {
 void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block_table,
                    const Tensor& exact_start, const Tensor& seq_lens, double scale,
                    int64_t budget_chunks, const std::vector<int64_t>& layout_ints,
-                   const Tensor& workspace, const Tensor& chunk_ids) {
+                   const Tensor& workspace, const Tensor& chunk_ids, const Tensor& rest_values,
+                   const Tensor& rest_lse) {
   const SelectChunksParams p =
       read_select_chunks(query, pages, block_table, exact_start, seq_lens, scale, budget_chunks,
-                         layout_ints, chunk_ids, kDevice);
+                         layout_ints, chunk_ids, rest_values, rest_lse, kDevice);
   check_tensor(workspace, "workspace", kDevice, ScalarType::Float, {kAnySize});
   check_vectors(query, "query");
   check_vector_rows(pages, "pages");
@@ -203,7 +211,8 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
   const int64_t heads = p.layout.num_kv_heads, chunks = p.layout.chunks();
   // As select_chunks_workspace of ops.py.
   const int64_t row_blocks = heads * p.group * p.table_width,
-                row_floats = row_blocks * (chunks + 2);
+                row_keys = heads * p.table_width * chunks,
+                row_floats = row_blocks * (chunks + 2) + row_keys;
   int64_t most_rows = row_floats > 0 ? workspace.size(0) / row_floats : p.num_rows;
   SHADOWKV_CHECK(p.num_rows == 0 || most_rows > 0, "workspace: expected at least ", row_floats,
                  " values, those of one row, got ", workspace.size(0));
@@ -217,12 +226,14 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
       const int64_t rows = std::min(most_rows, p.num_rows - first);
       auto* logits = static_cast<float*>(workspace.data_ptr());
       float* tops = logits + rows * row_blocks * chunks;
+      float* sums = tops + rows * row_blocks;
       const SelectPass pass = {
           .p = p,
           .first_row = first,
           .logits = logits,
           .tops = tops,
-          .sums = tops + rows * row_blocks,
+          .sums = sums,
+          .keys = reinterpret_cast<uint32_t*>(sums + rows * row_blocks),
           .chunks = static_cast<int>(chunks),
           .group = static_cast<int>(p.group),
           .cache_outliers = cache_outliers,
@@ -232,6 +243,8 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
              dim3(std::min(p.table_width, most_ctas), heads, rows), kLogitThreads, 0, pass);
       launch("select_chunks: pick", pick_kernel, dim3(rows, heads),
              pick_threads(p.table_width * chunks), cache_outliers ? outlier_bytes : 0, pass);
+      launch("select_chunks: rest", rest_kernel<T, kHeadSize>, dim3(rows, heads * p.group),
+             kRestThreads, 0, pass);
     }
   });
 }

@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const Pass pass) {
   merge_warps<kHeadSize>(pass, query_head, num_queries, seen, softmax, sums);
 }
 
-// A warp merges the splits of a query head. grid: query heads / kWarps, 1, rows.
+// A warp merges the splits of a query head, and what select_chunks has estimated of the rest.
+// grid: query heads / kWarps, 1, rows.
 template <typename T, int kHeadSize>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
   const SparseAttentionParams& p = pass.p;
@@ -224,7 +225,10 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
   if (query_head >= query_heads) return;
 
   float factors[kSplits], totals[kSplits];
-  float largest = kNegativeInfinity, total = 0;
+  const int64_t result = row * query_heads + query_head;
+  const float rest = p.rest_lse[result] * kLog2E;  // -inf: there is none
+  const bool has_rest = rest != kNegativeInfinity;
+  float largest = rest, total = 0;
   const Partial first = partial_at(pass, blockIdx.z, query_head, 0);
 #pragma unroll
   for (int i = 0; i < kSplits; ++i) {
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
     totals[i] = first.stats[2 * i + 1];
     if (totals[i] != kNoToken) largest = max_or_nan(largest, factors[i]);
   }
-  bool any = false;
+  bool any = has_rest;
 #pragma unroll
   for (int i = 0; i < kSplits; ++i) {
     // Equal infinities have no difference.
@@ -241,6 +245,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
     any = true;
     total += factors[i] * totals[i];
   }
+  const float rest_factor = rest == largest ? 1.0f : fast_exp2(rest - largest);
+  if (has_rest) total += rest_factor;
   // Logits that are all -inf give 0 * (1 / 0) = NaN, as a softmax does; no token at all gives 0.
   const float inverse = any ? 1.0f / total : 0.0f;
   T* output =
@@ -251,11 +257,12 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
     for (int i = 0; i < kSplits; ++i) {
       if (totals[i] != kNoToken) value += factors[i] * first.values[i * kHeadSize + d];
     }
+    if (has_rest) value += rest_factor * p.rest_values[result * kHeadSize + d];
     output[d] = from_float<T>(value * inverse);
   }
   if (lane == 0) {
     const bool infinite = largest == INFINITY || largest == kNegativeInfinity;
-    p.lse[row * query_heads + query_head] = infinite ? largest : largest * kLn2 + logf(total);
+    p.lse[result] = infinite ? largest : largest * kLn2 + logf(total);
   }
 }
 
@@ -264,12 +271,12 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const Pass pass) {
 void sparse_attention(const Tensor& query, const Tensor& slot_ids, const Tensor& slot_table,
                       const Tensor& slot_pages, const Tensor& exact_keys,
                       const Tensor& exact_values, const Tensor& exact_table,
-                      const Tensor& exact_start, const Tensor& seq_lens, double scale,
-                      const std::vector<int64_t>& layout_ints, const Tensor& workspace,
-                      const Tensor& output, const Tensor& lse) {
+                      const Tensor& exact_start, const Tensor& seq_lens, const Tensor& rest_values,
+                      const Tensor& rest_lse, double scale, const std::vector<int64_t>& layout_ints,
+                      const Tensor& workspace, const Tensor& output, const Tensor& lse) {
   const SparseAttentionParams p = read_sparse_attention(
       query, slot_ids, slot_table, slot_pages, exact_keys, exact_values, exact_table, exact_start,
-      seq_lens, scale, layout_ints, output, lse, kDevice);
+      seq_lens, rest_values, rest_lse, scale, layout_ints, output, lse, kDevice);
   check_vectors(query, "query");
   check_vectors(exact_keys, "exact_keys");
   check_vectors(exact_values, "exact_values");

@@ -22,6 +22,8 @@ struct SelectChunksParams {
   const int32_t* seq_lens;     // [num_rows]
   int32_t* chunk_ids;          // [num_rows, num_kv_heads, columns], contiguous
   int64_t columns;             // at least budget_chunks + kSinkChunks + kLocalChunks
+  float* rest_values;          // [num_rows, num_kv_heads * group, head_size], contiguous
+  float* rest_lse;             // [num_rows, num_kv_heads * group], contiguous
   int64_t num_rows;
   int64_t group;
   int64_t budget_chunks;

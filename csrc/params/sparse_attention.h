@@ -40,6 +40,8 @@ struct SparseAttentionParams {
   int64_t exact_table_stride;
   const int32_t* exact_start;  // [num_rows]
   const int32_t* seq_lens;     // [num_rows]
+  const float* rest_values;    // [num_rows, num_kv_heads * group, head_size], contiguous
+  const float* rest_lse;       // [num_rows, num_kv_heads * group], contiguous
   void* output;                // [num_rows, num_kv_heads * group, head_size]
   int64_t output_row_stride;
   int64_t output_head_stride;

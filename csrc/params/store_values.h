@@ -18,8 +18,10 @@ struct StoreValuesParams {
   int64_t exact_stride;
   int64_t head_stride;
   int64_t token_stride;
+  uint8_t* pages;      // [num_blocks, page_bytes], page_stride bytes apart
   uint8_t* host_pool;  // [num_blocks, value_row_bytes], host_pool_stride bytes apart
   int64_t num_blocks;
+  int64_t page_stride;
   int64_t host_pool_stride;
 };
 

@@ -1,12 +1,14 @@
-"""select_chunks against the reference: forced chunks exactly, scored ones up to near ties."""
+"""select_chunks against the reference: forced chunks exactly, scored ones up to near ties; the rest of what it chose."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import generators
 import pytest
 import torch
+from numeric import assert_bytes_equal, assert_close
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
@@ -27,6 +29,8 @@ class Case:
     budget: int
     layout: PageLayout
     columns: int
+    rest: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+    """Values and log-sum-exp of the last run."""
 
     def run(
         self, function=ops.select_chunks, budget: int | None = None, columns: int | None = None, **options: Tensor
@@ -34,30 +38,74 @@ class Case:
         shape = (len(self.query), self.layout.num_kv_heads, self.columns if columns is None else columns)
         guarded = torch.full((len(self.query) + 1, *shape[1:]), 12345, dtype=torch.int32)
         chunk_ids = guarded[:-1]
+        rest_shape = len(self.query) + 1, *self.query.shape[1:]
+        guards = torch.full(rest_shape, 7.0), torch.full(rest_shape[:2], 7.0)
+        self.rest = guards[0][:-1], guards[1][:-1]
         function(
             self.query, self.pages, self.block_table, self.exact_start, self.seq_lens, self.scale,
-            self.budget if budget is None else budget, self.layout, chunk_ids, **options,
+            self.budget if budget is None else budget, self.layout, chunk_ids, *self.rest, **options,
         )  # fmt: skip
         assert (guarded[-1] == 12345).all(), "a write behind the ids"
+        assert all((guard[-1] == 7.0).all() for guard in guards), "a write behind the rest"
         return chunk_ids
 
-    def scores(self, row: int, head: int) -> Tensor:
-        """fp64 `[chunks of the row]`, written independently of the reference."""
+    def logits(self, query: Tensor, row: int, head: int) -> Tensor:
+        """`[group, chunks of the row]` in the query's dtype, written independently of the reference."""
         layout = self.layout
-        blocks = self.block_table[row, : int(self.exact_start[row]) // layout.block_size].long()
+        start = int(self.exact_start[row]) if int(self.seq_lens[row]) > 0 else 0
+        blocks = self.block_table[row, : max(start, 0) // layout.block_size].long()
         usable = (blocks > 0) & (blocks < len(self.pages))
         blocks = blocks.where(usable, 0)
-        marks = layout.view(self.pages, "landmarks")[blocks, head].double()
-        marks = (marks * layout.view(self.pages, "landmark_scales")[blocks, head].double()[..., None]).flatten(0, 1)
-        group = self.query.shape[1] // layout.num_kv_heads
-        queries = self.query[row, head * group : (head + 1) * group].double()
-        logits = (queries @ marks.T * self.scale).masked_fill(~usable.repeat_interleave(layout.chunks), -torch.inf)
-        return torch.log_softmax(logits, -1).amax(0)
+        marks = layout.view(self.pages, "landmarks")[blocks, head].to(query.dtype)
+        scales = layout.view(self.pages, "landmark_scales")[blocks, head].to(query.dtype)
+        marks = (marks * scales[..., None]).flatten(0, 1)
+        group = query.shape[1] // layout.num_kv_heads
+        queries = query[row, head * group : (head + 1) * group]
+        return (queries @ marks.T * self.scale).masked_fill(~usable.repeat_interleave(layout.chunks), -torch.inf)
+
+    def scores(self, row: int, head: int) -> Tensor:
+        """fp64 `[chunks of the row]`."""
+        return torch.log_softmax(self.logits(self.query.double(), row, head), -1).amax(0)
+
+    def rest_of(self, chunk_ids: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest of a choice, in the query's dtype: a sum over chunks, one after the other."""
+        layout, (rows, heads, size) = self.layout, query.shape
+        values, lse = query.new_zeros(rows, heads, size), query.new_full((rows, heads), -torch.inf)
+        group = heads // layout.num_kv_heads
+        for row in range(rows):
+            for head in range(layout.num_kv_heads):
+                logits = self.logits(query, row, head)
+                logits[:, chunk_ids[row, head][chunk_ids[row, head] >= 0].long()] = -torch.inf
+                blocks = self.block_table[row, : logits.shape[1] // layout.chunks].long()
+                blocks = blocks.where((blocks > 0) & (blocks < len(self.pages)), 0)
+                means = layout.view(self.pages, "mean_values")[blocks, head].to(query.dtype)
+                for member, of_head in enumerate(logits, head * group):
+                    left = of_head.isfinite()
+                    if left.any():
+                        weights = (of_head[left] - of_head[left].max()).exp()
+                        lse[row, member] = of_head[left].max() + (layout.chunk_size * weights).sum().log()
+                        by_chunk = means.repeat_interleave(layout.chunks, 0)[left]
+                        values[row, member] = weights @ by_chunk / weights.sum()
+        return values, lse
+
+    def check_rest(self, chunk_ids: Tensor) -> None:
+        """Compares the last run's rest with that of the chunks which it picked."""
+        expected = self.rest_of(chunk_ids, self.query.double())
+        rounded = self.query.float()
+        if generators.DEFAULT_DTYPE is torch.float32:  # the CPU kernel rounds a query head to int16
+            step = rounded.abs().amax(-1, keepdim=True) / 32767
+            rounded = torch.where(step > 0, (rounded / step).round() * step, rounded)
+        same = self.rest_of(chunk_ids, rounded)
+        for actual, want, like, what in zip(self.rest, expected, same, ("rest_values", "rest_lse"), strict=True):
+            assert_close(actual, want, like, what)
 
     def check(self) -> Tensor:
         """Runs the kernel, then compares it with the reference."""
         actual = self.run()
+        self.check_rest(actual)
+        rest = self.rest
         expected = self.run(reference.select_chunks)
+        self.check_rest(expected)
         forced = self.run(reference.select_chunks, budget=0, columns=self.columns - self.budget)
         assert torch.equal(actual >= 0, expected >= 0), "other counts, or a hole"
         for row in range(len(self.query)):
@@ -72,6 +120,7 @@ class Case:
                 extra, missing = sorted(set(ids) - set(wanted)), sorted(set(wanted) - set(ids))
                 gap = scores[missing].max() - scores[extra].min()
                 assert gap <= 1e-5 * scores[wanted].abs().max() + 1e-6, f"{missing} are better than {extra} by {gap}"
+        self.rest = rest
         return actual
 
 
@@ -159,7 +208,11 @@ def test_a_workspace_for_some_rows_gives_the_same(rows_at_once: int) -> None:
     case = make_case("workspace", layout, blocks=(2, 0, 3, 1, 2))
     size = ops.select_chunks_workspace(layout, rows_at_once, case.query.shape[1], case.block_table.shape[1])
     workspace = torch.full((size + 3,), torch.nan)
-    assert torch.equal(case.run(workspace=workspace), case.check())
+    actual = case.run(workspace=workspace)
+    rest = case.rest
+    assert torch.equal(actual, case.check())
+    assert_bytes_equal(rest[0], case.rest[0])
+    assert_bytes_equal(rest[1], case.rest[1])
     assert workspace[-3:].isnan().all(), "a write behind the workspace"
 
 
@@ -173,19 +226,97 @@ def test_threads_do_not_change_the_choice(rows: int) -> None:
         results = []
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            results.append(case.check())
+            results.append((case.check(), *case.rest))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for one, two, seven in zip(*results, strict=True):
+        assert_bytes_equal(two, one)
+        assert_bytes_equal(seven, one)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 63, 64, 500])
 def test_budgets_up_to_more_than_the_context(budget: int) -> None:
     layout = generators.make_layout(2, 64)
-    actual = make_case(budget, layout, blocks=(2, 3), budget=budget).check()
+    case = make_case(budget, layout, blocks=(2, 3), budget=budget)
+    actual = case.check()
+    values, lse = case.rest
+    counts = (actual >= 0).sum(-1)
     if budget == 500:
-        assert (actual[0] >= 0).sum(-1).tolist() == [2 * layout.chunks] * 2, "not the whole context"
+        assert counts[0].tolist() == [2 * layout.chunks] * 2, "not the whole context"
+    whole = (counts == torch.tensor([[2], [3]]) * layout.chunks).repeat_interleave(4, 1)
+    assert whole.all() == (budget == 500)
+    assert torch.equal(lse == -torch.inf, whole)
+    assert torch.equal(values != 0, ~whole[..., None].expand_as(values))
+
+
+def test_a_row_has_the_same_rest_alone_and_in_a_batch() -> None:
+    layout = generators.make_layout(2, 96, torch.float16, chunk_size=16)
+    case = make_case("alone", layout, group=3, blocks=(3, 0, 5, 1))
+    case.run()
+    whole = case.rest
+    for row in range(4):
+        names = ("query", "block_table", "exact_start", "seq_lens")
+        alone = replace(case, **{name: getattr(case, name)[row : row + 1] for name in names})
+        alone.run()
+        for actual, expected in zip(alone.rest, whole, strict=True):
+            assert_bytes_equal(actual, expected[row : row + 1])
+
+
+def test_the_rest_is_exact_where_chunks_and_blocks_have_one_key_and_value() -> None:
+    """As exact attention to tokens whose keys are their chunk's landmark, and their values their block's mean."""
+    layout = generators.make_layout(2, 64)
+    case = make_case("exact rest", layout, blocks=(3,), budget=8)
+    ids = case.check()
+    for head in range(2):
+        tokens = case.logits(case.query.double(), 0, head).repeat_interleave(layout.chunk_size, -1)
+        left = torch.ones(3 * layout.chunks, dtype=torch.bool)
+        left[ids[0, head][ids[0, head] >= 0].long()] = False
+        tokens = tokens[:, left.repeat_interleave(layout.chunk_size)]
+        means = layout.view(case.pages, "mean_values")[case.block_table[0, :3].long(), head].double()
+        values = means.repeat_interleave(layout.block_size, 0)[left.repeat_interleave(layout.chunk_size)]
+        heads = slice(4 * head, 4 * head + 4)
+        torch.testing.assert_close(case.rest[0][0, heads].double(), tokens.softmax(-1) @ values, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(case.rest[1][0, heads].double(), tokens.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_value_counts_only_where_a_chunk_of_its_block_is_left() -> None:
+    layout = generators.make_layout(2, 64)
+    case = make_case("picked blocks", layout, blocks=(4,), budget=3 * 32, outliers=0)
+    assert layout.chunks == 32
+    layout.view(case.pages, "landmarks")[:] = 1
+    layout.view(case.pages, "landmark_scales")[:] = 0.5
+    layout.view(case.pages, "landmark_scales")[case.block_table[0, 2]] = 0.25
+    case.query[:] = case.query.abs()
+    case.seq_lens = case.exact_start + 100
+    case.budget -= 1  # the sink is forced
+    means = layout.view(case.pages, "mean_values")
+    means[case.block_table[0, [0, 1, 3]].long()] = torch.nan
+    case.run()
+    expected = means[case.block_table[0, 2].long()].float().repeat_interleave(4, 0)
+    assert_close(case.rest[0][0], expected)
+    means[case.block_table[0, 2].long(), 1, 9] = torch.inf
+    case.run()
+    assert (~case.rest[0][0].isfinite()).nonzero().tolist() == [[head, 9] for head in range(4, 8)]
+
+
+def test_logits_far_below_the_picked_ones_weigh_nothing_or_little() -> None:
+    """A sink far above all others, as decoders have it."""
+    layout = generators.make_layout(1, 64)
+    case = make_case("far", layout, group=2, blocks=(2,), budget=8, outliers=0)
+    case.query[:] = case.query.abs()
+    scales, block = layout.view(case.pages, "landmark_scales"), int(case.block_table[0, 0])
+    layout.view(case.pages, "landmarks")[block, 0, 0] = 127
+    for logit in (30.0, 70.0, 300.0):
+        scales[block, 0, 0] = logit / (127 * case.scale * float(case.query[0].float().sum(-1).mean()))
+        ids = case.run()
+        values, lse = case.rest
+        expected = case.rest_of(ids, case.query.double())
+        share = (expected[1] - case.logits(case.query.double(), 0, 0).logsumexp(-1)).exp()
+        if logit < 80:
+            assert_close(lse, expected[1], case.rest_of(ids, case.query.float())[1] + 1e-4)
+        assert (lse.exp() <= 1.01 * expected[1].exp()).all()
+        assert share.max() < 1e-6
+        assert values.isfinite().all()
 
 
 @pytest.mark.parametrize("room", [0, 1, 4, 9, 50])
@@ -256,6 +387,8 @@ def test_invalid_blocks_are_never_picked() -> None:
     bad_blocks = actual[0][actual[0] >= 0] // layout.chunks
     assert set(bad_blocks.tolist()) <= {0, 6}
     assert (actual[2] == -1).all()
+    assert (case.rest[1][2] == -torch.inf).all()
+    assert case.rest[1][:2].isfinite().all()
 
 
 def test_rows_without_sealed_blocks_pick_nothing() -> None:
@@ -264,8 +397,11 @@ def test_rows_without_sealed_blocks_pick_nothing() -> None:
     case.exact_start = torch.tensor([0, 512, -256, 512], dtype=torch.int32)
     case.seq_lens = torch.tensor([100, 0, 600, -1], dtype=torch.int32)
     assert (case.run() == -1).all()
+    assert_bytes_equal(case.rest[0], torch.zeros_like(case.rest[0]))
+    assert (case.rest[1] == -torch.inf).all()
     case.seq_lens[1] = 600  # the control
     assert (case.run()[1] >= 0).any()
+    assert case.rest[1].isfinite().any(-1).tolist() == [False, True, False, False]
 
 
 def test_context_beyond_the_table_is_ignored() -> None:
@@ -281,13 +417,18 @@ def test_more_forced_chunks_than_columns_fill_the_columns() -> None:
     layout = generators.make_layout(1, 64)
     case = make_case("short", layout, blocks=(2,), budget=1, outliers=0)
     case.seq_lens = torch.tensor([10], dtype=torch.int32)  # all chunks are newer
-    assert case.run()[0, 0].tolist() == [*range(6)]
+    ids = case.run()
+    assert ids[0, 0].tolist() == [*range(6)]
+    case.check_rest(ids)  # the others are not forgotten
+    assert case.rest[1].isfinite().all()
 
 
 def test_no_columns_in_the_table() -> None:
     case = make_case("no columns", generators.make_layout(2, 64), blocks=(2, 1))
     case.block_table = case.block_table[:, :0]
     assert (case.run() == -1).all()
+    assert_bytes_equal(case.rest[0], torch.zeros_like(case.rest[0]))
+    assert (case.rest[1] == -torch.inf).all()
 
 
 def test_no_rows() -> None:
@@ -318,9 +459,15 @@ def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout, blocks=(3, 3))
     layout.view(case.pages, "landmarks")[..., 5] |= 1  # no product with zero
-    healthy = case.run()
+    healthy, healthy_rest = case.run(), case.rest
     case.query[0, 2, 5] = value
     actual = case.run()
+    case.check_rest(actual)
+    assert (case.rest[1][0, 2] == -torch.inf).all()
+    for one, other in zip(case.rest, healthy_rest, strict=True):
+        assert_bytes_equal(one[1], other[1])
+        assert_bytes_equal(one[0, 4:], other[0, 4:])
+        assert one[0].nan_to_num(neginf=0).isfinite().all()
     assert torch.equal(actual[1], healthy[1])
     assert torch.equal(actual[0, 1], healthy[0, 1]), "another KV head's group changed"
     ids = actual[0, 0][actual[0, 0] >= 0]
@@ -340,7 +487,10 @@ def test_bad_landmarks_stay_in_bounds() -> None:
         case = make_case("bad marks", layout, blocks=(3,))
         layout.view(case.pages, "landmark_scales")[case.block_table[0, 1], 0, 7] = value
         layout.view(case.pages, "outlier_cosines")[case.block_table[0, 1]] = value
-        ids = case.run()[0, 0]
+        chunk_ids = case.run()
+        case.check_rest(chunk_ids)
+        assert case.rest[1].isfinite().all()
+        ids = chunk_ids[0, 0]
         ids = ids[ids >= 0]
         assert torch.equal(ids, ids.unique())
         assert int(ids.max()) < 3 * layout.chunks
@@ -354,7 +504,8 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.select_chunks.default,
         (
             case.query, case.pages, case.block_table, case.exact_start, case.seq_lens, case.scale,
-            case.budget, case.layout.ints, torch.zeros(0), chunk_ids,
+            case.budget, case.layout.ints, torch.zeros(0), chunk_ids, torch.zeros(case.query.shape),
+            torch.zeros(case.query.shape[:2]),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
@@ -378,6 +529,7 @@ def test_opcheck() -> None:
         ("layout", lambda x: replace(x, head_size=72), r"layout: head_size must be 64, 80, 96, 128 or 256, got 72"),
         ("layout", lambda x: replace(x, dtype_index=3), r"layout: dtype_index must be 0, 1 or 2, got 3"),
         ("layout", lambda x: replace(x, landmarks=x.page_bytes), r"layout: landmarks must be \d+ bytes inside a page"),
+        ("layout", lambda x: replace(x, mean_values=-64), r"layout: mean_values must be \d+ bytes inside a page"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(name: str, change, message: str) -> None:
@@ -386,6 +538,23 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(RuntimeError, match=message.replace("DTYPE", generators.default_dtype_name())):
         case.run()
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ((torch.zeros(2, 8, 64).double(), torch.zeros(2, 8)), "rest_values: expected dtype Float, got Double"),
+        ((torch.zeros(2, 2, 64), torch.zeros(2, 8)), r"rest_values: expected shape \[2, 8, 64\], got \[2, 2, 64\]"),
+        ((torch.zeros(2, 8, 64), torch.zeros(8, 2).T), "rest_lse: expected contiguous memory"),
+    ],
+)
+def test_errors_name_the_rest(rest: tuple[Tensor, Tensor], message: str) -> None:
+    case = make_case("errors", generators.make_layout(2, 64), blocks=(2, 1))
+    arguments = case.query, case.pages, case.block_table, case.exact_start, case.seq_lens, case.scale, case.budget
+    ids = torch.zeros(2, 2, case.columns, dtype=torch.int32)
+    ops.select_chunks(*arguments, case.layout, ids, torch.zeros(2, 8, 64), torch.zeros(2, 8))  # the control
+    with pytest.raises(RuntimeError, match=message):
+        ops.select_chunks(*arguments, case.layout, ids, *rest)
 
 
 def test_what_the_cuda_kernel_refuses(kernel: str) -> None:
@@ -398,7 +567,7 @@ def test_what_the_cuda_kernel_refuses(kernel: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             replace(case, **changes).run(workspace=workspace)
 
-    row = 8 * case.block_table.shape[1] * (layout.chunks + 2)
+    row = case.block_table.shape[1] * (8 * (layout.chunks + 2) + 2 * layout.chunks)
     refused(rf"workspace: expected at least {row} values, those of one row, got {row - 1}", torch.zeros(row - 1))
     refused(r"workspace: expected dtype Float, got Double", torch.zeros(2 * row).double())
     refused(r"workspace: expected contiguous memory", torch.zeros(4 * row)[::2])

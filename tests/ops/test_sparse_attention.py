@@ -16,6 +16,10 @@ from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
 GROUPS = (1, 2, 3, 4, 7, 8, 16, 20)
 NAN = float("nan")
+ROWS = (
+    "query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "rest_values", "rest_lse", "output",
+    "lse",
+)  # fmt: skip
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Case:
     exact_table: Tensor
     exact_start: Tensor
     seq_lens: Tensor
+    rest_values: Tensor
+    rest_lse: Tensor
     scale: float
     layout: PageLayout
     output: Tensor
@@ -37,15 +43,14 @@ class Case:
     def run(self, function=ops.sparse_attention, **options) -> tuple[Tensor, Tensor]:
         function(
             self.query, self.slot_ids, self.slot_table, self.slot_pages, self.exact_keys, self.exact_values,
-            self.exact_table, self.exact_start, self.seq_lens, self.scale, self.layout, self.output, self.lse,
-            **options,
+            self.exact_table, self.exact_start, self.seq_lens, self.rest_values, self.rest_lse, self.scale, self.layout,
+            self.output, self.lse, **options,
         )  # fmt: skip
         return self.output, self.lse
 
     def rows(self, *rows: int) -> Case:
         """Some of the rows, with outputs of their own."""
-        names = ("query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")
-        return replace(self, **{name: getattr(self, name)[list(rows)].clone() for name in names})
+        return replace(self, **{name: getattr(self, name)[list(rows)].clone() for name in ROWS})
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """The reference in fp32: of the same inputs, not rounded to the dtype."""
@@ -73,8 +78,11 @@ class Case:
                     for in_slots, in_pages in zip(pages, (self.exact_keys, self.exact_values), strict=True)
                 )  # fmt: skip
                 heads = slice(head * group, (head + 1) * group)
-                weights = (self.scale * (self.query[row, heads].float() @ keys.T)).softmax(-1)
-                output[row, heads] = (weights.to(layout.dtype).float() @ values).to(layout.dtype)
+                logits = self.scale * (self.query[row, heads].float() @ keys.T)
+                weights = torch.cat((logits, self.rest_lse[row, heads, None]), -1).softmax(-1)
+                share = weights[:, -1:]
+                rest = torch.where(share > 0, share * self.rest_values[row, heads], 0)
+                output[row, heads] = (weights[:, :-1].to(layout.dtype).float() @ values + rest).to(layout.dtype)
         return output
 
     def check(self) -> tuple[Tensor, Tensor]:
@@ -118,9 +126,11 @@ def make_case(
     columns: int = 24,
     pages_per_row: int = 4,
     cuda_order: bool | None = None,
+    rest: bool = True,
 ) -> Case:
     """Rows with some slots and the exact tokens of `exact` (start, seq_len); everything else in the pages is NaN.
 
+    `rest`: every second row has one; the others' log-sum-exp is -inf, and their values are NaN.
     `cuda_order`: exact pages as on CUDA; default: as on the kernel's device.
     """
     generator = generators.make_generator(seed)
@@ -155,10 +165,14 @@ def make_case(
     cuda_order = tensor_cores() if cuda_order is None else cuda_order
     exact_keys, exact_values = in_cuda_order(layout, pages, slot_table) if cuda_order else layout.exact_views(pages)
     query = generators.randn(generator, rows, heads * group, layout.head_size, dtype=layout.dtype)
+    rest_values = generators.randn(generator, *query.shape)
+    rest_lse = generators.randn(generator, rows, heads * group) + 4
+    without = slice(1, None, 2) if rest else slice(None)
+    rest_values[without], rest_lse[without] = NAN, -torch.inf
     return Case(
         query, slot_ids, slot_table, pages, exact_keys, exact_values, exact_table,
         torch.tensor([start for start, _ in exact], dtype=torch.int32),
-        torch.tensor([end for _, end in exact], dtype=torch.int32),
+        torch.tensor([end for _, end in exact], dtype=torch.int32), rest_values, rest_lse,
         layout.head_size**-0.5, layout, torch.empty_like(query), torch.empty(rows, heads * group),
     )  # fmt: skip
 
@@ -209,7 +223,7 @@ def test_exact_key_pages() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_decode_agrees_with_sdpa(dtype: torch.dtype) -> None:
     layout = generators.make_layout(2, 128, dtype)
-    case = make_case(("sdpa", dtype), layout, slots=(0, 0), exact=((0, 1500), (0, 321)))
+    case = make_case(("sdpa", dtype), layout, slots=(0, 0), exact=((0, 1500), (0, 321)), rest=False)
     output, _ = case.check()
     for row, length in enumerate((1500, 321)):
         tokens = torch.arange(length)
@@ -221,6 +235,40 @@ def test_dense_decode_agrees_with_sdpa(dtype: torch.dtype) -> None:
         same = scaled_dot_product_attention(query, keys, values)[:, 0]
         exact = scaled_dot_product_attention(query.double(), keys.double(), values.double())[:, 0]
         assert_close(output[row], exact, same, what=f"row {row}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rest_is_merged_as_tokens_are(dtype: torch.dtype) -> None:
+    """Attention to the slots, handed in as the rest of a row without slots, gives what slots give."""
+    layout = generators.make_layout(2, 64, dtype)
+    case = make_case(("merge", dtype), layout, slots=(20, 11), exact=((256, 300), (0, 40)), rest=False)
+    slots = replace(case, seq_lens=torch.zeros_like(case.seq_lens))
+    values, lse = slots.reference()
+    merged = replace(case, slot_ids=torch.full_like(case.slot_ids, -1), rest_values=values, rest_lse=lse.clone())
+    actual, actual_lse = merged.check()
+    assert_close(actual, case.reference()[0], case.rounded_weights().float(), what="output")
+    assert_close(actual_lse, case.reference()[1], what="lse")
+
+
+@pytest.mark.parametrize("exact", [(0, 0), (0, 100)])
+def test_a_row_that_has_nothing_but_the_rest(exact: tuple[int, int]) -> None:
+    """No token, or none with weight: the output is the estimate."""
+    layout = generators.make_layout(2, 64)
+    case = make_case("only the rest", layout, slots=(0,), exact=(exact,))
+    case.query[:] = case.query.abs()
+    case.exact_keys[case.exact_table[0, :2].clamp(0, len(case.exact_keys) - 1).long()] = -torch.inf
+    output, lse = case.check()
+    assert_close(output, case.rest_values)
+    assert_close(lse, case.rest_lse)
+
+
+def test_a_rest_without_weight_changes_no_bit() -> None:
+    layout = generators.make_layout(2, 96, torch.float16)
+    case = make_case("no weight", layout, slots=(20, 7), exact=((256, 300), (0, 130)), rest=False)
+    expected = [x.clone() for x in case.check()]
+    case.rest_values[:], case.rest_lse[:] = 3.0, -1000.0
+    for actual, before in zip(case.run(), expected, strict=True):
+        assert_bytes_equal(actual, before)
 
 
 def test_large_logits_stay_finite() -> None:
@@ -276,8 +324,7 @@ def test_neither_threads_nor_the_batch_change_a_bit(rows: int) -> None:
     layout = generators.make_layout(1, 64, torch.bfloat16)
     case = make_case("batch", layout, slots=(20,) * 7, exact=((256, 2000),) * 7)
     whole = [x.clone() for x in case.check()]
-    part = {n: getattr(case, n)[:rows] for n in (
-        "query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")}  # fmt: skip
+    part = {n: getattr(case, n)[:rows] for n in ROWS}
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -356,7 +403,7 @@ def test_the_place_of_a_chunk_does_not_change_a_bit() -> None:
 
 def test_rows_without_anything_give_zeros() -> None:
     layout = generators.make_layout(2, 64, torch.bfloat16)
-    case = make_case("nothing", layout, slots=(0, 0, 0, 0, 3), exact=((0, 0), (256, 256), (300, 200), (0, 100), (0, 0)))
+    case = make_case("nothing", layout, slots=(0, 0, 0, 0, 3), exact=((0, 0), (256, 256), (300, 200), (0, 100), (0, 0)), rest=False)
     case.exact_table[3] = 0
     output, lse = case.check()
     assert_bytes_equal(output[:4], torch.zeros_like(output[:4]))
@@ -396,8 +443,7 @@ def test_tokens_beyond_the_table_are_skipped() -> None:
 
 def test_no_rows_no_columns() -> None:
     case = make_case("empty", generators.make_layout(2, 64))
-    names = ("query", "slot_ids", "slot_table", "exact_table", "exact_start", "seq_lens", "output", "lse")
-    replace(case, **{name: getattr(case, name)[:0] for name in names}).run()
+    replace(case, **{name: getattr(case, name)[:0] for name in ROWS}).run()
     replace(case, slot_ids=case.slot_ids[:, :, :0].contiguous()).check()
     replace(case, slot_table=case.slot_table[:, :0]).check()
     replace(case, exact_table=case.exact_table[:, :0]).check()
@@ -445,7 +491,7 @@ def test_nan_and_inf_go_where_the_reference_has_them(name: str, value: float) ->
 
 def test_logits_that_are_all_minus_infinity() -> None:
     layout = generators.make_layout(1, 64)
-    case = make_case("minus infinity", layout, group=2, slots=(0,), exact=((0, 70),))
+    case = make_case("minus infinity", layout, group=2, slots=(0,), exact=((0, 70),), rest=False)
     case.query[:] = case.query.abs()
     page = case.exact_table[0, : -(-70 // layout.exact_tokens)].long()
     case.exact_keys[page] = -torch.inf
@@ -456,7 +502,7 @@ def test_logits_that_are_all_minus_infinity() -> None:
 
 def test_stretches_of_minus_infinity_weigh_nothing() -> None:
     layout = generators.make_layout(1, 64)
-    case = make_case("stretches", layout, group=2, slots=(8,), exact=((0, 1300),))
+    case = make_case("stretches", layout, group=2, slots=(8,), exact=((0, 1300),), rest=False)
     case.query[:] = case.query.abs()
     case.exact_keys[case.exact_table[0, :9].long()] = -torch.inf  # all of the first split, a tile of the second
     output, lse = case.check()
@@ -472,8 +518,9 @@ def test_opcheck() -> None:
         torch.ops.shadowkv.sparse_attention.default,
         (
             case.query, case.slot_ids, case.slot_table, case.slot_pages, case.exact_keys, case.exact_values,
-            case.exact_table, case.exact_start, case.seq_lens, case.scale, case.layout.ints,
-            torch.zeros(0), torch.zeros_like(case.output), torch.zeros_like(case.lse),
+            case.exact_table, case.exact_start, case.seq_lens, torch.zeros_like(case.rest_values),
+            torch.zeros_like(case.rest_lse), case.scale, case.layout.ints, torch.zeros(0),
+            torch.zeros_like(case.output), torch.zeros_like(case.lse),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
@@ -495,6 +542,9 @@ def test_opcheck() -> None:
         ("exact_table", lambda t: t.float(), r"exact_table: expected dtype Int, got Float"),
         ("exact_start", lambda t: t[:, None], r"exact_start: expected 1 dimensions \[3\], got 2 dimensions \[3, 1\]"),
         ("seq_lens", lambda t: t.long(), r"seq_lens: expected dtype Int, got Long"),
+        ("rest_values", lambda t: t.half(), r"rest_values: expected dtype Float, got Half"),
+        ("rest_values", lambda t: t[:, :4].contiguous(), r"rest_values: expected shape \[3, 8, 64\], got \[3, 4, 64\]"),
+        ("rest_lse", lambda t: t.T.contiguous().T, r"rest_lse: expected contiguous memory, got strides \[1, 3\]"),
         ("output", lambda t: t.half(), r"output: expected dtype DTYPE, got Half"),
         ("output", lambda t: t[:, :4], r"output: expected shape \[3, 8, 64\], got \[3, 4, 64\]"),
         ("lse", lambda t: t.T.contiguous().T, r"lse: expected contiguous memory, got strides \[1, 3\]"),

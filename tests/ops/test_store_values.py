@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from generators import default_dtype_name, garbage_pages, make_generator, make_layout, randn
-from numeric import assert_bytes_equal
+from numeric import assert_bytes_equal, assert_close
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
@@ -54,13 +55,14 @@ def make_arguments(layout: PageLayout, block_ids: tuple[int, ...] = (3, 1)) -> A
         "block_ids": torch.tensor(block_ids, dtype=torch.int32),
         "exact_ids": exact_ids.int().view(n, pages_per_block),
         "exact_values": values,
+        "pages": garbage_pages(generator, 5, layout.page_bytes),
         "host_pool": garbage_pages(generator, 5, layout.value_row_bytes),
         "layout": layout,
     }
 
 
 def run(arguments: Arguments, function: Callable[..., None] = ops.store_values) -> Tensor:
-    """The host pool after a call."""
+    """The host pool after a call; `arguments["pages"]` are written."""
     guarded = torch.full((6, arguments["host_pool"].shape[1]), 0xA5, dtype=torch.uint8)
     host_pool = guarded[:5]
     host_pool.copy_(arguments["host_pool"])
@@ -89,23 +91,63 @@ def test_store_values(layout: PageLayout, storage: str) -> None:
     assert (actual != arguments["host_pool"]).any(1).tolist() == [False, True, False, True, False]
 
 
+@every_layout
+def test_mean_values(layout: PageLayout) -> None:
+    """Of the exact values, int8 or not; nothing else in the pages is written."""
+    arguments = make_arguments(layout)
+    before, pages = arguments["pages"].clone(), arguments["pages"]
+    run(arguments)
+    means = layout.view(pages, "mean_values")
+    for i, block in enumerate(arguments["block_ids"].tolist()):
+        values = arguments["exact_values"][arguments["exact_ids"][i].long()].transpose(0, 1).flatten(1, 2)
+        assert_close(means[block], values.double().mean(1), values.float().mean(1).to(layout.dtype))
+        layout.view(before, "mean_values")[block] = means[block]
+    assert_bytes_equal(pages, before)
+    oracle = arguments | {"pages": before}
+    run(oracle, reference.store_values)
+    assert_close(means[[1, 3]], layout.view(before, "mean_values")[[1, 3]].float())
+
+
+def test_a_mean_value_does_not_depend_on_the_other_blocks() -> None:
+    arguments = make_arguments(make_layout(2, 64, block_size=192))
+    run(arguments)
+    alone = arguments | {"pages": torch.zeros_like(arguments["pages"])}
+    alone |= {name: arguments[name][1:] for name in ("block_ids", "exact_ids")}
+    run(alone)
+    first, second = (arguments["layout"].view(x["pages"], "mean_values")[1] for x in (arguments, alone))
+    assert_bytes_equal(first, second)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_one_dimension_of_the_mean(value: float) -> None:
+    arguments = make_arguments(make_layout(2, 64, block_size=192))
+    arguments["exact_values"][int(arguments["exact_ids"][0, 1]), 1, 7, 5] = value
+    run(arguments)
+    finite = arguments["layout"].view(arguments["pages"], "mean_values")[[3, 1]].isfinite()
+    assert (~finite).nonzero().tolist() == [[0, 1, 5]]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:8], ids=layout_id)
 @pytest.mark.parametrize("bad", [-1, 0, 64, OUTSIDE, -(2**31)])
 @pytest.mark.parametrize("name", ["block_ids", "exact_ids"])
 def test_invalid_ids_skip_the_block(layout: PageLayout, bad: int, name: str) -> None:
     arguments = make_arguments(layout)
     arguments[name][(0, -1)[: arguments[name].dim()]] = bad
+    pages = arguments["pages"].clone()
     actual = run(arguments)
+    assert (arguments["pages"] != pages).any(1).tolist() == [False, True, False, False, False]
     assert_bytes_equal(actual, run(arguments, reference.store_values))
     assert (actual != arguments["host_pool"]).any(1).tolist() == [False, True, False, False, False]
 
 
-@pytest.mark.parametrize("number", ["pages", "rows"])
+@pytest.mark.parametrize("number", ["exact pages", "pages", "rows"])
 def test_first_id_outside(number: str) -> None:
     """The bounds are those of the tensor an id points into."""
     arguments = make_arguments(make_layout(1, 64, block_size=192))
-    if number == "pages":
+    if number == "exact pages":
         arguments["exact_ids"][0, 1] = len(arguments["exact_values"])
+    elif number == "pages":
+        arguments["pages"] = arguments["pages"][:3]
     else:
         arguments["block_ids"][0] = len(arguments["host_pool"])
     actual = run(arguments)
@@ -189,6 +231,9 @@ def test_opcheck() -> None:
         ("exact_values", lambda t: t.half(), "exact_values: expected dtype DTYPE, got Half"),
         ("exact_values", lambda t: t[:, :, :-1], r"exact_values: expected shape .* got \[10, 1, 47, 64\]"),
         ("exact_values", lambda t: t.repeat(1, 1, 1, 2)[..., ::2], "exact_values: expected stride 1"),
+        ("pages", lambda t: t.view(torch.int8), "pages: expected dtype Byte, got Char"),
+        ("pages", lambda t: t[:, 64:], "pages: expected shape"),
+        ("layout", lambda x: replace(x, mean_values=x.page_bytes - 64), r"layout: mean_values must be \d+ bytes inside a page"),
         ("host_pool", lambda t: t.view(torch.int8), "host_pool: expected dtype Byte, got Char"),
         ("host_pool", lambda t: t[:, 64:], "host_pool: expected shape"),
     ],

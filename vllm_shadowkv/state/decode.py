@@ -72,6 +72,8 @@ class DecodeWorkspace:
         self._slot_ids = torch.empty(shape, dtype=torch.int32, device=device)
         self._misses = torch.empty(shape, dtype=torch.int32, device=device)
         self._num_misses = torch.empty(shape[:2], dtype=torch.int32, device=device)
+        self._rest_values = torch.empty(max_rows, num_heads, layout.head_size, dtype=torch.float32, device=device)
+        self._rest_lse = torch.empty(max_rows, num_heads, dtype=torch.float32, device=device)
         self._lse = torch.empty(max_rows, num_heads, dtype=torch.float32, device=device)
         per_row = (
             ops.select_chunks_workspace(layout, 1, num_heads, max_blocks),
@@ -90,7 +92,7 @@ class DecodeWorkspace:
         output: Tensor,
         slot_counts: Tensor,
     ) -> None:
-        """Attention of one token per row over its selected chunks and its exact tokens.
+        """Attention of one token per row over its selected chunks, its exact tokens, and the rest as estimated.
 
         Args:
             memory: the layer.
@@ -107,7 +109,11 @@ class DecodeWorkspace:
         self.attend_tokens(memory, rows, query, scale, output)
 
     def select(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float) -> None:
-        """Picks every row's chunks; the first of the four parts of `attend`, with the same arguments."""
+        """Picks every row's chunks, and estimates attention to the rest.
+
+        The first of the four parts of `attend`, with the same arguments.
+        """
+        count = len(query)
         ops.select_chunks(
             query,
             memory.pages,
@@ -117,7 +123,9 @@ class DecodeWorkspace:
             scale,
             self.budget_chunks,
             memory.layout,
-            self._chunk_ids[: len(query)],
+            self._chunk_ids[:count],
+            self._rest_values[:count],
+            self._rest_lse[:count],
             self._scratch,
         )
 
@@ -157,7 +165,7 @@ class DecodeWorkspace:
         )
 
     def attend_tokens(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor) -> None:
-        """Attends to the picked chunks and the exact tokens."""
+        """Attends to the picked chunks and the exact tokens, and merges the rest."""
         count = len(query)
         exact_keys, exact_values = memory.exact_views
         ops.sparse_attention(
@@ -170,6 +178,8 @@ class DecodeWorkspace:
             rows.exact_table,
             rows.exact_start,
             rows.seq_lens,
+            self._rest_values[:count],
+            self._rest_lse[:count],
             scale,
             memory.layout,
             output,

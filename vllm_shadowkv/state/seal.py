@@ -45,4 +45,4 @@ def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_posit
     else:
         mean = coefficients = basis = torch.empty(0, device=keys.device)
     ops.pack_block(block_ids, keys, mean, coefficients, basis, memory.pages, layout)
-    ops.store_values(block_ids, exact_ids, exact_values, memory.host_pool, layout)
+    ops.store_values(block_ids, exact_ids, exact_values, memory.pages, memory.host_pool, layout)

@@ -1,4 +1,4 @@
-// Scores the landmarks of one row and KV head and picks its chunks, in two passes.
+// Scores the landmarks of one row and KV head, picks its chunks, and attends to the rest as a whole.
 //
 // Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
 // query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query
@@ -8,12 +8,16 @@
 // block, writes `columns` ids. Groups of scores have maxima, and the k-th best of these is a bound
 // that the k-th best score reaches: only the few scores above it are sorted. One more pass then
 // emits ids in ascending order.
+// Rest: the softmax of the pick has left every chunk's weight. Those of the picked chunks become 0,
+// so what is summed is the rest itself, and no difference of large sums. Reads the mean value of
+// each block.
 #include "cpu/kernels/select_chunks.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/numeric.h"
 
 namespace shadowkv::SHADOWKV_ISA {
@@ -116,15 +120,38 @@ SHADOWKV_INLINE UintV ordered(FloatV x) {
 }
 SHADOWKV_INLINE uint32_t ordered(float x) { return ordered(splat(x))[0]; }
 
-// log(sum(exp(x))) of `size` values, a multiple of kLanes.
-float log_sum_exp(const float* x, int64_t size) {
+struct Softmax {
+  float log_sum;  // log(sum(exp(x)))
+  float top;      // the largest finite x; -infinity where there is none
+};
+
+// Of `size` values, a multiple of kLanes. Writes weights: exp(x - top), 0 for an x that is not
+// finite.
+Softmax softmax(const float* x, int64_t size, float* weights) {
   FloatV largest = splat(-kInfinity);
   for (int64_t i = 0; i < size; i += kLanes) largest = max_or_nan(largest, load(x + i));
   const float top = max_or_nan(largest);
-  if (std::isinf(top)) return top;
-  FloatV total{};
-  for (int64_t i = 0; i < size; i += kLanes) total += exp_negative(load(x + i) - top);
-  return top + std::log(sum(total));
+  if (std::isfinite(top)) {
+    FloatV total{};
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const FloatV weight = exp_negative(load(x + i) - top);
+      store(weights + i, weight);
+      total += weight;
+    }
+    return {top + std::log(sum(total)), top};
+  }
+  const auto finite = [&](int64_t i) SHADOWKV_INLINE_LAMBDA {
+    const FloatV y = load(x + i);
+    return y < kInfinity ? y : splat(-kInfinity);  // NaN too
+  };
+  largest = splat(-kInfinity);
+  for (int64_t i = 0; i < size; i += kLanes) largest = max_or_nan(largest, finite(i));
+  const float base = max_or_nan(largest);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const FloatV y = finite(i);
+    store(weights + i, y > -kInfinity ? exp_negative(y - base) : FloatV{});
+  }
+  return {top, base};
 }
 
 // Forces the outliers with the lowest cosines that are neither unusable nor forced already, as many
@@ -189,6 +216,53 @@ SHADOWKV_INLINE void for_each_from(const uint32_t* keys, int64_t size, uint32_t 
     for (uint32_t bits = lanes_from(keys + i, bound); bits != 0; bits &= bits - 1) {
       if (!function(i + __builtin_ctz(bits))) return;
     }
+  }
+}
+
+// Attention to the rest of a row and KV head. `weights`: [group, stride], 0 for every other chunk.
+template <typename T, int kHeadSize>
+void attend_rest(const SelectChunksParams& p, int64_t row, int64_t head, int64_t num_blocks,
+                 const float* weights, int64_t stride, const Softmax* softmaxes) {
+  constexpr int64_t kAhead = 4;  // mean values lie in scattered pages
+  const int64_t chunks = p.layout.chunks();
+  const int64_t padded = (num_blocks + kLanes - 1) / kLanes * kLanes;
+  thread_local std::vector<float> sums;  // of the weights in each block, [group, padded]
+  sums.resize(p.group * padded);
+  for (int64_t g = 0; g < p.group; ++g) {
+    for (int64_t first = 0; first < num_blocks; first += kLanes) {
+      FloatV lanes[kLanes] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, num_blocks - first); ++i) {
+        const float* of_block = weights + g * stride + (first + i) * chunks;
+        int64_t c = 0;
+        for (; c + kLanes <= chunks; c += kLanes) lanes[i] += load(of_block + c);
+        for (; c < chunks; ++c) lanes[i][0] += of_block[c];
+      }
+      store(sums.data() + g * padded + first, sum_each(lanes));
+    }
+  }
+  const auto mean_of = [&](int64_t i) {
+    return section<T>(p, block_at(p, row, i), p.layout.mean_values, head * kHeadSize);
+  };
+  const int64_t first_head = (row * p.layout.num_kv_heads + head) * p.group;
+  for (int64_t g = 0; g < p.group; ++g) {
+    FloatV values[kHeadSize / kLanes] = {};
+    float total = 0;
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      if (g == 0 && i + kAhead < num_blocks) {
+        const auto* next = reinterpret_cast<const uint8_t*>(mean_of(i + kAhead));
+        for (size_t j = 0; j < kHeadSize * sizeof(T); j += 64) __builtin_prefetch(next + j);
+      }
+      const float weight = sums[g * padded + i];
+      if (weight == 0.0f) continue;  // an invalid block, too
+      total += weight;
+      const T* mean = mean_of(i);
+      for (int d = 0; d < kHeadSize / kLanes; ++d) values[d] += weight * load(mean + d * kLanes);
+    }
+    const float inverse = total > 0 ? 1.0f / total : 0.0f;
+    float* out = p.rest_values + (first_head + g) * kHeadSize;
+    for (int d = 0; d < kHeadSize / kLanes; ++d) store(out + d * kLanes, values[d] * inverse);
+    const float tokens = total * static_cast<float>(p.layout.chunk_size);
+    p.rest_lse[first_head + g] = total > 0 ? softmaxes[g].top + std::log(tokens) : -kInfinity;
   }
 }
 
@@ -284,21 +358,22 @@ void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, 
   const int64_t num_blocks = select_num_blocks(p, row);
   const int64_t chunks = p.layout.chunks(), count = num_blocks * chunks;
   const int64_t stride = logits_stride(p, num_blocks);
-  if (count == 0) return;
 
   thread_local std::vector<uint32_t> key_memory;
   key_memory.resize(stride);
   uint32_t* keys = key_memory.data();
-  thread_local std::vector<float> sums;  // log-sum-exp of each query head
-  sums.resize(p.group);
+  thread_local std::vector<float> weights;
+  weights.resize(p.group * stride);
+  thread_local std::vector<Softmax> softmaxes;  // of each query head
+  softmaxes.resize(p.group);
   for (int64_t g = 0; g < p.group; ++g) {
     std::fill(logits + g * stride + count, logits + (g + 1) * stride, -kInfinity);
-    sums[g] = log_sum_exp(logits + g * stride, stride);
+    softmaxes[g] = softmax(logits + g * stride, stride, weights.data() + g * stride);
   }
   for (int64_t i = 0; i < stride; i += kLanes) {
-    FloatV score = load(logits + i) - sums[0];
+    FloatV score = load(logits + i) - softmaxes[0].log_sum;
     for (int64_t g = 1; g < p.group; ++g) {
-      score = max_or_nan(score, load(logits + g * stride + i) - sums[g]);
+      score = max_or_nan(score, load(logits + g * stride + i) - softmaxes[g].log_sum);
     }
     const UintV key = ordered(score);
     std::memcpy(keys + i, &key, sizeof key);
@@ -328,6 +403,13 @@ void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, 
     if (keys[id] == threshold.key && equals-- <= 0) return true;
     ids[written++] = static_cast<int32_t>(id);
     return written < p.columns;
+  });
+
+  for (int64_t g = 0; g < p.group; ++g) {
+    for (int64_t i = 0; i < written; ++i) weights[g * stride + ids[i]] = 0.0f;
+  }
+  dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
+    attend_rest<T, kHeadSize>(p, row, head, num_blocks, weights.data(), stride, softmaxes.data());
   });
 }
 

@@ -16,7 +16,7 @@ SHADOWKV_DECLARE_KERNEL(void select_logits_kernel(const SelectChunksParams& p, i
                                                   int64_t head, int64_t begin, int64_t end,
                                                   float* logits))
 
-// Picks the chunks of one row and KV head from its logits, which it overwrites.
+// Picks the chunks of one row and KV head from its logits, and attends to the rest.
 SHADOWKV_DECLARE_KERNEL(void select_pick_kernel(const SelectChunksParams& p, int64_t row,
                                                 int64_t head, float* logits))
 

@@ -8,7 +8,8 @@
 // copied to fp32 rows.
 //
 // A partial result, in floats: the largest logit of each query head; the sum of exp(logit -
-// largest); the number of tokens; the sum of exp(logit - largest) * value, group * head_size.
+// largest); the number of tokens; the sum of exp(logit - largest) * value, group * head_size. The
+// rest, which select_chunks has estimated, is merged as one more.
 #include "cpu/kernels/sparse_attention.h"
 
 #include <algorithm>
@@ -321,7 +322,10 @@ void attention_merge_kernel(const SparseAttentionParams& p, int64_t row, int64_t
   thread_local std::vector<float> merged;
   merged.resize(size);
   for (int64_t g = 0; g < p.group; ++g) {
-    float largest = -kInfinity, total = 0, tokens = 0;
+    const int64_t query_head = head * p.group + g;
+    const int64_t result = row * p.layout.num_kv_heads * p.group + query_head;
+    const float rest = p.rest_lse[result];  // -inf: there is none
+    float largest = rest, total = 0, tokens = rest != -kInfinity;
     for (int64_t i = 0; i < splits; ++i) {
       if (*partial(i).tokens == 0) continue;
       largest = max_or_nan(largest, partial(i).largest[g]);
@@ -337,11 +341,15 @@ void attention_merge_kernel(const SparseAttentionParams& p, int64_t row, int64_t
       const float* values = part.values + g * size;
       for (int64_t d = 0; d < size; ++d) merged[d] += weight * values[d];
     }
+    if (rest != -kInfinity) {
+      const float weight = rest == largest ? 1.0f : std::exp(rest - largest);
+      total += weight;
+      const float* values = p.rest_values + result * size;
+      for (int64_t d = 0; d < size; ++d) merged[d] += weight * values[d];
+    }
     // Logits that are all -inf give 0 / 0, as a softmax does; no token at all gives 0.
     const float inverse = tokens > 0 ? 1.0f / total : 0.0f;
-    const int64_t query_head = head * p.group + g;
-    p.lse[row * p.layout.num_kv_heads * p.group + query_head] =
-        std::isinf(largest) ? largest : largest + std::log(total);
+    p.lse[result] = std::isinf(largest) ? largest : largest + std::log(total);
     dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
       T* out =
           static_cast<T*>(p.output) + row * p.output_row_stride + query_head * p.output_head_stride;

@@ -17,7 +17,7 @@ SHADOWKV_DECLARE_KERNEL(int64_t attention_partial_size(const SparseAttentionPara
 SHADOWKV_DECLARE_KERNEL(void attention_split_kernel(const SparseAttentionParams& p, int64_t row,
                                                     int64_t head, int64_t split, float* partial))
 
-// Writes output and lse of a row and KV head from its splits' partial results.
+// Writes output and lse of a row and KV head from its splits' partial results and its rest.
 SHADOWKV_DECLARE_KERNEL(void attention_merge_kernel(const SparseAttentionParams& p, int64_t row,
                                                     int64_t head, const float* partials))
 

@@ -1,5 +1,6 @@
 // An item is one head of one block: block_size * head_size values read from its exact pages and
-// written to one run of records in the host pool, as they are or as int8 with a scale per token.
+// written to one run of records in the host pool, as they are or as int8 with a scale per token;
+// their mean, summed in fp32 in the order of the tokens, goes to the shadow page.
 #include "cpu/kernels/store_values.h"
 
 #include <algorithm>
@@ -38,6 +39,15 @@ void store_page(const StoreValuesParams& p, const T* values, uint8_t* records) {
   }
 }
 
+// Adds a page's values to their sums, token by token.
+template <typename T, int kHeadSize>
+void add_page(const StoreValuesParams& p, const T* values, float* sums) {
+  for (int64_t t = 0; t < p.layout.exact_tokens; ++t) {
+    const T* row = values + t * p.token_stride;
+    for (int d = 0; d < kHeadSize; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+  }
+}
+
 template <typename T, int kHeadSize>
 void store_values(const StoreValuesParams& p, int64_t begin, int64_t end) {
   const PageLayout& layout = p.layout;
@@ -55,12 +65,18 @@ void store_values(const StoreValuesParams& p, int64_t begin, int64_t end) {
     if (!usable) continue;
     uint8_t* records = p.host_pool + block * p.host_pool_stride +
                        head * layout.chunks() * layout.value_record_bytes;
+    alignas(64) float sums[kHeadSize] = {};
     for (int64_t page = 0; page < pages; ++page) {
       const T* values = static_cast<const T*>(p.exact_values) + exact_ids[page] * p.exact_stride +
                         head * p.head_stride;
       store_page<T, kHeadSize>(p, values,
                                records + page * page_records * layout.value_record_bytes);
+      add_page<T, kHeadSize>(p, values, sums);
     }
+    T* mean = reinterpret_cast<T*>(p.pages + block * p.page_stride + layout.mean_values) +
+              head * kHeadSize;
+    const float share = 1.0f / static_cast<float>(layout.block_size);
+    for (int d = 0; d < kHeadSize; d += kLanes) store(mean + d, load(sums + d) * share);
   }
 }
 

@@ -17,9 +17,10 @@ constexpr int kTile = 8;       // its columns
 struct SelectPass {
   SelectChunksParams p;
   int64_t first_row;
-  float* logits;  // [rows, query heads, table_width * chunks]
-  float* tops;    // [rows, query heads, table_width]: SoftmaxPart
-  float* sums;    // the same
+  float* logits;   // [rows, query heads, table_width * chunks]
+  float* tops;     // [rows, query heads, table_width]: SoftmaxPart
+  float* sums;     // the same
+  uint32_t* keys;  // [rows, KV heads, table_width * chunks]
   int chunks;
   int group;
   bool cache_outliers;  // in shared memory
