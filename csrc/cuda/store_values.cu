@@ -1,7 +1,7 @@
-// Store: a warp copies the values of one token of one KV head, 16 bytes a lane, straight into mapped
-// host memory. The link bounds it.
-// Mean: a CTA per block and KV head reads its values once more, 16 bytes a thread, and writes their
-// mean to the shadow page. Sums are fp32 and in one order.
+// Store: a warp copies the values of one token of one KV head, 16 bytes a lane, straight into
+// mapped host memory. The link bounds it. Mean: a CTA per block and KV head reads its values once
+// more, 16 bytes a thread, and writes their mean to the shadow page. Sums are fp32 and in one
+// order.
 #include "arguments/store_values.h"
 
 #include "cuda/include/dispatch.cuh"

@@ -1,8 +1,7 @@
-"""select_chunks against the reference: forced chunks exactly, scored ones up to near ties; the rest of what it chose."""
+"""select_chunks against the reference: forced chunks exactly, scored ones up to near ties, the rest of what it took."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 import generators

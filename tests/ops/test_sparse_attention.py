@@ -403,7 +403,9 @@ def test_the_place_of_a_chunk_does_not_change_a_bit() -> None:
 
 def test_rows_without_anything_give_zeros() -> None:
     layout = generators.make_layout(2, 64, torch.bfloat16)
-    case = make_case("nothing", layout, slots=(0, 0, 0, 0, 3), exact=((0, 0), (256, 256), (300, 200), (0, 100), (0, 0)), rest=False)
+    case = make_case(
+        "nothing", layout, slots=(0, 0, 0, 0, 3), exact=((0, 0), (256, 256), (300, 200), (0, 100), (0, 0)), rest=False
+    )
     case.exact_table[3] = 0
     output, lse = case.check()
     assert_bytes_equal(output[:4], torch.zeros_like(output[:4]))

@@ -233,7 +233,11 @@ def test_opcheck() -> None:
         ("exact_values", lambda t: t.repeat(1, 1, 1, 2)[..., ::2], "exact_values: expected stride 1"),
         ("pages", lambda t: t.view(torch.int8), "pages: expected dtype Byte, got Char"),
         ("pages", lambda t: t[:, 64:], "pages: expected shape"),
-        ("layout", lambda x: replace(x, mean_values=x.page_bytes - 64), r"layout: mean_values must be \d+ bytes inside a page"),
+        (
+            "layout",
+            lambda x: replace(x, mean_values=x.page_bytes - 64),
+            r"layout: mean_values must be \d+ bytes inside a page",
+        ),
         ("host_pool", lambda t: t.view(torch.int8), "host_pool: expected dtype Byte, got Char"),
         ("host_pool", lambda t: t[:, 64:], "host_pool: expected shape"),
     ],

@@ -1,4 +1,5 @@
-// Scores the landmarks of one row and KV head, picks its chunks, and attends to the rest as a whole.
+// Scores the landmarks of one row and KV head, picks its chunks, and attends to the rest as a
+// whole.
 //
 // Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
 // query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query

@@ -1,6 +1,6 @@
 // The last launch of select_chunks: attention of a query head to the rest of its row, the chunks
-// that are usable and were not picked. A chunk's landmark is its key, the mean of its block's values
-// its value, and it counts as chunk_size tokens.
+// that are usable and were not picked. A chunk's landmark is its key, the mean of its block's
+// values its value, and it counts as chunk_size tokens.
 #pragma once
 
 #include "cuda/include/select_logits.cuh"
