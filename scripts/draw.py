@@ -79,6 +79,7 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, int, int]]:
         "landmark_scales": "landmark scales",
         "outlier_ids": "outlier ids",
         "outlier_cosines": "their cosines",
+        "mean_values": "mean values",
     }
     return _between(layout, names, end=layout.page_bytes)
 
@@ -117,10 +118,10 @@ def draw_life() -> Any:
     boxes = {
         "open": _box(axes, 0.3, 2.4, EXACT, "exact pages", "a token's K and V,\nopen until its block\nis complete"),
         "sealed": _box(
-            axes, 3.1, 2.4, SHADOW, "shadow page", "landmarks, low-rank\nfactors, outliers\nof 1,024 tokens"
+            axes, 3.1, 2.4, SHADOW, "shadow page", "landmarks, low-rank\nfactors, outliers,\nmean of 1,024 values"
         ),
         "slots": _box(axes, 5.9, 2.4, SLOTS, "slots", "rebuilt K, fetched V\nof selected chunks,\nkept between steps"),
-        "attend": _box(axes, 8.7, 2.4, "#ffffff", "attention", "over slots and\nopen tokens, exactly"),
+        "attend": _box(axes, 8.7, 2.4, "#ffffff", "attention", "slots, open tokens:\nexactly; the rest:\nestimated"),
         "pool": _box(axes, 3.1, 0.25, HOST, "host pool", "values of 1,024 tokens", height=0.75),
     }
     _arrow(axes, boxes["open"]["right"], boxes["sealed"]["left"], "seal")

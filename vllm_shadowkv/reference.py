@@ -238,8 +238,7 @@ def select_chunks(
             chosen = torch.cat((ids[forced], best)).sort().values[: chunk_ids.shape[2]]
             chunk_ids[row, head, : len(chosen)] = chosen.int()
             # The rest: a chunk counts as chunk_size tokens with its landmark as key, its block's mean as value.
-            usable_rest = usable.clone()
-            usable_rest[chosen] = False
+            usable_rest = usable.index_fill(0, chosen, False)
             means = mean_values[blocks, head].float().repeat_interleave(layout.chunks, 0)
             for member, of_head in enumerate(logits, head * group):
                 left = usable_rest & of_head.isfinite()
@@ -396,7 +395,6 @@ def sparse_attention(
             rest = rest_lse[row, heads]
             lse[row, heads] = logits.logsumexp(-1).logaddexp(rest)
             attended = (logits - lse[row, heads, None]).exp() @ values.float()
-            there = rest > -torch.inf
-            share = (rest[there] - lse[row, heads][there]).exp()
-            attended[there] += share[:, None] * rest_values[row, heads][there]
+            estimated = (rest - lse[row, heads]).exp()[:, None] * rest_values[row, heads]
+            attended += estimated.where(rest[:, None] > -torch.inf, 0)
             output[row, heads] = attended.to(output.dtype)

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) store_values_kernel(const StoreValue
 
 // grid: KV heads, blocks.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kThreads) mean_values_kernel(const StoreValuesParams p) {
+__global__ void __launch_bounds__(kThreads, 4) mean_values_kernel(const StoreValuesParams p) {
   constexpr int kValues = sizeof(uint4) / sizeof(T), kVectors = kHeadSize / kValues;
   constexpr int kTokens = kThreads / kVectors;  // at a time
   __shared__ float shared_sums[kTokens][kHeadSize];

@@ -11,12 +11,12 @@ namespace shadowkv::cuda {
 constexpr int kRestWarps = 8;
 constexpr int kRestThreads = kRestWarps * kWarp;
 
-// The key of a chunk of an invalid block; when all is picked, also of a picked one.
+// The key of a chunk of an invalid block; the pick gives it to what it has picked, too.
 constexpr uint32_t kUnusable = 0;
 
 // grid: rows, query heads.
 template <typename T, int kHeadSize>
-__global__ void __launch_bounds__(kRestThreads) rest_kernel(const SelectPass pass) {
+__global__ void __launch_bounds__(kRestThreads, 4) rest_kernel(const SelectPass pass) {
   constexpr int kMost = (kHeadSize + kWarp - 1) / kWarp;  // of the dimensions, per lane
   __shared__ float shared_values[kRestWarps][kHeadSize];
   __shared__ SoftmaxPart shared_parts[kRestWarps];
