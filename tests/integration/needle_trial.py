@@ -59,7 +59,7 @@ def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str
 
 
 def random_selection(runtime: Any) -> None:
-    """Plants an error: chunks are picked at random instead of by score."""
+    """Plants an error: chunks are picked, and the rest is weighed, at random instead of by score."""
     from vllm_shadowkv import ops
 
     select = ops.select_chunks
