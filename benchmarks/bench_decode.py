@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.baselines import cpu_baselines, cuda_baselines
 from benchmarks.machine import machine
-from benchmarks.workload import SHAPES, Workload
+from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv.integration.metadata import DenseBatch
 
 DTYPE = torch.bfloat16
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.0, 0.6, 0.85, 1.0])
+    parser.add_argument("--hit-rates", type=hit_rate, nargs="+", default=[0.0, 0.6, 0.85, 1.0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on the CPU")
     parser.add_argument("--seconds", type=float, default=2.0, help="at least, per size and hit rate")
     parser.add_argument("--json", type=Path, help="where the records go")

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vllm_shadowkv
-from benchmarks.workload import SHAPES, Workload
+from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv import ops
 
 OPEN_TOKENS = 512
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--hit-rates", type=float, nargs="+", default=[0.0, 0.6, 0.85])
+    parser.add_argument("--hit-rates", type=hit_rate, nargs="+", default=[0.0, 0.6, 0.85])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="on the CPU")
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument(

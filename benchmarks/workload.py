@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 import torch
 from torch import Tensor
 
@@ -113,6 +115,14 @@ class Workload:
         forgotten = ((1 - rate) * (order < 2).sum(-1, keepdim=True)).round()
         keep = (ranks >= forgotten).unflatten(-1, per_request.shape[1::2]).transpose(1, 2)
         tags[pages] = per_request * keep
+
+
+def hit_rate(text: str) -> float:
+    """A share of chunks on a command line."""
+    rate = float(text)
+    if not 0 <= rate <= 1:
+        raise ArgumentTypeError(f"a hit rate is a share from 0 to 1, got {text}")
+    return rate
 
 
 def normal(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
