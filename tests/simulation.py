@@ -421,10 +421,11 @@ class Worker:
         assert counts.sealed_prefills == self.prefilled_over_sealed
         assert counts.sealed_blocks == self.sealed
         if not counts.wants_used_blocks:  # it has read the block tables
+            # A block that is still to be computed may have the same bytes from a life before.
             held = {
                 block
                 for row in rows
-                for number, block in enumerate(row.blocks[0])
+                for number, block in enumerate(row.blocks[0][: row.computed // size])
                 if self.content[block] == ("shadow", row.marks[number * size : (number + 1) * size])
             }
             assert counts.used_blocks == len(held)

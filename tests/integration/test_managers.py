@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulation import Engine, exact_boundary
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -372,6 +372,7 @@ def storm(seed: int, **options: object) -> Engine:
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**32))
+@example(seed=365441)  # a block that is still to be computed has its right bytes, from a life before
 def test_storms(seed: int) -> None:
     storm(seed)
 
