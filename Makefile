@@ -1,4 +1,4 @@
-# CI runs `make test` and `make cuda-check`. Everything lives in .venv, which scripts/install.py sets up.
+# CI runs `make test`, `make cuda-check`, `make sanitize` and `make soak`. Everything lives in .venv, which scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
