@@ -1,4 +1,4 @@
-# CI runs `make test`, `make cuda-check`, `make sanitize` and `make soak`. Everything lives in .venv, which scripts/install.py sets up.
+# CI runs test, cuda-check, sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
@@ -59,8 +59,9 @@ gpu-test: install
 gpu-bench: install
 	$(BIN)/python scripts/gpu.py bench
 
+DEMO_FLAGS ?=
 demo: install
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info htmlcov coverage.xml .coverage .coverage.*
