@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,9 +31,9 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.benchmark_throughput import BACKENDS, reason
 from benchmarks.machine import machine
 from benchmarks.server import Server, ServerError
+from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench
 
 OWN_TOKENS = 16
 """Of a prompt, beyond what all share."""
@@ -55,24 +54,18 @@ def bench(server: Server, model: str, prompts: list[str], output_len: int) -> di
     """`vllm bench serve` of prompts that are asked together; returns its results.
 
     Raises:
-        ServerError: it failed.
+        BenchError: it failed.
     """
-    vllm = Path(sys.executable).with_name("vllm")
     with tempfile.TemporaryDirectory() as directory:
-        dataset, result = Path(directory) / "prompts.jsonl", Path(directory) / "result.json"
+        dataset = Path(directory) / "prompts.jsonl"
         dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        command = [str(vllm), "bench", "serve", "--model", model, "--base-url", server.url, "--disable-tqdm"]
-        command += ["--dataset-name", "custom", "--dataset-path", str(dataset), "--skip-chat-template"]
-        command += ["--disable-shuffle", "--custom-output-len", str(output_len), "--num-prompts", str(len(prompts))]
-        command += ["--ignore-eos", "--save-result", "--result-dir", directory, "--result-filename", result.name]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if finished.returncode or not result.exists():
-            raise ServerError(f"vllm bench serve failed: {finished.stdout[-3000:]}")
-        numbers: dict[str, float] = json.loads(result.read_text())
+        arguments = ["--model", model, "--base-url", server.url, "--disable-tqdm"]
+        arguments += ["--dataset-name", "custom", "--dataset-path", str(dataset), "--skip-chat-template"]
+        arguments += ["--disable-shuffle", "--custom-output-len", str(output_len), "--num-prompts", str(len(prompts))]
+        arguments += ["--ignore-eos", "--save-result"]
+        numbers, printed = vllm_bench("serve", arguments, to="--result-filename")
     if numbers["completed"] != len(prompts):
-        raise ServerError(
-            f"{numbers['completed']:.0f} of {len(prompts)} requests were answered:\n{finished.stdout[-2000:]}"
-        )
+        raise BenchError(f"{numbers['completed']:.0f} of {len(prompts)} requests were answered:\n{printed[-2000:]}")
     return numbers
 
 
@@ -82,7 +75,8 @@ def measure(
     """All batches at one length, on a server of their own.
 
     Raises:
-        ServerError: the server or the benchmark failed.
+        BenchError: the benchmark failed.
+        ServerError: the server failed.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     random = Random(0)
@@ -110,20 +104,13 @@ def latency(model: str, backend: str, input_len: int, output_len: int, batch: in
     """Median seconds of a whole batch by `vllm bench latency`, which leaves the prefix cache off.
 
     Raises:
-        ServerError: it failed.
+        BenchError: it failed.
     """
-    vllm = Path(sys.executable).with_name("vllm")
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        command = [str(vllm), "bench", "latency", "--model", model, "--input-len", str(input_len)]
-        command += ["--output-len", str(output_len), "--batch-size", str(batch), "--output-json", str(result)]
-        command += ["--num-iters-warmup", "1", "--num-iters", "3", "--max-model-len", str(input_len + output_len + 64)]
-        finished = subprocess.run(
-            [*command, *BACKENDS[backend], *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if finished.returncode or not result.exists():
-            raise ServerError(f"vllm bench latency failed:\n{reason(finished.stdout)}")
-        return statistics.median(json.loads(result.read_text())["latencies"])
+    arguments = ["--model", model, "--input-len", str(input_len), "--output-len", str(output_len)]
+    arguments += ["--batch-size", str(batch), "--num-iters-warmup", "1", "--num-iters", "3"]
+    arguments += ["--max-model-len", str(input_len + output_len + 64)]
+    numbers, _ = vllm_bench("latency", [*arguments, *BACKENDS[backend], *extra])
+    return statistics.median(numbers["latencies"])
 
 
 def measure_offline(
@@ -181,11 +168,13 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["stock", "shadowkv"])
     parser.add_argument("--input-lens", type=int, nargs="+", required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--output-len", type=int, default=64, help="at least 2")
+    parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--offline", action="store_true", help="by `vllm bench latency`, without a server")
     parser.add_argument("--json", type=Path, help="where the records go")
     parser.add_argument("--plot", type=Path, help="where a plot goes (.png)")
     arguments = parser.parse_args(own)
+    if arguments.offline and arguments.output_len < 2:
+        parser.error(f"--offline needs an --output-len of at least 2, got {arguments.output_len}")
     console = Console()
     records: list[Record] = []
     way = measure_offline if arguments.offline else measure
@@ -196,7 +185,7 @@ def main() -> int:
             progress.update(task, description=f"{backend}, {length:,} tokens")
             try:
                 records += way(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
-            except ServerError as error:
+            except (BenchError, ServerError) as error:
                 console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
                 return 1
             progress.advance(task)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -25,16 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.machine import machine
-
-BACKENDS = {
-    "stock": [],
-    "stock-fp8": ["--kv-cache-dtype", "fp8"],
-    "shadowkv": ["--attention-backend", "shadowkv"],
-    "shadowkv-int8": [
-        *("--attention-backend", "shadowkv"),
-        *("--additional-config", '{"shadowkv": {"value_dtype": "int8"}}'),
-    ],
-}
+from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench
 
 
 @dataclass(frozen=True)
@@ -51,35 +40,18 @@ class Record:
     most_requests: float | None
 
 
-class RunError(Exception):
-    """`vllm bench throughput` failed; the message ends with the end of its output."""
-
-
-def reason(output: str) -> str:
-    """Why a run of vLLM failed: what its processes raised, for the output ends with that they are gone."""
-    lines = output.splitlines()
-    return "\n".join([line for line in lines if re.search(r" ERROR .*(Error|Exception): ", line)] or lines[-30:])
-
-
 def run(model: str, backend: str, input_len: int, output_len: int, num_prompts: int, extra: list[str]) -> Record:
     """Runs one backend at one length.
 
     Raises:
-        RunError: it failed.
+        BenchError: it failed.
     """
-    vllm = Path(sys.executable).with_name("vllm")
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory) / "result.json"
-        command = [str(vllm), "bench", "throughput", "--model", model, "--dataset-name", "random"]
-        command += ["--random-input-len", str(input_len), "--random-output-len", str(output_len)]
-        command += ["--num-prompts", str(num_prompts), "--max-model-len", str(input_len + output_len + 64)]
-        command += ["--output-json", str(result), *BACKENDS[backend], *extra]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if finished.returncode or not result.exists():
-            raise RunError(f"{backend}, {input_len} tokens:\n{reason(finished.stdout)}")
-        numbers = json.loads(result.read_text())
-    cache = re.search(r"KV cache size: ([\d,]+) tokens", finished.stdout)
-    requests = re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", finished.stdout)
+    arguments = ["--model", model, "--dataset-name", "random"]
+    arguments += ["--random-input-len", str(input_len), "--random-output-len", str(output_len)]
+    arguments += ["--num-prompts", str(num_prompts), "--max-model-len", str(input_len + output_len + 64)]
+    numbers, printed = vllm_bench("throughput", [*arguments, *BACKENDS[backend], *extra])
+    cache = re.search(r"KV cache size: ([\d,]+) tokens", printed)
+    requests = re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", printed)
     seconds = numbers["elapsed_time"]
     return Record(
         backend=backend,
@@ -116,8 +88,8 @@ def main() -> int:
             progress.update(task, description=f"{backend}, {num_prompts} of {length:,} tokens")
             try:
                 records.append(run(arguments.model, backend, length, arguments.output_len, num_prompts, extra))
-            except RunError as error:
-                console.print(str(error), style="red", markup=False)
+            except BenchError as error:
+                console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
                 return 1
             progress.advance(task)
     _print(console, records)
