@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         *(f"{OURS}.{part}" for part in ("cli", "config", "extension", "page", "state", "versions")),
     },
     "integration": {
-        *("torch", "vllm"),
+        *("torch", "vllm", "xformers"),
         *(
             f"{OURS}.{part}"
             for part in ("config", "extension", "metrics", "ops", "page", "plugin", "rotary", "state", "versions")

@@ -28,7 +28,7 @@ class Layer:
         keys: fp32 `[tokens, num_kv_heads, head_size]`, post-RoPE, rounded to bf16 as a cache has them.
         values: the same shape and rounding.
         queries: fp32 `[n, num_heads, head_size]`, post-RoPE, of the last n tokens.
-        prompt_tokens: what a method may compress; `tokens - n`.
+        prompt_tokens: what a method may compress; at most `tokens - n`.
         rotary: turns keys.
     """
 

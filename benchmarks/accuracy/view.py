@@ -42,7 +42,8 @@ def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
     n, prompt = len(layer.queries), layer.prompt_tokens
     kv_heads, num_chunks = view.forced.shape
     chunk_size = prompt // num_chunks
-    generated = torch.ones(n, n, dtype=torch.bool).tril()
+    behind = len(layer.keys) - prompt  # a query is at its own place among the last of them
+    generated = torch.ones(n, behind, dtype=torch.bool).tril(behind - n)
     outputs = []
     for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
         marks = layer.scale * (queries @ view.landmarks[head].T)

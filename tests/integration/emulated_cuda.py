@@ -1,6 +1,7 @@
-"""Everything that is CUDA's about the backend, run on the CPU: kernels on emulated threads, FlashAttention in PyTorch.
+"""Everything that is CUDA's about the backend, run on the CPU: kernels on emulated threads, attention in PyTorch.
 
-The CUDA planner and `FlashAttention` run as they are; below them stand functions with the signatures of vLLM's.
+The CUDA planner, `FlashAttention` and `XformersAttention` run as they are; below them stand functions with the
+signatures of vLLM's and xformers'.
 """
 
 from __future__ import annotations
@@ -14,23 +15,38 @@ from torch import Tensor
 from vllm.v1.attention.backends import fa_utils
 
 
-def install() -> None:
-    """Makes this process's engines run the CUDA side."""
+def install(exact: str) -> None:
+    """Makes this process's engines run the CUDA side, with `exact` for exact pages: `flash_attention`, `xformers`."""
     from vllm_shadowkv import ops, page
 
     page.KEYS_TRANSPOSED_ON = "nowhere"
     cuda_emulation.load()
     ops._ops = torch.ops.shadowkv_emulated
     ops.needs_workspace = lambda device: True
-    fake_flash_attention()
-    from vllm_shadowkv.integration import flash_attention, runtime
+    from vllm_shadowkv.integration import exact_attention
 
-    flash_attention.merge_attn_states = merge_attn_states
-    runtime._attention = lambda layout, num_heads: flash_attention.FlashAttention(layout, torch.device("cpu"))
+    {"flash_attention": fake_flash_attention, "xformers": fake_xformers}[exact]()
+    exact_attention.of_platform = lambda layout, num_heads: exact_attention.of_cuda(
+        layout, num_heads, torch.device("cpu")
+    )
+
+
+def fake_xformers() -> None:
+    """Puts functions where `XformersAttention` finds vLLM's and xformers' on CUDA; FlashAttention is missing here."""
+    import fake_xformers
+
+    from vllm_shadowkv.integration import xformers_attention
+
+    fake_xformers.install()
+    xformers_attention.vllm_ops.reshape_and_cache_flash = reshape_and_cache_flash
+    xformers_attention.merge_attn_states = merge_attn_states
 
 
 def fake_flash_attention() -> None:
-    """Puts the functions below where vLLM's are on CUDA."""
+    """Puts the functions below where `FlashAttention` finds vLLM's on CUDA."""
+    from vllm_shadowkv.integration import flash_attention
+
+    flash_attention.merge_attn_states = merge_attn_states
     fa_utils.get_flash_attn_version = lambda head_size: 3
     fa_utils.is_flash_attn_varlen_func_available = lambda: True
     fa_utils.flash_attn_varlen_func = flash_attn_varlen_func

@@ -43,7 +43,8 @@ class Trial:
         options: of `vllm.LLM`, beside those of `trial.start`.
         asynchronous: schedule a step before the output of the last is known.
         graphs: emulate decode graphs; on the V2 runner.
-        emulated_cuda: plan as on CUDA and run the CUDA kernels on emulated threads; float16 and bfloat16 only.
+        emulated_cuda: plan as on CUDA, with this for exact pages, and run the CUDA kernels on emulated threads; float16
+            and bfloat16 only.
         poison: fill pages that nobody may read with NaN.
         plants: errors to plant, one after the other, each with the first scenario; names in `plants.PLANTS`.
         in_process: scheduler and worker in the process of the `LLM`.
@@ -58,7 +59,7 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
     asynchronous: bool = False
     graphs: bool = False
-    emulated_cuda: bool = False
+    emulated_cuda: Literal["", "flash_attention", "xformers"] = ""
     poison: bool = False
     plants: tuple[str, ...] = ()
     in_process: bool = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -96,8 +96,8 @@ V1_DRAFTS = Trial(
 )
 LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2, V2_GRAPHS)
 
-# The CUDA side: its planner, kernels on emulated threads, FlashAttention in PyTorch (`emulated_cuda.py`). In float16,
-# because the kernels take 16 bits.
+# The CUDA side: its planner, kernels on emulated threads, FlashAttention and xformers in PyTorch (`emulated_cuda.py`).
+# In float16, because the kernels take 16 bits.
 HALF: dict[str, Any] = {"dtype": "float16"}
 HALF_SCENARIOS = ("edges", "eight", "prefixes", "short")
 STOCK_HALF = Trial("stock-half", HALF_SCENARIOS, shadowkv=None, options=HALF)
@@ -106,9 +106,10 @@ CUDA_V1 = Trial(
     ("edges", "prefixes"),
     LOSSLESS | {"block_size": 64, "dense_threshold": 300, "prefill_exact_tokens": 256, "slot_chunks": 304},
     options=HALF,
-    emulated_cuda=True,
+    emulated_cuda="flash_attention",
     poison=True,
 )
+CUDA_XFORMERS = replace(CUDA_V1, name="cuda-xformers", emulated_cuda="xformers")
 CUDA_V2_GRAPHS = Trial(
     "cuda-v2-graphs",
     HALF_SCENARIOS,
@@ -117,10 +118,10 @@ CUDA_V2_GRAPHS = Trial(
     options=HALF,
     asynchronous=True,
     graphs=True,
-    emulated_cuda=True,
+    emulated_cuda="flash_attention",
     poison=True,
 )
-CUDA_TRIALS = (CUDA_V1, CUDA_V2_GRAPHS)
+CUDA_TRIALS = (CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS)
 
 COMPRESSED = Trial(
     "compressed",

@@ -36,7 +36,7 @@ import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, flash_attention, impl, other_layers, platform, refusals, rope
+from vllm_shadowkv.integration import compat, exact_attention, impl, other_layers, platform, refusals, rope
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state import host_pool
@@ -177,9 +177,13 @@ def of_transformers(head_size: int, rope_type: str = "default") -> Trigger:
     return trigger
 
 
-def no_flash_attention(patch: Patch, folder: Path) -> None:
-    patch.setattr(flash_attention.fa_utils, "get_flash_attn_version", lambda head_size: None)
-    flash_attention.FlashAttention(plan_page(ShadowKVConfig(), 8, 128, torch.bfloat16), torch.device("cpu"))
+def cuda_attention() -> None:
+    exact_attention.of_cuda(plan_page(ShadowKVConfig(), 8, 128, torch.bfloat16), 8, torch.device("cpu"))
+
+
+def no_xformers(patch: Patch, folder: Path) -> None:
+    patch.setitem(sys.modules, "xformers.ops", None)
+    cuda_attention()
 
 
 def unknown_argument(patch: Patch, folder: Path) -> None:
@@ -267,7 +271,8 @@ TRIGGERS: list[Trigger] = [
     streaming_input,
     one_kind_on_the_cpu,
     mla,
-    no_flash_attention,
+    no_xformers,
+    lambda patch, folder: cuda_attention(),
     rotation(lambda: None),
     rotation(lambda: nn.ModuleList()),
     rotation(lambda: stand_in("llama.LlamaAttention")),
@@ -426,7 +431,7 @@ def test_every_sentence_of_a_table_is_triggered(function: str) -> None:
 
 
 def test_warnings_are_few() -> None:
-    """They are tested in tests/test_exposition.py and test_refusals.py. Others need a test, and this list."""
+    """They are tested in test_exposition.py, test_refusals.py, test_exact_attention.py. Another needs a test too."""
     warned = [
         f"{path.relative_to(SOURCE)}: {ast.unparse(node.args[0])}"
         for path in sorted(SOURCE.rglob("*.py"))
@@ -436,5 +441,6 @@ def test_warnings_are_few() -> None:
     assert [text[:80] for text in warned] == [
         "exposition.py: 'shadowkv: no metrics of this process, for it cannot have an abst",
         "integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s",
+        "integration/exact_attention.py: 'shadowkv computes prefills with xformers, which",
         "integration/machine.py: 'shadowkv: %d KV cache blocks instead of the %d that vLL",
     ]

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, machine, other_layers, refusals, runtime
+from vllm_shadowkv.integration import compat, exact_attention, machine, other_layers, refusals, runtime
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
 from vllm_shadowkv.integration.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
@@ -311,7 +311,7 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     patch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
     patch.setattr(runtime, "current_platform", platform)
-    patch.setattr(runtime, "_attention", lambda layout, num_heads: None)
+    patch.setattr(exact_attention, "of_platform", lambda layout, num_heads: None)
     patch.setattr(machine, "current_platform", platform)
     patch.setattr(machine, "free_bytes", lambda: 8 * GIB)
     config = copy.copy(vllm_config())

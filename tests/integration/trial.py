@@ -93,7 +93,7 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         sys.path.append(str(Path(__file__).parents[1]))
         import emulated_cuda
 
-        emulated_cuda.install()
+        emulated_cuda.install(trial["emulated_cuda"])
     extras = Path(trial["result"]).with_suffix("")
     llm = start(trial, _write_extras(trial, extras))
     if "speculative_config" in trial["options"]:

@@ -77,7 +77,7 @@ class CpuAttention:
         self, memory: LayerMemory, query: Tensor, exact_row: Tensor, start: int, end: int, scale: float
     ) -> Partial:
         """See `state.prefill.ExactAttention`."""
-        keys, values = _exact_tokens(memory, exact_row, start, end)
+        keys, values = memory.gather_exact(exact_row, start, end)
         context = end - start - len(query)
         new = _flash(query, keys[context:], values[context:], scale, causal=True)
         if not context:
@@ -100,17 +100,6 @@ def _vllm_caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
     layout = memory.layout
     shape = (-1, layout.num_kv_heads, 2 * layout.exact_tokens, layout.head_size)
     keys, values = memory.exact_pages.view(layout.dtype).view(shape).chunk(2, dim=2)
-    return keys, values
-
-
-def _exact_tokens(memory: LayerMemory, exact_row: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """K and V of tokens `[start, end)`, each `[end - start, Hkv, D]`; `start` is a multiple of a page's tokens."""
-    size = memory.layout.exact_tokens
-    pages = exact_row[start // size : -(-end // size)].long()
-    # Gathering keeps the views' strides, and the flash kernel below takes the last dimension to be contiguous.
-    keys, values = (
-        view[pages].transpose(1, 2).flatten(0, 1)[: end - start].contiguous() for view in memory.exact_views
-    )
     return keys, values
 
 

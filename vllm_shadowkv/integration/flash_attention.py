@@ -28,14 +28,11 @@ class FlashAttention:
         """For layers with these pages.
 
         Raises:
-            RuntimeError: FlashAttention does not run here; one sentence.
+            ImportError: FlashAttention does not run here.
         """
         self.version = fa_utils.get_flash_attn_version(head_size=layout.head_size)
         if self.version is None or not fa_utils.is_flash_attn_varlen_func_available():
-            raise RuntimeError(
-                "shadowkv computes prefills with vLLM's FlashAttention, which does not run on this device; use another "
-                "--attention-backend."
-            )
+            raise ImportError("vLLM's FlashAttention does not run on this device")
         self._one = torch.ones((), dtype=torch.float32, device=device)
 
     def write(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:

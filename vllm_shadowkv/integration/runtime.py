@@ -15,6 +15,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration import exact_attention
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
 from vllm_shadowkv.integration.machine import bound_bytes
@@ -42,8 +43,7 @@ from vllm_shadowkv.state.slot_counts import SlotCounts
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_shadowkv.integration.cpu_attention import CpuAttention
-    from vllm_shadowkv.integration.flash_attention import FlashAttention
+    from vllm_shadowkv.integration.exact_attention import ExactBackend
 
 logger = logging.getLogger("vllm.shadowkv")
 
@@ -100,7 +100,7 @@ class Runtime:
         self._shape: tuple[int, int, int, torch.dtype] | None = None
         self._layout: PageLayout | None = None
         self._workspace: DecodeWorkspace | None = None
-        self._attention: CpuAttention | FlashAttention | None = None
+        self._attention: ExactBackend | None = None
         self._rehearsed = current_platform.is_cpu()  # where vLLM does not measure
         self._layers: dict[str, _Layer] = {}
         self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
@@ -166,7 +166,7 @@ class Runtime:
         return Capacity(self.layout, len(self._layers), self.boundary, self.slot_pages_per_request)
 
     @property
-    def attention(self) -> CpuAttention | FlashAttention:
+    def attention(self) -> ExactBackend:
         """The platform's attention over exact pages."""
         assert self._attention is not None, "no layer was built"
         return self._attention
@@ -183,7 +183,7 @@ class Runtime:
             self._shape = shape
             if current_platform.is_cuda():
                 check_cuda_shape(num_heads, num_kv_heads, self.slot_pages_per_request * self._layout.slots_per_page)
-            self._attention = _attention(self._layout, num_heads)
+            self._attention = exact_attention.of_platform(self._layout, num_heads)
             # Before vLLM measures how much memory is left for its KV cache.
             self._workspace = DecodeWorkspace(
                 self.config,
@@ -362,17 +362,6 @@ class Runtime:
             first_rank=self.vllm_config.parallel_config.rank == 0,
             log_seconds=envs.VLLM_LOG_STATS_INTERVAL,
         )
-
-
-def _attention(layout: PageLayout, num_heads: int) -> CpuAttention | FlashAttention:
-    """The platform's; the other one's module needs not import there."""
-    if current_platform.is_cpu():
-        from vllm_shadowkv.integration.cpu_attention import CpuAttention
-
-        return CpuAttention(layout, num_heads)
-    from vllm_shadowkv.integration.flash_attention import FlashAttention
-
-    return FlashAttention(layout, torch.device(current_platform.device_type))
 
 
 def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:

@@ -37,3 +37,19 @@ class LayerMemory:
     def exact_views(self) -> tuple[Tensor, Tensor]:
         """K and V of the exact pages; see `PageLayout.exact_views`."""
         return self.layout.exact_views(self.exact_pages)
+
+    def gather_exact(self, exact_row: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Copies of K and V of tokens `[start, end)` of one request, each contiguous `[end - start, Hkv, D]`.
+
+        Args:
+            exact_row: int32 `[max_pages]`, its exact pages.
+            start: a multiple of a page's tokens.
+            end: beyond the last token.
+        """
+        size = self.layout.exact_tokens
+        pages = exact_row[start // size : -(-end // size)].long()
+        # Gathering keeps the views' strides, and the libraries' kernels take the last dimension to be contiguous.
+        keys, values = (
+            view[pages].transpose(1, 2).flatten(0, 1)[: end - start].contiguous() for view in self.exact_views
+        )
+        return keys, values

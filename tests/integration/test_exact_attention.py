@@ -1,25 +1,29 @@
-"""The CUDA side's exact attention computes what the CPU side's does, up to the dtype, on functions like vLLM's."""
+"""CUDA's exact attention computes what the CPU's does, up to the dtype, on stand-ins for the libraries' kernels."""
 
 from __future__ import annotations
+
+import sys
 
 import emulated_cuda
 import generators
 import pytest
 import torch
 from torch import Tensor
+from xformers.ops import fmha
 
 pytest.importorskip("vllm")
 
-from vllm_shadowkv.integration import flash_attention
+from vllm_shadowkv.integration import exact_attention, flash_attention, xformers_attention
 from vllm_shadowkv.integration.cpu_attention import CpuAttention
 from vllm_shadowkv.integration.flash_attention import FlashAttention
 from vllm_shadowkv.integration.metadata import DenseBatch
+from vllm_shadowkv.integration.xformers_attention import XformersAttention
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state.layer import LayerMemory
 
 NUM_BLOCKS, HEADS, SCALE = 24, 4, 0.3
-Sides = tuple[CpuAttention, FlashAttention]
+Sides = tuple[CpuAttention, FlashAttention | XformersAttention]
 
 
 @pytest.fixture
@@ -27,16 +31,30 @@ def layout() -> PageLayout:
     return generators.make_layout(2, 64, torch.bfloat16)
 
 
-@pytest.fixture
-def sides(layout: PageLayout, monkeypatch: pytest.MonkeyPatch) -> Sides:
+@pytest.fixture(autouse=True)
+def _as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `emulated_cuda` replaces is put back."""
     for name in (
         "get_flash_attn_version", "is_flash_attn_varlen_func_available", "flash_attn_varlen_func",
         "reshape_and_cache_flash",
     ):  # fmt: skip
-        monkeypatch.setattr(emulated_cuda.fa_utils, name, None, raising=False)
-    emulated_cuda.fake_flash_attention()
-    monkeypatch.setattr(flash_attention, "merge_attn_states", emulated_cuda.merge_attn_states)
-    return CpuAttention(layout, HEADS), FlashAttention(layout, torch.device("cpu"))
+        monkeypatch.setattr(emulated_cuda.fa_utils, name, getattr(emulated_cuda.fa_utils, name, None), raising=False)
+    for module, name in (
+        (flash_attention, "merge_attn_states"),
+        (xformers_attention, "merge_attn_states"),
+        (xformers_attention.vllm_ops, "reshape_and_cache_flash"),
+        (fmha, "_dispatch_fw"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+
+@pytest.fixture(params=["flash_attention", "xformers"])
+def sides(request: pytest.FixtureRequest, layout: PageLayout, caplog: pytest.LogCaptureFixture) -> Sides:
+    getattr(emulated_cuda, f"fake_{request.param}")()
+    cuda = exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
+    assert isinstance(cuda, XformersAttention if request.param == "xformers" else FlashAttention)
+    assert ("prefills with xformers, which is slower" in caplog.text) == (request.param == "xformers")
+    return CpuAttention(layout, HEADS), cuda
 
 
 def make_memory(layout: PageLayout) -> LayerMemory:
@@ -91,7 +109,28 @@ def test_parts_that_are_merged(sides: Sides, layout: PageLayout, new: int) -> No
     close(*merged)
 
 
-def test_a_device_without_flash_attention_is_refused(sides: Sides, layout: PageLayout) -> None:
-    emulated_cuda.fa_utils.get_flash_attn_version = lambda head_size: None
-    with pytest.raises(RuntimeError, match="FlashAttention, which does not run on this device; use another"):
-        FlashAttention(layout, torch.device("cpu"))
+@pytest.mark.parametrize(("num_kv_heads", "head_size"), [(4, 64), (1, 80), (2, 96), (4, 128), (1, 256)])
+def test_xformers_takes_every_shape(num_kv_heads: int, head_size: int) -> None:
+    """Groups of 1, 2 and 4 heads; `fake_xformers` refuses what xformers' kernels for CUDA would."""
+    emulated_cuda.fake_xformers()
+    layout = generators.make_layout(num_kv_heads, head_size, torch.bfloat16)
+    generator = generators.make_generator("shapes")
+    shapes = ((7, HEADS, head_size), (33, num_kv_heads, head_size), (33, num_kv_heads, head_size))
+    query, keys, values = (generators.randn(generator, *shape, dtype=torch.bfloat16) for shape in shapes)
+    ours = XformersAttention(layout, HEADS, torch.device("cpu")).attend_all(query, keys, values, SCALE)
+    theirs = CpuAttention(layout, HEADS).attend_all(query, keys, values, SCALE)
+    close(ours[0], theirs[0])
+    close(ours[1], theirs[1].T)
+
+
+class TestWhereNeitherRuns:
+    """FlashAttention never does here; the words are for someone who has to choose."""
+
+    def test_xformers_is_not_installed(self, layout: PageLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "xformers.ops", None)
+        with pytest.raises(RuntimeError, match=r"pip install 'vllm-shadowkv\[xformers\]', or use another"):
+            exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
+
+    def test_xformers_has_no_kernel_for_the_device(self, layout: PageLayout) -> None:
+        with pytest.raises(RuntimeError, match=r"neither does heads of 64 in torch.bfloat16 here .* use another"):
+            exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
