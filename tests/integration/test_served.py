@@ -1,12 +1,14 @@
 """`vllm serve`: prompts larger than the pool of exact pages, and requests that no client should send.
 
-One server for all tests, with a pool in which a quarter of the longest prompt would fit, were all of it exact.
+One server of each model runner for all tests, with a pool in which a quarter of the longest prompt would fit, were all
+of it exact.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +40,17 @@ SETTINGS = {
 }
 EXACT_TOKENS = 512 // 8
 
+HERE = Path(__file__).parent
+V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, (HERE / "v2_on_cpu" / "spawned", HERE, ROOT))),
+}
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
@@ -51,7 +59,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options += ["--num-gpu-blocks-override", str(BLOCKS), "--enforce-eager", "--chat-template", str(template)]
     # A request for a million answers would be served.
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "VLLM_MAX_N_SEQUENCES": "4"}
+    environment |= {"VLLM_LOGGING_LEVEL": "INFO"} | (V2 if request.param == "v2" else {})
     with Server(CHECKPOINT, folder / "log", options, environment) as started:
+        assert ("Using V2 Model Runner" in started.log_text()) == (request.param == "v2")
         yield started
 
 
