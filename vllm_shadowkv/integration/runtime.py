@@ -36,7 +36,7 @@ from vllm_shadowkv.state.host_memory import GIB
 from vllm_shadowkv.state.huge_pages import copy_in_huge_pages, use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.low_rank import factorise, mix
-from vllm_shadowkv.state.prefill import TILE_BLOCKS
+from vllm_shadowkv.state.prefill import TILE_BLOCKS, TILES
 from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 from vllm_shadowkv.state.slot_counts import SlotCounts
 
@@ -289,8 +289,8 @@ class Runtime:
             )
             mix(factorise(keys, layout.rank))
             del keys
-        tile = (TILE_BLOCKS, layout.block_size, layout.num_kv_heads, layout.head_size)
-        _ = [torch.empty(tile, dtype=layout.dtype, device=query.device) for _ in range(2)]
+        tiles = (TILES, TILE_BLOCKS, layout.block_size, layout.num_kv_heads, layout.head_size)
+        _ = [torch.empty(tiles, dtype=layout.dtype, device=query.device) for _ in range(2)]
         _ += [torch.empty_like(query) for _ in range(3)]  # one part, another, and both merged
 
     def bind(self) -> Bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from vllm_shadowkv.state.layer import LayerMemory
 
 TILE_BLOCKS = 4
 """Sealed blocks expanded at once; bounds the workspace."""
+TILES = 2
+"""Tiles that exist at a time on CUDA: one is attended to while the next one's values come over the link."""
 
 
 Partial = tuple[Tensor, Tensor]
@@ -67,34 +70,76 @@ def attend_prefill(
         scale: of the logits.
         output: float `[T, Hq, D]`, written.
     """
+    tiles = _SealedTiles(memory, block_row, exact_start)
     merged = attention.attend_exact(memory, query, exact_row, exact_start, seq_len, scale)
-    for keys, values in _sealed_tiles(memory, block_row, exact_start):
+    for keys, values in tiles:
         merged = attention.merge(merged, attention.attend_all(query, keys, values, scale))
     output.copy_(merged[0])
 
 
-def _sealed_tiles(memory: LayerMemory, block_row: Tensor, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """K and V of tokens `[0, end)` in tiles of whole blocks, each `[tokens, Hkv, D]`; a tile overwrites the last."""
-    layout = memory.layout
-    num_blocks = end // layout.block_size
-    shape = (min(num_blocks, TILE_BLOCKS), layout.block_size, layout.num_kv_heads, layout.head_size)
-    keys = torch.empty(shape, dtype=layout.dtype, device=memory.pages.device)
-    values = torch.empty_like(keys)
-    for first in range(0, num_blocks, TILE_BLOCKS):
-        blocks = block_row[first : min(first + TILE_BLOCKS, num_blocks)]
-        positions = (
-            torch.arange(first, first + len(blocks), dtype=torch.int32, device=blocks.device) * layout.block_size
+class _SealedTiles:
+    """K and V of tokens `[0, end)` in tiles of whole blocks, each `[tokens, Hkv, D]`, valid until the next one.
+
+    On CUDA a side stream expands, one tile ahead of the current stream, beginning when this is made.
+    """
+
+    def __init__(self, memory: LayerMemory, block_row: Tensor, end: int) -> None:
+        layout, device = memory.layout, memory.pages.device
+        self._memory, self._device = memory, device
+        num_blocks = end // layout.block_size
+        self._blocks = block_row[:num_blocks].split(TILE_BLOCKS) if num_blocks else ()
+        self._side = _side_stream(device)
+        shape = (
+            TILES if self._side else 1,
+            min(num_blocks, TILE_BLOCKS),
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_size,
         )
-        count = len(blocks)
+        self._keys = torch.empty(shape, dtype=layout.dtype, device=device)
+        self._values = torch.empty_like(self._keys)
+        if self._side:
+            self._expand_ahead(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, blocks in enumerate(self._blocks):
+            if self._side:
+                torch.cuda.current_stream(self._device).wait_stream(self._side)
+                self._expand_ahead(number + 1)
+            else:
+                self._expand(number)
+            keys, values = (tiles[number % len(tiles)][: len(blocks)] for tiles in (self._keys, self._values))
+            yield keys.flatten(0, 1), values.flatten(0, 1)
+
+    def _expand_ahead(self, number: int) -> None:
+        """Expands a tile, if there is one, behind all that the current stream has been given up to now.
+
+        That is what sealed the blocks, and the attention over the tile whose place it takes. In the end the current
+        stream has waited for every tile, so what it is given later may overwrite pages and reuse this memory.
+        """
+        if number < len(self._blocks):
+            assert self._side is not None
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
+                self._expand(number)
+
+    def _expand(self, number: int) -> None:
+        memory, blocks = self._memory, self._blocks[number]
+        first = number * TILE_BLOCKS
+        positions = torch.arange(first, first + len(blocks), dtype=torch.int32, device=self._device)
         ops.expand_blocks(
             blocks,
-            positions,
+            positions * memory.layout.block_size,
             memory.pages,
             memory.host_pool,
             memory.cos_sin,
             memory.rotary.is_neox,
-            layout,
-            keys[:count],
-            values[:count],
+            memory.layout,
+            self._keys[number % len(self._keys)][: len(blocks)],
+            self._values[number % len(self._values)][: len(blocks)],
         )
-        yield keys[:count].flatten(0, 1), values[:count].flatten(0, 1)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
