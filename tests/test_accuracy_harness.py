@@ -15,11 +15,14 @@ from benchmarks.accuracy.collect import collect, read_records
 from benchmarks.accuracy.compare import compare, markdown
 from benchmarks.accuracy.layers import Layer, planted
 from benchmarks.accuracy.lm_eval_harness import TrapError, check
+from benchmarks.accuracy.needle_methods import METHODS, Haystack
 from benchmarks.accuracy.paired import Flips, divergence, most_lost
 from benchmarks.accuracy.paper_method import Paper, rank_at
 from benchmarks.accuracy.samples import Sample, needles
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.view import View, attend, full_attention, relative_error
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.evaluate import load_model
 from vllm_shadowkv import reference
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.page import plan_page
@@ -223,3 +226,23 @@ def test_traps_of_long_prompts_are_refused(arguments: list[str], message: str) -
 
 def test_settings_without_a_trap_pass() -> None:
     check(["--model", "vllm", "--model_args", json.dumps({"max_model_len": 4224}), "--tasks", "ruler"])
+
+
+def test_a_query_sees_all_tokens_behind_the_prompt(layer: Layer) -> None:
+    view = Sealed(block_size=256).view(layer)
+    newest = replace(layer, queries=layer.queries[-3:])
+    torch.testing.assert_close(attend(view, newest, 16), attend(view, layer, 16)[-3:])
+
+
+@torch.inference_mode()
+def test_every_method_answers_needles_in_both_setups() -> None:
+    """With a budget that covers the prompt as full attention does; ours without one not at all."""
+    model, covering = load_model(CHECKPOINT), 1200
+    samples = list(needles(1100, 1, 4, ("multi_key",)))
+    haystack = Haystack(model, samples[0].context)
+    for setup in ("A", "B"):
+        found = [haystack.ask(sample, setup, [0, covering]) for sample in samples]
+        assert all(right["full"] for right in found)
+        for method in METHODS:
+            assert all(right[f"{method}, {covering}"] for right in found), method
+        assert not any(right["ours, 0"] for right in found)
