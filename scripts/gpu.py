@@ -2,8 +2,8 @@
 
 Every step is a command that can be run alone. What it prints goes to a file of its own under the results' directory,
 and `report.md` there says of every step what it was, how long it took and how it ended; numbers and plots go to
-`benchmarks/results`. A step that fails does not stop
-the next: time on a GPU is short. `--rehearse` runs the same steps on a machine without one, at sizes that take minutes.
+`benchmarks/results`. A step that fails does not stop the next: time on a GPU is short. `--rehearse` runs the same steps
+on a machine without one, at sizes that take minutes.
 """
 
 from __future__ import annotations
