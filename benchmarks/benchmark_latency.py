@@ -21,19 +21,17 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.machine import machine
 from benchmarks.server import Server, ServerError
-from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench
+from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench, write_records
 
 OWN_TOKENS = 16
 """Of a prompt, beyond what all share."""
@@ -177,6 +175,7 @@ def main() -> int:
         parser.error(f"--offline needs an --output-len of at least 2, got {arguments.output_len}")
     console = Console()
     records: list[Record] = []
+    failed = False
     way = measure_offline if arguments.offline else measure
     runs = [(length, backend) for length in arguments.input_lens for backend in arguments.backends]
     with Progress(console=console) as progress:
@@ -185,19 +184,16 @@ def main() -> int:
             progress.update(task, description=f"{backend}, {length:,} tokens")
             try:
                 records += way(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
+                write_records(arguments.json, "benchmark_latency", records)
             except (BenchError, ServerError) as error:
+                failed = True
                 console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
-                return 1
             progress.advance(task)
     name = "latency" if arguments.offline else "serve"
     console.print(table(records, f"vllm bench {name}, {arguments.model}"))
-    if arguments.json:
-        about = machine("benchmark_latency", "cuda" if torch.cuda.is_available() else "cpu")
-        content = {"machine": about, "records": [asdict(r) for r in records]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.plot:
+    if arguments.plot and records:
         plot(records, arguments.plot)
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,17 @@ for instance. Random weights have no locality: their slot hit rate says nothing 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine import machine
-from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench
+from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench, write_records
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ def main() -> int:
     arguments = parser.parse_args(own)
     console = Console()
     records: list[Record] = []
+    failed = False
     runs = list(product(arguments.input_lens, arguments.num_prompts, arguments.backends))
     with Progress(console=console) as progress:
         task = progress.add_task("runs", total=len(runs))
@@ -88,18 +86,15 @@ def main() -> int:
             progress.update(task, description=f"{backend}, {num_prompts} of {length:,} tokens")
             try:
                 records.append(run(arguments.model, backend, length, arguments.output_len, num_prompts, extra))
+                write_records(arguments.json, "benchmark_throughput", records)
             except BenchError as error:
+                failed = True
                 console.print(f"{backend}, {length} tokens: {error}", style="red", markup=False)
-                return 1
             progress.advance(task)
     _print(console, records)
-    if arguments.json:
-        about = machine("benchmark_throughput", "cuda" if torch.cuda.is_available() else "cpu")
-        content = {"machine": about, "records": [asdict(r) for r in records]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.plot:
+    if arguments.plot and records:
         _plot(arguments.plot, records)
-    return 0
+    return int(failed)
 
 
 def _print(console: Console, records: list[Record]) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -66,12 +67,13 @@ def main() -> int:
     """Returns the process's exit code: 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_generation", description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="a GPU takes 16 bits")
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its blocks are looked at
     with tempfile.TemporaryDirectory() as directory:
         copying.write(Path(directory))
-        windows, wrong = generate(_engine(directory), arguments.tokens)
+        windows, wrong = generate(_engine(directory, arguments.dtype), arguments.tokens)
     console = Console()
     table = Table("tokens", "right", "ms a token", "worst probability", "blocks", "memory, MiB")
     for window in windows:
@@ -83,7 +85,7 @@ def main() -> int:
         console.print(f"[red]{sentence}")
     if arguments.json:
         result = {
-            **machine("long_generation", "cpu"),
+            **machine("long_generation", "cuda" if torch.cuda.is_available() else "cpu"),
             "windows": [asdict(window) for window in windows],
             "wrong": wrong,
         }
@@ -91,11 +93,12 @@ def main() -> int:
     return int(bool(wrong))
 
 
-def _engine(model: str) -> Any:
+def _engine(model: str, dtype: str) -> Any:
     from vllm import LLM
 
     return LLM(
         model,
+        dtype=dtype,
         attention_backend="shadowkv",
         additional_config={"shadowkv": SETTINGS},
         max_model_len=24_576,

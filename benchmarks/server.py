@@ -21,6 +21,9 @@ from typing import Any
 
 START_SECONDS = 300
 
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+"""The `vllm` command, also where its script is not installed."""
+
 
 class ServerError(Exception):
     """The server did not start, or died; the message ends with the end of its log."""
@@ -55,8 +58,7 @@ class Server:
 
     def __enter__(self) -> Server:
         """Starts the server and waits until it answers."""
-        vllm = Path(sys.executable).with_name("vllm")
-        command = [str(vllm), "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
+        command = [*VLLM, "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.server import VLLM
 
 BACKENDS = {
     "stock": [],
@@ -40,14 +46,21 @@ def vllm_bench(what: str, arguments: list[str], to: str = "--output-json") -> tu
     Raises:
         BenchError: it failed.
     """
-    vllm = Path(sys.executable).with_name("vllm")
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "result.json"
-        command = [str(vllm), "bench", what, *arguments, to, str(result)]
+        command = [*VLLM, "bench", what, *arguments, to, str(result)]
         finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if finished.returncode or not result.exists():
             raise BenchError(f"vllm bench {what} failed:\n{_reason(finished.stdout)}")
         return json.loads(result.read_text()), finished.stdout
+
+
+def write_records(path: Path | None, module: str, records: Sequence[Any]) -> None:
+    """Writes dataclasses to a JSON file, if there is a path: after every run, for the next one may be cut off."""
+    if path:
+        about = machine(module, "cuda" if torch.cuda.is_available() else "cpu")
+        content = {"machine": about, "records": [asdict(record) for record in records]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _reason(output: str) -> str:

@@ -81,6 +81,8 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         Step("ops", "test", "every op against the reference", [*pytest, *ops, "tests/ops"], 900),
         Step("graphs", "test", "decode steps eager, captured, replayed, on another stream",
              [*pytest, *marked, "tests/gpu/test_decode_graph.py"], 300),
+        Step("lossless", "test", "tiny models without loss against FLASH_ATTN: runners, graphs, drafts, preemption",
+             [*pytest, *marked, "tests/gpu/test_life_of_a_token.py"], 1800),
         Step("needle", "test", "the needle model against FLASH_ATTN",
              [*pytest, *marked, "tests/gpu/test_needle.py"], 900),
         *(
@@ -97,6 +99,12 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         bench("throughput_cuda", "benchmark_throughput", "vllm bench throughput at equal device memory", model,
               "--input-lens", *lengths, "--num-prompts", *(["2"] if rehearse else ["1", "8", "32"]), *few, *backends,
               *to("throughput_cuda", "json", "plot"), *served, seconds=3600),
+        bench("long_generation_cuda", "long_generation", "5,000 tokens of one request, each of them known",
+              "--tokens", *(["1200"] if rehearse else ["5000"]), "--dtype", "float16",
+              *to("long_generation_cuda", "json")),
+        bench("beyond_cuda", "benchmark_throughput", "a request whose full KV cache is larger than the memory", model,
+              "--input-lens", lengths[-1], "--num-prompts", "1", *few, "--backends", "shadowkv",
+              *to("beyond_cuda", "json"), *served, "--kv-cache-memory-bytes", *(["64M"] if rehearse else ["7G"])),
         bench("latency_cuda", "benchmark_latency", "time to the first token and per token after it", model,
               "--input-lens", *lengths, *few, *backends, *to("latency_cuda", "json", "plot"), *served, seconds=3600),
     ]  # fmt: skip

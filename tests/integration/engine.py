@@ -29,6 +29,7 @@ ENVIRONMENT = {
 }
 
 Runner = Literal["v1", "v2"]
+Device = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,18 @@ class Result:
 class TrialHost:
     """A process that has imported vLLM and forks an engine for every trial, one after the other."""
 
-    def __init__(self, runner: Runner, model: Path, directory: Path) -> None:
+    def __init__(self, runner: Runner, model: Path, directory: Path, device: Device) -> None:
         """Starts the process.
 
         Args:
             runner: of its engines.
             model: directory of the model.
             directory: for results and logs.
+            device: where its engines run.
         """
         self._model, self._directory = model, directory
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "trial.py"), runner],
+            [sys.executable, str(HERE / "trial.py"), runner, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -156,9 +158,9 @@ class TrialHost:
 class Trials:
     """Runs each trial once; those of the two runners side by side."""
 
-    def __init__(self, model: Path, directory: Path) -> None:
+    def __init__(self, model: Path, directory: Path, device: Device = "cpu") -> None:
         """Starts nothing yet; see `TrialHost` for the arguments."""
-        self.model, self._directory = model, directory
+        self.model, self._directory, self._device = model, directory, device
         self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
         self._results: dict[str, Future[Any]] = {}
 
@@ -166,7 +168,7 @@ class Trials:
         """Runs a trial in the background, after those of its runner that were begun before."""
         if trial.name not in self._results:
             if trial.runner not in self._hosts:
-                host = TrialHost(trial.runner, self.model, self._directory)
+                host = TrialHost(trial.runner, self.model, self._directory, self._device)
                 self._hosts[trial.runner] = host, ThreadPoolExecutor(max_workers=1)
             host, queue = self._hosts[trial.runner]
             self._results[trial.name] = queue.submit(host.run, trial)

@@ -1,6 +1,6 @@
 """Runs engines for the tests, one after the other, each in a fork of this process, which imports vLLM once.
 
-    python trial.py v1|v2        reads one trial per line from stdin, and answers each with a line: its exit status
+    python trial.py v1|v2 cpu|gpu    reads one trial per line from stdin, and answers each with a line: its exit status
 
 A trial is a JSON object, `engine.Trial`; its result goes to the file that it names. This process computes nothing
 itself: a fork after the first parallel computation would hang.
@@ -22,10 +22,11 @@ from typing import Any
 LIMIT_SECONDS = 1200  # a trial that hangs says where, and ends
 
 
-def main(runner: str) -> None:
-    if runner == "v2":
-        import v2_on_cpu.interpreter  # noqa: F401
-    import vllm.entrypoints.llm  # noqa: F401
+def main(runner: str, device: str) -> None:
+    if device == "cpu":  # a fork cannot use a GPU that this process has looked at, so there each imports vLLM itself
+        if runner == "v2":
+            import v2_on_cpu.interpreter  # noqa: F401
+        import vllm.entrypoints.llm  # noqa: F401
 
     for line in sys.stdin:
         trial = json.loads(line)
@@ -215,12 +216,14 @@ def _select_per_kind() -> None:
 
 def _count_events(counts: dict[str, int]) -> None:
     """Counts what the tests want to have happened."""
+    import torch
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     from vllm_shadowkv.integration import planner
 
     for event, owner, name in (
+        ("replays", torch.cuda.CUDAGraph, "replay"),
         ("preemptions", Scheduler, "_preempt_request"),
         ("seals", planner, "seal_blocks"),
         ("asynchronous steps", EngineCore, "step_with_batch_queue"),
@@ -335,4 +338,4 @@ def _capture_graphs(llm: Any) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        main(sys.argv[1])
+        main(*sys.argv[1:])
