@@ -82,7 +82,7 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         Step("graphs", "test", "decode steps eager, captured, replayed, on another stream",
              [*pytest, *marked, "tests/gpu/test_decode_graph.py"], 300),
         Step("lossless", "test", "tiny models without loss against FLASH_ATTN: runners, graphs, drafts, preemption",
-             [*pytest, *marked, "tests/gpu/test_life_of_a_token.py"], 1800),
+             [*pytest, *marked, "tests/gpu/test_engines.py"], 1800),
         Step("needle", "test", "the needle model against FLASH_ATTN",
              [*pytest, *marked, "tests/gpu/test_needle.py"], 900),
         *(
