@@ -35,22 +35,23 @@ def fake_xformers() -> None:
     """Puts functions where `XformersAttention` finds vLLM's and xformers' on CUDA; FlashAttention is missing here."""
     import fake_xformers
 
-    from vllm_shadowkv.integration import xformers_attention
-
     fake_xformers.install()
-    xformers_attention.vllm_ops.reshape_and_cache_flash = reshape_and_cache_flash
-    xformers_attention.merge_attn_states = merge_attn_states
+    _fake_what_they_share()
 
 
 def fake_flash_attention() -> None:
-    """Puts the functions below where `FlashAttention` finds vLLM's on CUDA."""
-    from vllm_shadowkv.integration import flash_attention
-
-    flash_attention.merge_attn_states = merge_attn_states
+    """Puts functions where `FlashAttention` finds vLLM's on CUDA."""
+    _fake_what_they_share()
     fa_utils.get_flash_attn_version = lambda head_size: 3
     fa_utils.is_flash_attn_varlen_func_available = lambda: True
     fa_utils.flash_attn_varlen_func = flash_attn_varlen_func
-    fa_utils.reshape_and_cache_flash = reshape_and_cache_flash
+
+
+def _fake_what_they_share() -> None:
+    from vllm_shadowkv.integration import cuda_attention
+
+    cuda_attention.vllm_ops.reshape_and_cache_flash = reshape_and_cache_flash
+    cuda_attention.merge_attn_states = merge_attn_states
 
 
 def reshape_and_cache_flash(

@@ -13,7 +13,7 @@ from xformers.ops import fmha
 
 pytest.importorskip("vllm")
 
-from vllm_shadowkv.integration import exact_attention, flash_attention, xformers_attention
+from vllm_shadowkv.integration import cuda_attention, exact_attention
 from vllm_shadowkv.integration.cpu_attention import CpuAttention
 from vllm_shadowkv.integration.flash_attention import FlashAttention
 from vllm_shadowkv.integration.metadata import DenseBatch
@@ -34,15 +34,11 @@ def layout() -> PageLayout:
 @pytest.fixture(autouse=True)
 def _as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `emulated_cuda` replaces is put back."""
-    for name in (
-        "get_flash_attn_version", "is_flash_attn_varlen_func_available", "flash_attn_varlen_func",
-        "reshape_and_cache_flash",
-    ):  # fmt: skip
+    for name in ("get_flash_attn_version", "is_flash_attn_varlen_func_available", "flash_attn_varlen_func"):
         monkeypatch.setattr(emulated_cuda.fa_utils, name, getattr(emulated_cuda.fa_utils, name, None), raising=False)
     for module, name in (
-        (flash_attention, "merge_attn_states"),
-        (xformers_attention, "merge_attn_states"),
-        (xformers_attention.vllm_ops, "reshape_and_cache_flash"),
+        (cuda_attention, "merge_attn_states"),
+        (cuda_attention.vllm_ops, "reshape_and_cache_flash"),
         (fmha, "_dispatch_fw"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+from vllm_shadowkv.integration.cuda_attention import CudaAttention, caches
 
 if TYPE_CHECKING:
     from vllm_shadowkv.integration.metadata import DenseBatch
@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from vllm_shadowkv.state.prefill import Partial
 
 
-class FlashAttention:
+class FlashAttention(CudaAttention):
     """What `state.prefill.ExactAttention` and the layer need, on CUDA (`vllm/v1/attention/backends/flash_attn.py`)."""
-
-    decodes_densely = True
-    """A step of single tokens takes one way for all rows, as a graph does: the decode kernels read exact pages too."""
-    reads_unwritten_values = False
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
         """For layers with these pages.
@@ -33,19 +29,14 @@ class FlashAttention:
         self.version = fa_utils.get_flash_attn_version(head_size=layout.head_size)
         if self.version is None or not fa_utils.is_flash_attn_varlen_func_available():
             raise ImportError("vLLM's FlashAttention does not run on this device")
-        self._one = torch.ones((), dtype=torch.float32, device=device)
-
-    def write(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Writes new tokens' keys and values `[tokens, Hkv, D]` to exact pages."""
-        keys, values = _caches(memory)
-        fa_utils.reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", self._one, self._one)
+        super().__init__(device)
 
     def plan(self, batch: DenseBatch) -> None:
         """Nothing: FlashAttention plans a launch itself."""
 
     def attend_dense(self, memory: LayerMemory, batch: DenseBatch, query: Tensor, scale: float, output: Tensor) -> None:
         """Causal attention of whole rows over their exact pages; query and output `[tokens, Hq, D]`."""
-        keys, values = _caches(memory)
+        keys, values = caches(memory)
         fa_utils.flash_attn_varlen_func(
             q=query,
             k=keys,
@@ -65,7 +56,7 @@ class FlashAttention:
         self, memory: LayerMemory, query: Tensor, exact_row: Tensor, start: int, end: int, scale: float
     ) -> Partial:
         """See `state.prefill.ExactAttention`."""
-        keys, values = _caches(memory)
+        keys, values = caches(memory)
         first = start // memory.layout.exact_tokens
         out, lse = fa_utils.flash_attn_varlen_func(
             q=query,
@@ -99,19 +90,6 @@ class FlashAttention:
             fa_version=self.version,
         )
         return out, lse
-
-    def merge(self, one: Partial, other: Partial) -> Partial:
-        """See `state.prefill.ExactAttention`; a log-sum-exp is `[Hq, T]` here."""
-        out, lse = torch.empty_like(one[0]), torch.empty_like(one[1])
-        merge_attn_states(out, one[0], one[1], other[0], other[1], lse)
-        return out, lse
-
-
-def _caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
-    """Exact pages as vLLM's FlashAttention takes them: K and V `[num_blocks, tokens, Hkv, D]`."""
-    keys, values = (view.transpose(1, 2) for view in memory.exact_views)
-    # One KV head leaves a stride that TMA does not take.
-    return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)
 
 
 def _ends(like: Tensor, count: int) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm import _custom_ops as vllm_ops
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+from vllm_shadowkv.integration.cuda_attention import CudaAttention
 
 if TYPE_CHECKING:
     from vllm_shadowkv.integration.metadata import DenseBatch
@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from vllm_shadowkv.state.prefill import Partial
 
 
-class XformersAttention:
+class XformersAttention(CudaAttention):
     """What `state.prefill.ExactAttention` and the layer need; it gathers a row's exact pages, which costs a copy."""
-
-    decodes_densely = True
-    """As with FlashAttention: the decode kernels are our own, and read exact pages too."""
-    reads_unwritten_values = False
 
     def __init__(self, layout: PageLayout, num_heads: int, device: torch.device) -> None:
         """For layers with these pages and `num_heads` query heads.
@@ -36,24 +32,19 @@ class XformersAttention:
             raise RuntimeError(
                 "shadowkv computes prefills with vLLM's FlashAttention, or xformers where that does not run, and here "
                 f"neither does ({error}); pip install 'vllm-shadowkv[xformers]', or use another --attention-backend."
-            ) from None
+            ) from error
+        super().__init__(device)
         self._fmha: Any = fmha
-        self._one = torch.ones((), dtype=torch.float32, device=device)
         # What xformers can do depends on the device, the dtype and the head size together: it is asked by trying.
         query, keys = (torch.zeros(1, n, layout.head_size, dtype=layout.dtype, device=device)
                        for n in (num_heads, layout.num_kv_heads))  # fmt: skip
         try:
             self.attend_all(query, keys, keys, 1.0)
-        except NotImplementedError:
+        except NotImplementedError as error:
             raise RuntimeError(
                 "shadowkv computes prefills with vLLM's FlashAttention or with xformers, and neither does heads of "
                 f"{layout.head_size} in {layout.dtype} here (python -m xformers.info); use another --attention-backend."
-            ) from None
-
-    def write(self, memory: LayerMemory, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Writes new tokens' keys and values `[tokens, Hkv, D]` to exact pages."""
-        keys, values = (view.transpose(1, 2) for view in memory.exact_views)
-        vllm_ops.reshape_and_cache_flash(key, value, keys, values, slot_mapping, "auto", self._one, self._one)
+            ) from error
 
     def plan(self, batch: DenseBatch) -> list[tuple[int, int, int]]:
         """Each row's first and last query and its length, read from the device once for all layers."""
@@ -76,12 +67,6 @@ class XformersAttention:
     def attend_all(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
         """See `state.prefill.ExactAttention`."""
         return self._attend(query, keys, values, scale, None)
-
-    def merge(self, one: Partial, other: Partial) -> Partial:
-        """See `state.prefill.ExactAttention`; a log-sum-exp is `[Hq, T]` here."""
-        out, lse = torch.empty_like(one[0]), torch.empty_like(one[1])
-        merge_attn_states(out, one[0], one[1], other[0], other[1], lse)
-        return out, lse
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Any) -> Partial:
         """Query `[T, Hq, D]`, keys and values `[S, Hkv, D]` as xformers' batch of one with groups of heads."""
