@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import sources
 from benchmarks.accuracy.layers import Layer
-from benchmarks.accuracy.paper_method import Paper, rank_at
+from benchmarks.accuracy.paper_method import SAME_BYTES, SAME_SHARE, Paper, papers
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from benchmarks.machine import machine
@@ -28,7 +28,6 @@ from vllm_shadowkv.config import LOCAL_CHUNKS
 BUDGETS = (128, 512, 2048)
 """Tokens. At 8K they are what 1.6 %, 6 % and 25 % of a prompt are; 2,048 is the default."""
 OURS, EDGE, LEFT_OUT = "ours", "ours, block just sealed", "ours, the rest left out"
-SAME_SHARE, SAME_BYTES = "paper, 160 of 1024 dimensions", "paper, as many bytes"
 COLORS = {SAME_SHARE: "tab:gray", SAME_BYTES: "tab:orange", EDGE: "tab:cyan", OURS: "tab:blue", LEFT_OUT: "tab:green"}
 
 
@@ -63,15 +62,12 @@ def methods(layer: Layer) -> dict[str, Sealed | Paper]:
     the steps after a block was sealed. What else the open block has, and the paper has not, does not count for ours.
     The paper leaves out the chunks that are not selected; so does one of ours, to tell what that costs.
     """
-    width = layer.keys[0].numel()
     ours = Sealed(exact_tokens=8 * LOCAL_CHUNKS)
-    same_bytes = rank_at(ours.bytes_per_token(layer), layer)
     return {
         OURS: ours,
         EDGE: Sealed(),
         LEFT_OUT: replace(ours, rest=False),
-        SAME_SHARE: Paper(rank=160 * width // 1024),
-        SAME_BYTES: Paper(rank=same_bytes),
+        **papers(ours.bytes_per_token(layer), layer),
     }
 
 
@@ -80,7 +76,7 @@ def measure(source: str, layer: Layer) -> list[Record]:
     full = full_attention(layer)
     compared = methods(layer)
     views = {name: method.view(layer) for name, method in compared.items()}
-    most_forced = max(round(_forced(view)) for view in views.values())
+    most_forced = max(view.num_forced for view in views.values())
 
     def error(view: View, chunks: int) -> torch.Tensor:
         return relative_error(attend(view, layer, chunks), full)
@@ -90,7 +86,7 @@ def measure(source: str, layer: Layer) -> list[Record]:
         view = views[name]
         exact = layer.keys[: layer.prompt_tokens]
         everything = View(view.keys, view.values, view.landmarks, torch.ones_like(view.forced), view.scored)
-        extra = most_forced - round(_forced(view))
+        extra = most_forced - view.num_forced
         attended = {budget: error(view, budget // 8 + extra) for budget in BUDGETS}
         records.append(
             Record(
@@ -107,10 +103,6 @@ def measure(source: str, layer: Layer) -> list[Record]:
             )
         )
     return records
-
-
-def _forced(view: View) -> float:
-    return view.forced.float().sum(1).mean().item()
 
 
 def markdown(records: list[Record]) -> str:

@@ -20,7 +20,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -73,8 +73,7 @@ def collect(
     done = {(record["name"], record["setup"]) for record in read_records(out)}
     trajectories = {(r["name"], r["setup"]): r["output"] for r in read_records(trajectory)} if trajectory else {}
     setups, run = list(setups), uuid.uuid4().hex
-    _drop_cut_line(out)
-    with out.open("a") as file, tqdm(total=total, desc=out.stem, unit="answers", mininterval=5) as bar:
+    with continued(out) as file, tqdm(total=total, desc=out.stem, unit="answers", mininterval=5) as bar:
         for group in by_context(samples):
             for setup in setups:
                 wanted = [sample for sample in group if (sample.name, setup) not in done]
@@ -86,9 +85,11 @@ def collect(
                 bar.update(len(group))
 
 
-def _drop_cut_line(path: Path) -> None:
+def continued(path: Path) -> IO[str]:
+    """Opens a result to append to; a last line that was cut short is dropped."""
     if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])
+    return path.open("a")
 
 
 def by_context(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

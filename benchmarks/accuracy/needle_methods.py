@@ -18,7 +18,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from rich.markdown import Markdown
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.accuracy.collect import SETUPS, by_context, read_records
+from benchmarks.accuracy.collect import SETUPS, by_context, continued, read_records
 from benchmarks.accuracy.layers import Layer, rotary_table
 from benchmarks.accuracy.paired import Flips
-from benchmarks.accuracy.paper_method import Paper, rank_at
+from benchmarks.accuracy.paper_method import SAME_BYTES, SAME_SHARE, Paper, papers
 from benchmarks.accuracy.samples import Sample, needles
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.view import View, attend
@@ -45,7 +45,6 @@ from vllm_shadowkv.rotary import Rotary
 
 FULL = "full"
 OURS, OURS_ATTENDED = "ours", "ours, as many attended"
-SAME_SHARE, SAME_BYTES = "paper, 160 of 1024 dimensions", "paper, as many bytes"
 METHODS = (OURS, OURS_ATTENDED, SAME_SHARE, SAME_BYTES)
 
 
@@ -86,18 +85,10 @@ def views_of(cache: Cache) -> dict[str, tuple[View, int]]:
     tokens = cache.keys.shape[1]
     sealed, whole = (cache.layer(tokens // size * size) for size in (Sealed.block_size, Paper.chunk_size))
     ours = Sealed()
-    width = sealed.keys[0].numel()
     view = ours.view(sealed)
-    papers = {
-        SAME_SHARE: Paper(rank=160 * width // 1024).view(whole),
-        SAME_BYTES: Paper(rank=rank_at(ours.bytes_per_token(sealed), whole)).view(whole),
-    }
-    extra = _forced(papers[SAME_BYTES]) - _forced(view)
-    return {OURS: (view, 0), OURS_ATTENDED: (view, extra)} | {name: (paper, 0) for name, paper in papers.items()}
-
-
-def _forced(view: View) -> int:
-    return round(view.forced.float().sum(1).mean().item())
+    theirs = {name: paper.view(whole) for name, paper in papers(ours.bytes_per_token(sealed), whole).items()}
+    extra = theirs[SAME_BYTES].num_forced - view.num_forced
+    return {OURS: (view, 0), OURS_ATTENDED: (view, extra)} | {name: (paper, 0) for name, paper in theirs.items()}
 
 
 class Haystack:
@@ -121,18 +112,26 @@ class Haystack:
             views = [views_of(cache) for cache in exact]
         else:
             views = self._views = self._views or [views_of(cache) for cache in self.caches]
-        found = {FULL: self._answers(sample, first, exact)}
-        for method in METHODS:
-            for budget in budgets:
-                caches = [
-                    cache.read_through(view[method][0], budget // Paper.chunk_size + view[method][1])
-                    for cache, view in zip(exact if setup == "A" else self.caches, views, strict=True)
-                ]
-                token = first
-                if setup == "B":
-                    token = self._feed_compressed(sample.question, caches, method)
-                found[f"{method}, {budget}"] = self._answers(sample, token, caches)
+        found = {FULL: self._answers(sample, first, [cache.read_through(None, 0) for cache in exact])}
+        for method, budget in product(METHODS, budgets):
+            token, chosen = first, [budget // Paper.chunk_size + view[method][1] for view in views]
+            caches = exact
+            if setup == "B":
+                while_asked = [self.tokens] * len(views) if method in (OURS, OURS_ATTENDED) else chosen
+                caches = self._through(self.caches, views, method, while_asked)
+                token = self._feed(sample.question, caches)
+            caches = self._through(caches, views, method, chosen)
+            found[f"{method}, {budget}"] = self._answers(sample, token, caches)
         return found
+
+    @staticmethod
+    def _through(
+        caches: list[Cache], views: list[dict[str, tuple[View, int]]], method: str, chunks: list[int]
+    ) -> list[Cache]:
+        """Copies that are read by a method, so many chunks in each layer; more than there are: all."""
+        return [
+            cache.read_through(view[method][0], count) for cache, view, count in zip(caches, views, chunks, strict=True)
+        ]
 
     def _feed(self, question: list[int], caches: list[Cache]) -> int:
         """Computes the question's tokens and returns the next one."""
@@ -140,23 +139,11 @@ class Haystack:
             following = decode(self.model, token, place, caches)
         return following
 
-    def _feed_compressed(self, question: list[int], caches: list[Cache], method: str) -> int:
-        """The same over a compressed haystack; ours reads all of it then."""
-        budgets = [cache.chunks for cache in caches]
-        if method in (OURS, OURS_ATTENDED):
-            for cache in caches:
-                cache.chunks = self.tokens
-        following = self._feed(question, caches)
-        for cache, chunks in zip(caches, budgets, strict=True):
-            cache.chunks = chunks
-        return following
-
     def _answers(self, sample: Sample, first: int, caches: list[Cache]) -> bool:
-        """Whether greedy decoding gives the answer, whose first token is there."""
+        """Whether greedy decoding gives the answer, whose first token is there; the caches grow."""
         assert sample.answer is not None
         if first != sample.answer[0]:
             return False
-        caches = [cache.read_through(cache.view, cache.chunks) for cache in caches]
         start = self.tokens + len(sample.question)
         return all(
             decode(self.model, token, start + i, caches) == expected
@@ -168,7 +155,7 @@ class Haystack:
 def collect(model: NeedleModel, samples: Iterator[Sample], budgets: list[int], out: Path, total: int) -> None:
     """Appends a line per question and setup to `out`, without those that are there already."""
     done = {(record["name"], record["setup"]) for record in read_records(out)}
-    with out.open("a") as file, tqdm(total=total, unit="answers", mininterval=5) as bar:
+    with continued(out) as file, tqdm(total=total, unit="answers", mininterval=5) as bar:
         for group in by_context(samples):
             wanted = [(s, setup) for s in group for setup in SETUPS if (s.name, setup) not in done]
             haystack = Haystack(model, group[0].context) if wanted else None

@@ -50,6 +50,15 @@ class Paper:
         return 2 * (self.rank + width / self.chunk_size + self.rank * width / layer.prompt_tokens)
 
 
+SAME_SHARE, SAME_BYTES = "paper, 160 of 1024 dimensions", "paper, as many bytes"
+
+
+def papers(bytes_per_token: float, layer: Layer) -> dict[str, Paper]:
+    """The two that ours is compared with: the published share of the width, and what so many device bytes hold."""
+    width = layer.keys[0].numel()
+    return {SAME_SHARE: Paper(rank=160 * width // 1024), SAME_BYTES: Paper(rank=rank_at(bytes_per_token, layer))}
+
+
 def rank_at(bytes_per_token: float, layer: Layer, chunk_size: int = 8) -> int:
     """The rank that the paper's method can have in so many bytes, counted as `Paper.bytes_per_token` does."""
     width = layer.keys[0].numel()

@@ -36,6 +36,11 @@ class View:
     scored: Tensor
     mean_values: Tensor | None = None
 
+    @property
+    def num_forced(self) -> int:
+        """Chunks per KV head that are attended whatever their score, on average."""
+        return round(self.forced.float().sum(1).mean().item())
+
 
 def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
     """Attention of the layer's queries over forced chunks, the best ones and generated tokens, `[n, heads, size]`."""
