@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine import Result, Trial, Trials, differences
+from engine import Result, Trial, Trials, differences, each_scenario, trial_id
 from sharp_model import write_sharp_model
+from test_life_of_a_token import LOSSLESS, NGRAM, WINDOWS
 
-LOSSLESS = {"compression": 1, "key_codec": "none", "dense_threshold": 0, "sparse_budget": 2048, "slot_chunks": 280}
 SCENARIOS = ("edges", "eight", "generation", "prefixes", "preemption", "longest", "aborts", "alone", "reset", "storm")
 TOLERANCE = 0.03
 """Of log-probabilities. On emulated threads the kernels are at most 0.0075 from the stock backend on a CPU."""
@@ -24,7 +24,6 @@ GRAPHS: dict[str, Any] = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
 }
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 STOCK = Trial("stock", (*SCENARIOS, "twice"), shadowkv=None, options=OPTIONS)
 EAGER = Trial("eager", SCENARIOS, LOSSLESS | {"block_size": 256}, options=OPTIONS)
@@ -38,9 +37,7 @@ V2_SMALL_POOL = replace(V2_GRAPHS, name="v2-small-pool", options=OPTIONS | GRAPH
 V1_WINDOWS = replace(
     V1,
     name="v1-windows",
-    shadowkv=LOSSLESS
-    | {"block_size": 64, "dense_threshold": 600, "prefill_exact_tokens": 256, "decode_exact_tokens": 128}
-    | {"slot_chunks": 304},
+    shadowkv=LOSSLESS | WINDOWS | {"slot_chunks": 304},
 )
 V1_DRAFTS = replace(
     V1,
@@ -51,10 +48,6 @@ V1_DRAFTS = replace(
 TRIALS = (V1, V2, V1_GRAPHS, V2_GRAPHS, V2_AS_VLLM_WOULD, V2_SMALL_POOL, V1_WINDOWS, V1_DRAFTS)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
-
-
-def trial_id(trial: Trial) -> str:
-    return trial.name
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +65,7 @@ def stock(trials: Trials) -> Result:
     return trials(STOCK)
 
 
-@pytest.mark.parametrize(
-    ("trial", "scenario"),
-    [pytest.param(trial, scenario, id=f"{trial.name} {scenario}") for trial in TRIALS for scenario in trial.scenarios],
-)
+@each_scenario(TRIALS)
 def test_equals_flash_attention(trials: Trials, stock: Result, trial: Trial, scenario: str) -> None:
     ours, theirs = trials(trial).sequences[scenario], stock.sequences[scenario]
     assert differences(ours, theirs, TOLERANCE, undecided=2 * TOLERANCE) == []

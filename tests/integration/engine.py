@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -66,6 +68,19 @@ class Trial:
     in_process: bool = True
     extras: tuple[str, ...] = ()
     full_attention_only: bool = False
+
+
+def trial_id(trial: Trial) -> str:
+    """Of a test that is parametrised with trials."""
+    return trial.name
+
+
+def each_scenario(trials: Iterable[Trial]) -> pytest.MarkDecorator:
+    """Parametrises a test with every `trial` and `scenario`."""
+    cases = [
+        pytest.param(trial, scenario, id=f"{trial.name} {scenario}") for trial in trials for scenario in trial.scenarios
+    ]
+    return pytest.mark.parametrize(("trial", "scenario"), cases)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import simulation
-from engine import Trial, Trials, differences
+from engine import Trial, Trials, differences, trial_id
 from test_life_of_a_token import LOSSLESS, STOCK, TOLERANCE
 from vllm.config import ParallelConfig
 from vllm.v1.engine.core import EngineCore
@@ -45,10 +45,6 @@ STAGES = Trial(
     options={"pipeline_parallel_size": 2},
     in_process=False,
 )
-
-
-def trial_id(trial: Trial) -> str:
-    return trial.name
 
 
 @pytest.mark.parametrize("trial", [DRAFTS], ids=trial_id)

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from engine import Result, Trial, Trials, differences, largest_error
+from engine import Result, Trial, Trials, differences, each_scenario, largest_error, trial_id
 
 from vllm_shadowkv.cli import arguments
 from vllm_shadowkv.cli.plan import make
@@ -131,10 +131,6 @@ COMPRESSED = Trial(
 )
 
 
-def trial_id(trial: Trial) -> str:
-    return trial.name
-
-
 @pytest.fixture
 def stock(trials: Trials) -> Result:
     return trials(STOCK)
@@ -150,26 +146,12 @@ def test_stock_is_decisive(trials: Trials, trial: Trial) -> None:
     assert min(margins) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("trial", "scenario"),
-    [
-        pytest.param(trial, scenario, id=f"{trial.name} {scenario}")
-        for trial in LOSSLESS_TRIALS
-        for scenario in trial.scenarios
-    ],
-)
+@each_scenario(LOSSLESS_TRIALS)
 def test_equals_stock(trials: Trials, stock: Result, trial: Trial, scenario: str) -> None:
     assert differences(trials(trial).sequences[scenario], stock.sequences[scenario], TOLERANCE) == []
 
 
-@pytest.mark.parametrize(
-    ("trial", "scenario"),
-    [
-        pytest.param(trial, scenario, id=f"{trial.name} {scenario}")
-        for trial in CUDA_TRIALS
-        for scenario in trial.scenarios
-    ],
-)
+@each_scenario(CUDA_TRIALS)
 def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str) -> None:
     stock = trials(STOCK_HALF)
     ours, theirs = trials(trial).sequences[scenario], stock.sequences[scenario]

@@ -47,7 +47,7 @@ class Streams:
     """The current stream, the side stream, and an attention that notes which tile it read when it ran."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.current, self.side, self.active = Stream(), Stream(), Stream()
+        self.current, self.side = Stream(), Stream()
         self.active = self.current
         self.read: list[list[float]] = []
         patch.setattr(prefill, "_side_stream", lambda device: self.side)
