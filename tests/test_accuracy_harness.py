@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.accuracy import needle_methods
 from benchmarks.accuracy.ask import Reply, Request
 from benchmarks.accuracy.collect import collect, read_records
 from benchmarks.accuracy.compare import compare, markdown
@@ -246,3 +247,16 @@ def test_every_method_answers_needles_in_both_setups() -> None:
         for method in METHODS:
             assert all(right[f"{method}, {covering}"] for right in found), method
         assert not any(right["ours, 0"] for right in found)
+
+
+def test_ours_and_the_papers_answers_are_paired() -> None:
+    names = ("full", *(f"{method}, 256" for method in METHODS))
+    ours_right, theirs_right = ({name: name.startswith(who) for name in names} for who in ("ours", "paper"))
+    records = [
+        {"setup": "A", "family": "single", "right": ours_right},
+        {"setup": "A", "family": "mixed", "right": ours_right},
+        {"setup": "A", "family": "mixed", "right": theirs_right},
+    ]
+    found = needle_methods.duels(records, [256])
+    assert [(duel.setup, duel.flips.won, duel.flips.lost) for duel in found] == [("A", 2, 1)] * 4
+    assert len({(duel.ours, duel.paper) for duel in found}) == 4

@@ -208,6 +208,44 @@ def markdown(rows: list[Row]) -> str:
             full = f"{100 * sum(f[names[0]].baseline for f in flips) / prompts:.1f}"
             means = [f"**{100 * sum(f[name].candidate for f in flips) / prompts:.1f}**" for name in names]
             lines.append([setup, "**all**", str(prompts), full, *means])
+    return _table(lines)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Both methods' answers to the questions of all families; `flips` has the paper's as its baseline."""
+
+    setup: str
+    budget: int
+    ours: str
+    paper: str
+    flips: Flips
+
+
+def duels(records: list[dict[str, Any]], budgets: list[int]) -> list[Duel]:
+    """Each of ours against each of the paper's."""
+    found = []
+    pairs = product(budgets, (OURS, OURS_ATTENDED), (SAME_BYTES, SAME_SHARE))
+    for setup, (budget, ours, paper) in product(SETUPS, pairs):
+        rights = [record["right"] for record in records if record["setup"] == setup]
+        if rights:
+            theirs, our = ([right[f"{name}, {budget}"] for right in rights] for name in (paper, ours))
+            found.append(Duel(setup, budget, ours, paper, Flips.of(theirs, our)))
+    return found
+
+
+def duels_markdown(found: list[Duel]) -> str:
+    """How often only one of the two is right."""
+    lines = [["setup", "budget", "ours", "the paper's", "prompts", "only ours right", "only the paper's right", "p"]]
+    lines.append(["---"] * len(lines[0]))
+    for duel in found:
+        flips = duel.flips
+        counts = (duel.budget, duel.ours, duel.paper, flips.prompts, flips.won, flips.lost)
+        lines.append([duel.setup, *map(str, counts), f"{flips.p_value:.2g}"])
+    return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -228,14 +266,16 @@ def main() -> None:
     samples = needles(arguments.tokens, arguments.haystacks, arguments.questions, families)
     total = len(SETUPS) * len(families) * arguments.haystacks * arguments.questions
     collect(load_model(arguments.model), samples, arguments.budgets, arguments.out, total)
-    rows = compare(read_records(arguments.out))
-    text = markdown(rows)
+    records = read_records(arguments.out)
+    rows, found = compare(records), duels(records, arguments.budgets)
+    text = f"{markdown(rows)}\n{duels_markdown(found)}"
     Console(width=200).print(Markdown(text))
     if arguments.markdown:
         arguments.markdown.write_text(text)
     if arguments.json:
         about = {"model": arguments.model.name, "tokens": arguments.tokens, "budgets": arguments.budgets}
-        content = {"machine": machine("accuracy.needle_methods", "cpu"), **about, "rows": [asdict(row) for row in rows]}
+        content = {"machine": machine("accuracy.needle_methods", "cpu"), **about}
+        content |= {"rows": [asdict(row) for row in rows], "duels": [asdict(duel) for duel in found]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
