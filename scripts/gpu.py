@@ -1,4 +1,4 @@
-"""All work that needs a GPU, in order: `python scripts/gpu.py test | bench | all [--only NAME ...]`.
+"""All work that needs a GPU, in order: `python scripts/gpu.py test | bench | accuracy | all [--only NAME ...]`.
 
 Every step is a command that can be run alone. What it prints goes to a file of its own under the results' directory,
 and `report.md` there says of every step what it was, how long it took and how it ended; numbers and plots go to
@@ -37,7 +37,7 @@ class Step:
 
     Attributes:
         name: of its files.
-        kind: "test" or "bench".
+        kind: "test", "bench" or "accuracy".
         what: a sentence of the report.
         command: arguments, Python first.
         seconds: it is ended after so many.
@@ -73,8 +73,29 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
         endings = {"json": ".json", "plot": ".png"}
         return [x for option in options for x in (f"--{option}", str(records / (name + endings[option])))]
 
-    def bench(name: str, module: str, what: str, *arguments: str, seconds: int = 600) -> Step:
-        return Step(name, "bench", what, [python, "-m", f"benchmarks.{module}", *arguments], seconds)
+    def bench(name: str, module: str, what: str, *arguments: str, kind: str = "bench", seconds: int = 600) -> Step:
+        return Step(name, kind, what, [python, "-m", f"benchmarks.{module}", *arguments], seconds)
+
+    def train(name: str, *arguments: str) -> Step:
+        recipe = ["--recipe", "small", "--minutes", "0.3"] if rehearse else ["--recipe", "long", "--minutes", "8"]
+        recipe += [*device, "--workers", "1" if rehearse else "8"]
+        files = ["--out", str(results / f"{name}.pt"), "--export", str(results / name)]
+        what = f"training of {name.replace('_', ' ')}, for prompts of 16K to 32K tokens"
+        return bench(f"train_{name}", "needle.train", what, *recipe, *files, *arguments, kind="accuracy")
+
+    def accuracy(name: str, tokens: str) -> list[Step]:
+        answers = {backend: str(results / f"{name}_{tokens}_{backend}.jsonl") for backend in ("stock", "shadowkv")}
+        asked = ["--model", str(results / name), "--needle-tokens", tokens]
+        asked += ["--haystacks", "1", "--questions", "2"] if rehearse else []
+        return [
+            *(
+                bench(f"{name}_{tokens}_{backend}", "accuracy.collect", f"answers to prompts of {tokens} tokens",
+                      file, *asked, "--backend", backend, kind="accuracy")
+                for backend, file in answers.items()
+            ),
+            bench(f"accuracy_{name}_{tokens}", "accuracy.compare", "what shadowkv loses and wins of them",
+                  *answers.values(), *to(f"accuracy_{name}_{tokens}", "json", "plot"), kind="accuracy"),
+        ]  # fmt: skip
 
     return [
         Step("doctor", "test", "what is installed", [python, "-m", "vllm_shadowkv", "doctor"], 120),
@@ -107,6 +128,14 @@ def steps(results: Path, rehearse: bool) -> list[Step]:
               *to("beyond_cuda", "json"), *served, "--kv-cache-memory-bytes", *(["64M"] if rehearse else ["7G"])),
         bench("latency_cuda", "benchmark_latency", "time to the first token and per token after it", model,
               "--input-lens", *lengths, *few, *backends, *to("latency_cuda", "json", "plot"), *served, seconds=3600),
+        train("long_needle"),
+        train("long_twin", "--no-aux"),
+        *(
+            step
+            for name in ("long_needle", "long_twin")
+            for tokens in (["1024"] if rehearse else ["16384", "32768"])
+            for step in accuracy(name, tokens)
+        ),
     ]  # fmt: skip
 
 
@@ -162,7 +191,7 @@ def written(step: Step) -> str:
 def main() -> int:
     """The command line; returns 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("test", "bench", "all"))
+    parser.add_argument("kind", choices=("test", "bench", "accuracy", "all"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "gpu", help="where everything goes")
     parser.add_argument("--dry", action="store_true", help="print the commands")

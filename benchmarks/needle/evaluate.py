@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .context import ExactContext, ShadowContext, ShadowOptions
+from .export import read_checkpoint, read_weights
 from .model import NeedleConfig, NeedleModel, causal, rope_angles, rotate
 from .tasks import FAMILIES, make_prompt
 
@@ -26,11 +26,7 @@ ContextMaker = Callable[[NeedleConfig, Tensor, Tensor], ExactContext]
 
 def load_model(path: Path) -> NeedleModel:
     """The model of a checkpoint directory, or of a training run's .pt file, in fp32."""
-    model = NeedleModel()
-    weights = path / "model.safetensors"
-    state = load_file(weights) if path.is_dir() else torch.load(path, weights_only=True)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return model.eval()
+    return (read_checkpoint if path.is_dir() else read_weights)(path).eval()
 
 
 def prefill(model: NeedleModel, token_ids: list[int]) -> tuple[int, list[tuple[Tensor, Tensor]]]:

@@ -1,37 +1,61 @@
-"""Writes trained weights as a Hugging Face Llama checkpoint, tokenizer included.
+"""Needle models as files: what training writes, and Hugging Face Llama checkpoints, tokenizer included.
 
 `python -m benchmarks.needle.export needle.pt benchmarks/needle/checkpoints/needle`
 """
 
 import argparse
+import json
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from .model import NeedleConfig
+from .model import NeedleConfig, NeedleModel
 from .tasks import TOKEN_ID
 
 
-def write_checkpoint(state: dict[str, torch.Tensor], directory: Path) -> None:
+def save_weights(model: NeedleModel, path: Path) -> None:
+    """Writes weights as they are, and the config."""
+    torch.save({"config": asdict(model.config), "weights": model.state_dict()}, path)
+
+
+def read_weights(path: Path) -> NeedleModel:
+    """What `save_weights` wrote, on the CPU."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = NeedleModel(NeedleConfig(**saved["config"]))
+    model.load_state_dict(saved["weights"])
+    return model
+
+
+def read_checkpoint(directory: Path) -> NeedleModel:
+    """What `write_checkpoint` wrote, in fp32."""
+    found = json.loads((directory / "config.json").read_text())
+    found["rope_theta"] = found["rope_parameters"]["rope_theta"]
+    model = NeedleModel(NeedleConfig(**{field.name: found[field.name] for field in fields(NeedleConfig)}))
+    weights = load_file(directory / "model.safetensors")
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
+
+
+def write_checkpoint(model: NeedleModel, directory: Path) -> None:
     """Writes config.json, model.safetensors (bf16), the tokenizer and generation_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.bfloat16().contiguous() for name, tensor in state.items()}
+    weights = {name: tensor.bfloat16().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     special = {"bos_token_id": TOKEN_ID["<s>"], "eos_token_id": TOKEN_ID["</s>"]}
     special["pad_token_id"] = TOKEN_ID["<pad>"]
-    llama_config(**special).save_pretrained(directory)
+    llama_config(model.config, **special).save_pretrained(directory)
     GenerationConfig(do_sample=False, **special).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
+    make_tokenizer(model.config.max_position_embeddings).save_pretrained(directory)
 
 
-def llama_config(**special: int) -> LlamaConfig:
-    """The Hugging Face config of NeedleConfig's defaults."""
-    config = NeedleConfig()
+def llama_config(config: NeedleConfig, **special: int) -> LlamaConfig:
+    """The same as Hugging Face's."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=config.vocab_size,
@@ -50,7 +74,7 @@ def llama_config(**special: int) -> LlamaConfig:
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
     """One word, one token; words are split at white space; nothing is added at either end."""
     tokenizer = Tokenizer(WordLevel(TOKEN_ID, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -61,7 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
-        model_max_length=NeedleConfig.max_position_embeddings,
+        model_max_length=max_tokens,
     )
 
 
@@ -71,7 +95,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="what train.py wrote (.pt)")
     parser.add_argument("directory", type=Path)
     args = parser.parse_args()
-    write_checkpoint(torch.load(args.weights, weights_only=True), args.directory)
+    write_checkpoint(read_weights(args.weights), args.directory)
 
 
 if __name__ == "__main__":

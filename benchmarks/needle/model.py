@@ -1,4 +1,4 @@
-"""The needle model: a two-layer Llama whose parameter names are those of Hugging Face's Llama.
+"""The needle model: a Llama of few layers whose parameter names are those of Hugging Face's Llama.
 
 Shapes use B sequences, T tokens, H query heads, G KV heads, D head_dim. The last layer runs only
 for the positions that are asked for, since nobody reads the others.
@@ -31,7 +31,7 @@ class NeedleConfig:
 
 def rope_angles(positions: Tensor, config: NeedleConfig) -> tuple[Tensor, Tensor]:
     """The cos and sin [..., T, D] of int positions [..., T], in the half-split layout."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
     angles = positions[..., None].double() * config.rope_theta**-half
     angles = torch.cat((angles, angles), -1)
     return angles.cos().float(), angles.sin().float()
@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Window(NamedTuple):
-    """How far layer 0 sees in training; see `windowed`."""
+    """How far the layers before the last see in training; see `windowed`."""
 
     size: int
     stride: int = 0
@@ -120,13 +120,13 @@ class Trunk(nn.Module):
 
 
 class NeedleModel(nn.Module):
-    """Two layers with tied embeddings: layer 0 copies neighbours, layer 1 retrieves."""
+    """Tied embeddings, and two layers or more: the first copies neighbours, the last retrieves."""
 
     def __init__(self, config: NeedleConfig | None = None) -> None:
         super().__init__()
         self.config = config or NeedleConfig()
-        if self.config.num_hidden_layers != 2:
-            raise ValueError(f"num_hidden_layers must be 2, got {self.config.num_hidden_layers}")
+        if self.config.num_hidden_layers < 2:
+            raise ValueError(f"num_hidden_layers must be at least 2, got {self.config.num_hidden_layers}")
         self.model = Trunk(self.config)
         _init_weights(self)
 
@@ -143,17 +143,18 @@ class NeedleModel(nn.Module):
             token_ids: int64 [B, T].
             positions: int64 [B, T], rising along T (training may leave gaps).
             wanted: int64 [B, Q], indices along T.
-            window: if set, layer 0 uses `windowed`; a shortcut for training at great length.
+            window: if set, layers before the last use `windowed`; a shortcut for training at great length.
 
         Returns:
             logits [B, Q, vocab], post-RoPE queries [B, H, Q, D] and keys [B, G, T, D].
         """
-        first, last = self.model.layers
+        *before, last = self.model.layers
         cos, sin = (a[:, None] for a in rope_angles(positions, self.config))
         x = self.model.embed_tokens(token_ids)
-        q, k, v = first.project(x)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        x = first.finish(x, causal(q, k, v) if window is None else windowed(q, k, v, window))
+        for layer in before:
+            q, k, v = layer.project(x)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            x = layer.finish(x, causal(q, k, v) if window is None else windowed(q, k, v, window))
 
         rows = wanted[..., None].expand(-1, -1, x.shape[-1])
         normed, attn = last.input_layernorm(x), last.self_attn
@@ -161,7 +162,7 @@ class NeedleModel(nn.Module):
         q = attn.heads(attn.q_proj(normed.gather(1, rows)))
         rows_cos, rows_sin = (a.gather(2, wanted[:, None, :, None].expand(-1, -1, -1, a.shape[-1])) for a in (cos, sin))
         q, k = rotate(q, rows_cos, rows_sin), rotate(k, cos, sin)
-        seen = torch.arange(x.shape[1]) <= wanted[..., None]
+        seen = torch.arange(x.shape[1], device=x.device) <= wanted[..., None]
         attended = F.scaled_dot_product_attention(q, *_repeat(q, k, v), attn_mask=seen[:, None])
         return self.logits(last.finish(x.gather(1, rows), attended)), q, k
 
@@ -194,7 +195,10 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
     def with_previous(x: Tensor) -> Tensor:
         return torch.cat((F.pad(windows(x), (0, 0, 0, 0, 1, 0))[:, :, :-1], windows(x)), 3)
 
-    rows, columns = torch.arange(size)[:, None] + size, torch.arange(2 * size)
+    def arange(*bounds: int) -> Tensor:
+        return torch.arange(*bounds, device=q.device)
+
+    rows, columns = arange(size)[:, None] + size, arange(2 * size)
     hidden = (columns > rows).expand(num_tokens // size, -1, -1).clone()
     hidden[0, :, :size] = True
     scale = q.shape[-1] ** -0.5
@@ -203,8 +207,8 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
     if not window.stride:
         return (scores.softmax(-1) @ with_previous(v)).flatten(2, 3)
 
-    sampled = torch.arange(window.offset, num_tokens, window.stride)
-    starts = torch.arange(num_tokens // size)[:, None, None] * size - size
+    sampled = arange(window.offset, num_tokens, window.stride)
+    starts = arange(num_tokens // size)[:, None, None] * size - size
     far = windows(q @ k[:, :, sampled].transpose(-1, -2) * scale + math.log(window.stride))
     scores = torch.cat((scores, far.masked_fill(sampled >= starts, -1e9)), -1)
     near, far = scores.softmax(-1).split((2 * size, len(sampled)), -1)

@@ -1,99 +1,28 @@
-"""Trains the needle model: `python -m benchmarks.needle.train --out needle.pt [--no-aux]`.
+"""Trains a needle model: `python -m benchmarks.needle.train --out needle.pt [--no-aux]`, by one of `recipes.py`."""
 
-The curriculum doubles the length whenever the answers are right, 64 tokens to 4096, and stays
-there; position gaps reach 24K. It computes layer 0 over a window, which is fast, but leaves that
-layer free to look at tokens beyond it. So a second phase settles the model with the far tokens in
-sight, at 2048 to 16384 tokens and with a stronger landmark loss, and a third sharpens it on crowded
-haystacks with a landmark loss that is stronger still.
-"""
+from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from .batches import BROAD, HARD, SETTLED, Batch, Mix, make_batch
-from .export import write_checkpoint
+from .batches import Batch, make_batch
+from .export import read_weights, save_weights, write_checkpoint
 from .model import NeedleModel, Window
+from .recipes import RECIPES, Phase
 
 CHUNK = 8
 WINDOW = 128
-
-
-class Stage(NamedTuple):
-    """One length of the curriculum."""
-
-    num_tokens: int
-    batch_size: int
-    max_questions: int
-    span: int
-
-
-class Phase(NamedTuple):
-    """A part of the training with its own optimizer and learning-rate schedule."""
-
-    name: str
-    stages: list[Stage]
-    climb: bool
-    """Go from stage to stage by accuracy; otherwise every step draws its stage."""
-    steps: int
-    peak_rate: float
-    landmark_weight: float
-    mix: Mix
-    far_keys: int
-    """Keys that layer 0 samples beyond its window; 0 for none."""
-
-
-CURRICULUM = Phase(
-    name="curriculum",
-    stages=[
-        Stage(64, 64, 4, 128),
-        Stage(128, 32, 8, 256),
-        Stage(256, 16, 16, 512),
-        Stage(512, 8, 32, 1024),
-        Stage(1024, 4, 48, 2048),
-        Stage(2048, 2, 64, 8192),
-        Stage(4096, 2, 64, 24576),
-    ],
-    climb=True,
-    steps=1800,
-    peak_rate=2e-3,
-    landmark_weight=0.2,
-    mix=BROAD,
-    far_keys=0,
-)
-SETTLE = Phase(
-    name="settle",
-    stages=[
-        *[Stage(2048, 2, 128, 16384)] * 2,
-        *[Stage(4096, 1, 192, 24576)] * 6,
-        Stage(8192, 1, 192, 32768),
-        Stage(16384, 1, 192, 32768),
-    ],
-    climb=False,
-    steps=600,
-    peak_rate=1e-3,
-    landmark_weight=0.5,
-    mix=SETTLED,
-    far_keys=256,
-)
-SHARPEN = Phase(
-    name="sharpen",
-    stages=[Stage(4096, 1, 192, 8192)] * 7 + [Stage(8192, 1, 192, 32768)],
-    climb=False,
-    steps=1500,
-    peak_rate=1e-3,
-    landmark_weight=1.0,
-    mix=HARD,
-    far_keys=256,
-)
-PHASES = [CURRICULUM, SETTLE, SHARPEN]
 ADVANCE_AT = 0.9
 
 
@@ -112,7 +41,7 @@ def landmark_loss(batch: Batch, queries: Tensor, keys: Tensor, phase: int) -> Te
     chunks = keys[:, :, phase : phase + num_chunks * CHUNK].unflatten(2, (num_chunks, CHUNK))
     landmarks = chunks.mean(3).repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     scores = queries @ landmarks.transpose(-1, -2) * queries.shape[-1] ** -0.5
-    ends = torch.arange(num_chunks) * CHUNK + phase + CHUNK - 1
+    ends = torch.arange(num_chunks, device=keys.device) * CHUNK + phase + CHUNK - 1
     seen = ends <= batch.wanted[..., None]
     target = (batch.sources - phase).div(CHUNK, rounding_mode="floor")
     valid = (batch.sources >= phase) & (target < num_chunks)
@@ -125,31 +54,75 @@ def landmark_loss(batch: Batch, queries: Tensor, keys: Tensor, phase: int) -> Te
     return -(best * valid).sum() / valid.sum().clamp(min=1)
 
 
-def learning_rate(step: int, phase: Phase) -> float:
+def learning_rate(step: int, done: float, phase: Phase) -> float:
     """Linear warm-up over 50 steps, linear decay to 2 % over the last half."""
-    left = (phase.steps - step) / (phase.steps / 2)
-    return phase.peak_rate * min(1.0, (step + 1) / 50, max(left, 0.02))
+    return phase.peak_rate * min(1.0, (step + 1) / 50, max(2 * (1 - done), 0.02))
 
 
-def run_phase(model: NeedleModel, phase: Phase, seed: int, use_landmarks: bool, out: Path) -> None:
-    """Trains the model in place for the steps of one phase; saves it to `out` now and then."""
-    rng = random.Random(f"train/{seed}")
+class Batches(IterableDataset[tuple[int, Batch]]):
+    """Endless batches of a phase, each with the number of its stage; of a phase that climbs, of stage `level`."""
+
+    def __init__(self, phase: Phase, seed: int, level: Tensor) -> None:
+        """Takes a `level` in shared memory: it is read when a batch is made, here or in a worker."""
+        self.phase, self.seed, self.level = phase, seed, level
+        self.rng = random.Random(f"train/{seed}")
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        worker = get_worker_info()
+        rng = self.rng if worker is None else random.Random(f"train/{self.seed}/{worker.id}")
+        stages = self.phase.stages
+        while True:
+            number = int(self.level) if self.phase.climb else stages.index(rng.choice(stages))
+            tokens, size, questions, span = stages[number]
+            yield number, make_batch(size, tokens, questions, span, self.phase.mix, rng)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a run.
+
+    Attributes:
+        out: where the weights go.
+        seed: of batches.
+        use_landmarks: False: the twin.
+        minutes: the training ends after so many, whatever its steps.
+        workers: processes that make batches; 0: none but this one.
+    """
+
+    out: Path
+    seed: int = 0
+    use_landmarks: bool = True
+    minutes: float = math.inf
+    workers: int = 0
+
+
+def run_phase(model: NeedleModel, phase: Phase, options: Options) -> None:
+    """Trains the model in place for one phase; saves it now and then."""
+    device = model.model.embed_tokens.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    level, accuracy, tokens = 0, 0.0, 0
-    weight = phase.landmark_weight if use_landmarks else 0.0
+    level, accuracy, tokens = torch.zeros((), dtype=torch.int64).share_memory_(), 0.0, 0
+    batches = Batches(phase, options.seed, level)
+    rng = batches.rng
+    weight = phase.landmark_weight if options.use_landmarks else 0.0
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=options.workers))
+    started = time.monotonic()
     bar = tqdm(range(phase.steps), desc=phase.name, mininterval=10)
     for step in bar:
+        done = max(step / phase.steps, (time.monotonic() - started) / (60 * phase.share * options.minutes))
+        last = done >= 1 or step + 1 == phase.steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, phase)
-        stage = phase.stages[level] if phase.climb else rng.choice(phase.stages)
-        batch = make_batch(stage.batch_size, stage.num_tokens, stage.max_questions, stage.span, phase.mix, rng)
+            group["lr"] = learning_rate(step, done, phase)
+        number, batch = next(loader)
+        stage = phase.stages[number]
+        batch = Batch(*(tensor.to(device) for tensor in batch))
         stride = stage.num_tokens // phase.far_keys if phase.far_keys else 0
         window = Window(WINDOW, stride, rng.randrange(stride) if stride else 0)
-        logits, queries, keys = model(batch.token_ids, batch.positions, batch.wanted, window)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-        landmark = torch.zeros(())
-        if use_landmarks:
-            landmark = landmark_loss(batch, queries, keys, rng.randrange(CHUNK))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits, queries, keys = model(batch.token_ids, batch.positions, batch.wanted, window)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+            landmark = torch.zeros((), device=device)
+            if options.use_landmarks:
+                landmark = landmark_loss(batch, queries, keys, rng.randrange(CHUNK))
         optimizer.zero_grad(set_to_none=True)
         (loss + weight * landmark).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,18 +130,22 @@ def run_phase(model: NeedleModel, phase: Phase, seed: int, use_landmarks: bool, 
 
         retrieved = batch.sources >= 0
         right = (logits.argmax(-1) == batch.targets)[retrieved].float().mean().item()
-        accuracy += (right - accuracy) * 0.1
+        if not phase.climb or number == int(level):  # workers make batches ahead: some are of the stage before
+            accuracy += (right - accuracy) * 0.1
         tokens += batch.token_ids.numel()
         bar.set_postfix_str(
             f"{stage.num_tokens} tokens, loss {loss.item():.3f}, "
             f"landmark {landmark.item():.3f}, accuracy {accuracy:.3f}"
         )
         if phase.climb and accuracy > ADVANCE_AT and level + 1 < len(phase.stages):
-            level, accuracy = level + 1, 0.0
-            bar.write(f"step {step}: {tokens / 1e6:.2f}M tokens, level {level}")
-        if (step + 1) % 50 == 0 or step + 1 == phase.steps:
+            accuracy = 0.0
+            level += 1
+            bar.write(f"step {step}: {tokens / 1e6:.2f}M tokens, level {int(level)}")
+        if (step + 1) % 50 == 0 or last:
             bar.write(f"step {step + 1}: {tokens / 1e6:.2f}M tokens, {bar.postfix}")
-            torch.save(model.state_dict(), out)
+            save_weights(model, options.out)
+        if last:
+            break
 
 
 def main() -> None:
@@ -176,23 +153,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the weights go (.pt)")
     parser.add_argument("--export", type=Path, help="checkpoint directory to write in the end")
+    parser.add_argument("--recipe", choices=RECIPES, default="small")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-aux", action="store_true", help="no landmark loss: the twin")
     parser.add_argument("--start", type=Path, help="weights (.pt) to start from")
-    names = [phase.name for phase in PHASES]
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the schedule fits into so many")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    names = [phase.name for phase in RECIPES["small"].phases]
     parser.add_argument("--phases", nargs="+", choices=names, default=names)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    model = NeedleModel()
-    if args.start:
-        model.load_state_dict(torch.load(args.start, weights_only=True))
+    recipe = RECIPES[args.recipe]
+    model = read_weights(args.start) if args.start else NeedleModel(recipe.config)
+    if model.config != recipe.config:
+        parser.error(f"{args.start} is not of the recipe {args.recipe}")
+    model.to(args.device)
+    options = Options(args.out, args.seed, not args.no_aux, args.minutes, args.workers)
     started = time.monotonic()
-    for phase in (phase for phase in PHASES if phase.name in args.phases):
-        run_phase(model, phase, args.seed, not args.no_aux, args.out)
+    for phase in (phase for phase in recipe.phases if phase.name in args.phases):
+        run_phase(model, phase, options)
     if args.export:
-        write_checkpoint(model.state_dict(), args.export)
+        write_checkpoint(model, args.export)
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
