@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import generators
 import pytest
 import torch
+from fake_streams import Streams
 from torch import Tensor
 
 from vllm_shadowkv.rotary import Rotary
@@ -19,47 +18,13 @@ from vllm_shadowkv.state.layer import LayerMemory
 BLOCK = 128
 
 
-class Stream:
-    """A CUDA stream whose work waits until a test runs it."""
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], None] | tuple[Stream, int]] = []
-        self.done = 0
-
-    def wait_stream(self, other: Stream) -> None:
-        self.work.append((other, len(other.work)))
-
-    def advance(self) -> bool:
-        """Does the next thing, unless it has to wait."""
-        if self.done == len(self.work):
-            return False
-        work = self.work[self.done]
-        if isinstance(work, tuple):
-            if work[0].done < work[1]:
-                return False
-        else:
-            work()
-        self.done += 1
-        return True
-
-
-class Streams:
-    """The current stream, the side stream, and an attention that notes which tile it read when it ran."""
+class Attention(Streams):
+    """Notes which tile was read when it ran."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.current, self.side = Stream(), Stream()
-        self.active = self.current
+        super().__init__(patch, prefill)
         self.read: list[list[float]] = []
-        patch.setattr(prefill, "_side_stream", lambda device: self.side)
-        patch.setattr(torch.cuda, "current_stream", lambda device: self.active)
-        patch.setattr(torch.cuda, "stream", self._on)
         patch.setattr(prefill.ops, "expand_blocks", self._expand)
-
-    @contextmanager
-    def _on(self, stream: Stream) -> Iterator[None]:
-        before, self.active = self.active, stream
-        yield
-        self.active = before
 
     def _expand(self, blocks: Tensor, positions: Tensor, *rest: Any) -> None:
         keys, values = rest[-2:]
@@ -85,12 +50,6 @@ class Streams:
     def merge(self, one: Any, other: Any) -> Any:
         return one
 
-    def run(self, *order: Stream) -> None:
-        """To the end; of streams that can do something the first one does."""
-        while any(stream.advance() for stream in order):
-            pass
-        assert all(stream.done == len(stream.work) for stream in order), "they wait for each other"
-
 
 @pytest.fixture
 def memory() -> LayerMemory:
@@ -104,7 +63,7 @@ def memory() -> LayerMemory:
 def test_every_tile_is_read_while_it_is_there(
     monkeypatch: pytest.MonkeyPatch, memory: LayerMemory, num_blocks: int, first: str
 ) -> None:
-    streams = Streams(monkeypatch)
+    streams = Attention(monkeypatch)
     row = torch.arange(1, 31, dtype=torch.int32)
     sealed: list[int] = []
     streams.current.work.append(lambda: sealed.append(1))  # what the step did before
@@ -117,15 +76,14 @@ def test_every_tile_is_read_while_it_is_there(
     )
     if num_blocks:
         assert not streams.side.advance() or sealed, "it began before the blocks were sealed"
-    order = (streams.current, streams.side) if first == "current" else (streams.side, streams.current)
-    streams.run(*order)
+    streams.run(first)
     blocks = [float(block) for block in row[:num_blocks].tolist()]
     assert streams.read == [blocks[at : at + prefill.TILE_BLOCKS] for at in range(0, num_blocks, prefill.TILE_BLOCKS)]
 
 
 def test_the_next_tile_is_expanded_meanwhile(monkeypatch: pytest.MonkeyPatch, memory: LayerMemory) -> None:
     """The side stream gets to the second tile before the current one has attended to anything."""
-    streams = Streams(monkeypatch)
+    streams = Attention(monkeypatch)
     row = torch.arange(1, 31, dtype=torch.int32)
     tiles = iter(prefill._SealedTiles(memory, row, 12 * BLOCK))
     next(tiles)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vllm_shadowkv import ops
 from vllm_shadowkv.state.layer import LayerMemory
+from vllm_shadowkv.state.side_stream import side_stream
 
 TILE_BLOCKS = 4
 """Sealed blocks expanded at once; bounds the workspace."""
@@ -88,7 +88,7 @@ class _SealedTiles:
         self._memory, self._device = memory, device
         num_blocks = end // layout.block_size
         self._blocks = block_row[:num_blocks].split(TILE_BLOCKS) if num_blocks else ()
-        self._side = _side_stream(device)
+        self._side = side_stream(device)
         shape = (
             TILES if self._side else 1,
             min(num_blocks, TILE_BLOCKS),
@@ -138,8 +138,3 @@ class _SealedTiles:
             self._keys[number % len(self._keys)][: len(blocks)],
             self._values[number % len(self._values)][: len(blocks)],
         )
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
