@@ -217,10 +217,14 @@ def test_bytes_at_equal_rank_come_back_as_that_rank(layer) -> None:
             "use max_length=32896",
         ),
         (["--model", "local-completions", "--model_args", "model=x,max_length=4224"], "add tokenizer="),
+        (
+            ["--model", "local-completions", "--model_args", "tokenizer=x,max_length=8192", "--tasks", "longbench"],
+            "add --gen_kwargs temperature=0",
+        ),
     ],
 )
 def test_traps_of_long_prompts_are_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(TrapError, match=r"max_length|tokenizer") as error:
+    with pytest.raises(TrapError, match=r"max_length|tokenizer|temperature") as error:
         check(arguments)
     assert message in str(error.value)
 

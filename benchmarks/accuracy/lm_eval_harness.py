@@ -44,6 +44,8 @@ def check(arguments: list[str]) -> None:
     parser.add_argument("--model", default="hf")
     parser.add_argument("--model_args", default="")
     parser.add_argument("--metadata", type=json.loads, default={})
+    parser.add_argument("--tasks", default="")
+    parser.add_argument("--gen_kwargs", nargs="*", default=[])
     known, _ = parser.parse_known_args(arguments)
     given = known.model_args
     options = (
@@ -67,6 +69,11 @@ def check(arguments: list[str]) -> None:
         raise TrapError(
             "RULER sizes its prompts with the name of the API's model, which may not be that of a tokenizer; "
             "add tokenizer=NAME_OR_PATH to --model_args."
+        )
+    if "completions" in known.model and "longbench" in known.tasks and "temperature" not in " ".join(known.gen_kwargs):
+        raise TrapError(
+            "LongBench's tasks say do_sample: False beside temperature: 1, of which lm-eval sends a server the "
+            "temperature alone: answers would be drawn at random; add --gen_kwargs temperature=0."
         )
 
 
