@@ -57,7 +57,7 @@ class Workload:
         use_huge_pages(pages)
         pages = pages.random_(generator=generator).view(torch.uint8)
         _set_what_is_read_as_floats(layout, pages, generator)
-        (pool,) = host_pool.allocate(1, len(pages), layout.value_row_bytes, pinned=device == "cuda")
+        (pool,) = host_pool.allocate(1, len(pages), layout.value_row_bytes, gpu=0 if device == "cuda" else None)
         pool.copy_(normal((len(pages), layout.value_row_bytes // dtype.itemsize), dtype, generator).view(torch.uint8))
         pages = pages.to(device)
         for name in ("slot_tags", "slot_used", "slot_epoch"):

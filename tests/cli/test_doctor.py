@@ -13,6 +13,7 @@ import torch
 
 from vllm_shadowkv.cli import doctor, main, name_vllm
 from vllm_shadowkv.cli.doctor import Finding
+from vllm_shadowkv.state import numa
 from vllm_shadowkv.state.host_memory import GIB
 
 Patch = pytest.MonkeyPatch
@@ -66,8 +67,8 @@ def machine(monkeypatch: Patch, tmp_path: Path, gpu_node: str | None, affinity: 
     for node, cores in ((0, "0-1,4"), (1, "2-3")):
         (tmp_path / f"node{node}").mkdir()
         (tmp_path / f"node{node}" / "cpulist").write_text(cores + "\n")
-    monkeypatch.setattr(doctor, "NODES", tmp_path)
-    monkeypatch.setattr(doctor, "PCI", tmp_path)
+    monkeypatch.setattr(numa, "NODES", tmp_path)
+    monkeypatch.setattr(numa, "PCI", tmp_path)
     if gpu_node is not None:
         (tmp_path / "0000:65:00.0").mkdir()
         (tmp_path / "0000:65:00.0" / "numa_node").write_text(gpu_node + "\n")
@@ -136,7 +137,7 @@ CASES: dict[str, tuple[Callable[[], Any], Setup, str, str]] = {
         "warn",
         "locked memory: limit 1.00 GiB, the host pool is pinned → ulimit -l unlimited",
     ),
-    "one node": (doctor._numa, lambda m, path: m.setattr(doctor, "NODES", path), "ok", "NUMA: one node"),
+    "one node": (doctor._numa, lambda m, path: m.setattr(numa, "NODES", path), "ok", "NUMA: one node"),
     "two nodes": (
         doctor._numa,
         lambda m, path: machine(m, path, None, {0, 1, 2}),

@@ -221,7 +221,7 @@ def pool_that_the_kernel_does_not_give(patch: Patch, folder: Path) -> None:
 
 def pool_that_cannot_be_pinned(patch: Patch, folder: Path) -> None:
     patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
-    host_pool.allocate(num_layers=1, num_blocks=1, row_bytes=64, pinned=True)
+    host_pool.allocate(num_layers=1, num_blocks=1, row_bytes=64, gpu=0)
 
 
 def no_matplotlib(patch: Patch, folder: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import resource
 
 import pytest
@@ -158,7 +159,7 @@ def test_pinned_until_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     pinned_when_waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: pinned_when_waited.append(len(cudart.pinned)))
-    pools = allocate(num_layers=2, num_blocks=8, row_bytes=4096, pinned=True)
+    pools = allocate(num_layers=2, num_blocks=8, row_bytes=4096, gpu=0)
     view = pools[1][3:]
     assert cudart.pinned == {pool.data_ptr(): 8 * 4096 for pool in pools}
     left = pools[1].data_ptr()
@@ -177,7 +178,7 @@ def test_unpinned_though_the_device_has_failed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    pools = allocate(num_layers=1, num_blocks=8, row_bytes=4096, pinned=True)
+    pools = allocate(num_layers=1, num_blocks=8, row_bytes=4096, gpu=0)
     assert cudart.pinned
     del pools
     assert not cudart.pinned
@@ -194,5 +195,31 @@ def test_what_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         match=r"could not pin 0\.0 GiB \(1048576 bytes\) of host memory \(error 2\), 16\.0 GiB are free; raise the "
         r"limit on locked memory \(ulimit -l unlimited, now 0\.5 GiB\), or lower shadowkv\.host_memory_gib",
     ):
-        allocate(num_layers=4, num_blocks=1024, row_bytes=1024, pinned=True)
+        allocate(num_layers=4, num_blocks=1024, row_bytes=1024, gpu=0)
     assert not cudart.pinned
+
+
+@pytest.mark.parametrize(("nodes", "preferred"), [([0, 1], [1, 1, 1]), ([0], [])])
+def test_memory_comes_from_the_gpus_node_and_progress_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nodes: list[int], preferred: list[int]
+) -> None:
+    cudart, asked = FakeCudart(limit=1 << 30), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(host_pool.numa, "nodes", lambda: nodes)
+    monkeypatch.setattr(host_pool.numa, "node_of_gpu", lambda gpu: {2: 1}[gpu])
+
+    def prefer(pool: torch.Tensor, node: int) -> None:
+        assert pool.data_ptr() not in cudart.pinned, "pinning has taken the memory already"
+        asked.append(node)
+
+    monkeypatch.setattr(host_pool.numa, "prefer_node", prefer)
+    clock = iter(range(0, 60, 6))
+    monkeypatch.setattr(host_pool.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level("INFO"):
+        allocate(num_layers=3, num_blocks=64, row_bytes=1 << 20, gpu=2)
+    assert asked == preferred
+    assert [record.getMessage() for record in caplog.records] == [
+        "shadowkv: 0.1 of 0.2 GiB of the host pool are pinned."
+    ]

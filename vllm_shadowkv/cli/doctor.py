@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from rich.console import Console
 
 import vllm_shadowkv
 from vllm_shadowkv import extension, versions
+from vllm_shadowkv.state import numa
 from vllm_shadowkv.state.host_memory import GIB, cgroup, free_bytes
 
 Status = Literal["ok", "warn", "fail"]
@@ -30,8 +31,6 @@ LEAST_FREE = 8 * GIB
 COPIED_BYTES = 256 * 2**20
 SLOW_LINK, SLOW_MEMORY = 10e9, 3e9
 """Bytes per second: a PCIe 4.0 link of 16 lanes copies 25e9, one of 3.0 12e9; any memory of a server does 10e9."""
-NODES = Path("/sys/devices/system/node")
-PCI = Path("/sys/bus/pci/devices")
 
 
 @dataclass(frozen=True)
@@ -153,18 +152,18 @@ def _locked_memory() -> Iterator[Finding]:
 
 
 def _numa() -> Iterator[Finding]:
-    nodes = {path.name[4:]: _cores(path) for path in sorted(NODES.glob("node[0-9]*"))}
+    nodes = {node: _cores(numa.NODES / f"node{node}") for node in numa.nodes()}
     if len(nodes) < 2:
         yield Finding("ok", "NUMA: one node")
         return
     mine = sorted(node for node, cores in nodes.items() if cores & os.sched_getaffinity(0))
-    text = f"NUMA: {len(nodes)} nodes, this process runs on {', '.join(mine)}"
-    wanted = {_gpu_node(index) for index in range(torch.cuda.device_count())} - {None}
+    text = f"NUMA: {len(nodes)} nodes, this process runs on {', '.join(map(str, mine))}"
+    wanted = {numa.node_of_gpu(index) for index in range(torch.cuda.device_count())} - {None}
     near = f"; the GPUs are at {', '.join(sorted(map(str, wanted)))}" if wanted else ""
     if len(mine) == 1 and (not wanted or wanted == set(mine)):
         yield Finding("ok", text + near)
     else:
-        node = sorted(map(str, wanted))[0] if wanted else mine[0]
+        node = sorted(map(str, wanted))[0] if wanted else str(mine[0])
         yield Finding(
             "warn", text + near, f"numactl --cpunodebind={node} --membind={node} vllm serve …, if a node has the memory"
         )
@@ -177,17 +176,6 @@ def _cores(node: Path) -> set[int]:
         if first:
             cores |= set(range(int(first), int(last or first) + 1))
     return cores
-
-
-def _gpu_node(index: int) -> str | None:
-    """The NUMA node of a GPU; None where the machine does not say."""
-    gpu: Any = torch.cuda.get_device_properties(index)
-    try:  # an older torch does not tell the address
-        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-        node = (PCI / address / "numa_node").read_text().strip()
-    except (AttributeError, OSError):
-        return None
-    return None if node == "-1" else node
 
 
 def _bandwidth() -> Iterator[Finding]:

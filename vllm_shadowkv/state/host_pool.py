@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
+import time
 import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vllm_shadowkv.state import numa
 from vllm_shadowkv.state.host_memory import GIB, free_bytes
 from vllm_shadowkv.state.huge_pages import use_huge_pages
 
+logger = logging.getLogger("vllm.shadowkv")
+
 FREE_SHARE = 0.85
 """Share of the free host memory that the pool takes where the user sets no size."""
+SECONDS_BETWEEN_REPORTS = 10.0
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,17 @@ def check_room(num_blocks: int, row_bytes: int, page_bytes: int, pages_on_host: 
     _check_free(needed, free, num_blocks, "values and pages" if pages_on_host else "values")
 
 
-def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = False) -> list[Tensor]:
+def allocate(num_layers: int, num_blocks: int, row_bytes: int, gpu: int | None = None) -> list[Tensor]:
     """The pool of every layer.
 
     Args:
         num_layers: layers of this rank.
         num_blocks: blocks of the pool; a block's row has its id.
         row_bytes: bytes of one block's values in one layer.
-        pinned: page-locked and mapped, so that CUDA kernels read and write it.
+        gpu: whose kernels read and write it: page-locked, mapped, and from the GPU's NUMA node while that has memory.
 
     Returns:
-        Per layer uint8 `[num_blocks, row_bytes]`. Memory that is not pinned is taken as rows are first written.
+        Per layer uint8 `[num_blocks, row_bytes]`. Memory that is not for a GPU is taken as rows are first written.
 
     Raises:
         MemoryError: it does not fit what is free, or cannot be pinned; the sentence names the bytes and the flags.
@@ -102,9 +108,23 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, pinned: bool = Fa
         raise _no_room(needed, free_bytes(), num_blocks, "values") from error
     for pool in pools:
         use_huge_pages(pool)
-    for pool in pools if pinned else ():
-        _pin(pool)
+    if gpu is not None:
+        _pin_all(pools, gpu)
     return pools
+
+
+def _pin_all(pools: list[Tensor], gpu: int) -> None:
+    """Pins a pool after the other; Linux finds and clears their pages now, at some GiB a second."""
+    node = numa.node_of_gpu(gpu) if len(numa.nodes()) > 1 else None
+    total, said = sum(pool.nbytes for pool in pools), time.monotonic()
+    for number, pool in enumerate(pools, 1):
+        if node is not None:
+            numa.prefer_node(pool, node)
+        _pin(pool)
+        if time.monotonic() - said > SECONDS_BETWEEN_REPORTS:
+            said = time.monotonic()
+            done = number * pool.nbytes / GIB
+            logger.info("shadowkv: %.1f of %.1f GiB of the host pool are pinned.", done, total / GIB)
 
 
 def _check_free(needed: int, free: int, num_blocks: int, what: str) -> None:
