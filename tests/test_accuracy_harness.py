@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy import needle_methods
+from benchmarks.accuracy import needle_methods, studies
 from benchmarks.accuracy.ask import Reply, Request
 from benchmarks.accuracy.collect import collect, read_records
 from benchmarks.accuracy.compare import compare, markdown
@@ -251,6 +251,17 @@ def test_every_method_answers_needles_in_both_setups() -> None:
         for method in METHODS:
             assert all(right[f"{method}, {covering}"] for right in found), method
         assert not any(right["ours, 0"] for right in found)
+
+
+def test_a_shorter_context_is_the_end_of_the_longer_one(layer: Layer) -> None:
+    """With the budget that covers it nothing but the factors costs anything, and exact keys cost nothing."""
+    short = studies.newest(layer, 512)
+    assert (short.prompt_tokens, len(short.keys)) == (512, 512 + len(layer.keys) - layer.prompt_tokens)
+    assert torch.equal(short.keys, layer.keys[layer.prompt_tokens - 512 :])
+    exact, default = Sealed(codec="none", block_size=256), Sealed(block_size=256)
+    points = [studies.Variant("", "", method, 4096, context=512) for method in (exact, default)]
+    nothing, factors = studies.errors(layer, points)
+    assert nothing < 1e-5 < factors < 0.5
 
 
 def test_ours_and_the_papers_answers_are_paired() -> None:

@@ -133,7 +133,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     setups = [setup for setup in SETUPS if any(row.setup == setup for row in rows)]
-    figure, panels = plt.subplots(1, len(setups), figsize=(5.2 * len(setups), 3.4), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(setups), figsize=(5.6 * len(setups), 3.4), sharex=True, squeeze=False)
     for panel, setup in zip(panels[0], setups, strict=True):
         chosen = [row for row in rows if row.setup == setup]
         names = [f"{row.family} ({row.flips.prompts})" for row in chosen]
@@ -142,7 +142,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_title(f"setup {setup}")
         panel.set_xlabel("% of prompts")
-        panel.invert_yaxis() if setup == setups[0] else None
+        panel.invert_yaxis()
     panels[0][0].legend()
     figure.suptitle(title)
     figure.tight_layout()

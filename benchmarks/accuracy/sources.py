@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=2, help="per source")
     parser.add_argument("--text-model", type=Path, help="a decoder's checkpoint; see text_model.py")
     parser.add_argument("--text", type=Path, help="its text; default: held_out.txt beside it")
-    parser.add_argument("--encoder", type=Path, help="a text encoder's checkpoint; needs --text too")
+    parser.add_argument("--encoder", type=Path, help="a text encoder's checkpoint")
+    parser.add_argument("--encoder-text", type=Path, help="its text")
     parser.add_argument("--every", type=int, default=1, help="every so-many-th layer, from the last one back")
     parser.add_argument("--skip", nargs="+", choices=["needle", "twin", "planted"], default=[])
 
@@ -39,13 +40,13 @@ def chosen(arguments: argparse.Namespace) -> dict[str, list[Layer]]:
     if arguments.text_model:
         text = (arguments.text or arguments.text_model / "held_out.txt").read_text(errors="ignore")
         ids = AutoTokenizer.from_pretrained(arguments.text_model)(text)["input_ids"]
-        found["text"] = [
+        found["decoder"] = [
             layer
             for number, part in enumerate(passages(ids, tokens, queries, sequences))
-            for layer in captured(arguments.text_model, part, queries, f"text {number}")
+            for layer in captured(arguments.text_model, part, queries, f"decoder {number}")
         ]
     if arguments.encoder:
-        text = arguments.text.read_text(errors="ignore")
+        text = arguments.encoder_text.read_text(errors="ignore")
         found["encoder"] = encoded(arguments.encoder, text, tokens, queries, None, "encoder")
         found["encoder, with RoPE"] = encoded(arguments.encoder, text, tokens, queries, 500_000.0, "encoder with RoPE")
     return {source: layers[:: -arguments.every][::-1] for source, layers in found.items()}

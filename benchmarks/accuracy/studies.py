@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.accuracy import sources
@@ -26,13 +27,22 @@ BUDGET = 2048
 
 @dataclass(frozen=True)
 class Variant:
-    """One point of a study. `rank_share`: of the page's rank; None leaves it to the page of this method."""
+    """One point of a study.
+
+    Attributes:
+        study, label: where it stands.
+        method: what is measured.
+        budget: tokens.
+        rank_share: of the page's rank; None leaves it to the page of this method.
+        context: so many of the prompt's newest tokens stand alone, as a shorter prompt; None: all.
+    """
 
     study: str
     label: str
     method: Sealed
     budget: int = BUDGET
     rank_share: float | None = None
+    context: int | None = None
 
 
 def variants() -> list[Variant]:
@@ -46,12 +56,14 @@ def variants() -> list[Variant]:
 
     shares = (0.25, 0.5, 0.75, 1, 1.5, 2)
     budgets = (64, 128, 256, 512, 1024, 2048, 4096)
+    contexts = (1024, 2048, 3072, 4096, 5120, 6144, 8192)
     blocks = {str(size): {"block_size": size} for size in (256, 512, 1024, 2048, 4096)}
     return [
         *(Variant("rank, of the page's", f"{share:g}", default, rank_share=share) for share in shares),
         *points("tokens that share a basis, equal rank", blocks | {"prompt": {"block_size": None}}, 1),
         *points("chunk size, equal rank", {str(size): {"chunk_size": size} for size in (4, 8, 16, 32)}, 1),
         *(Variant("budget", str(budget), default, budget) for budget in budgets),
+        *(Variant("context, for dense_threshold", str(n), default, context=n) for n in contexts),
         *points("outliers a block, rank pays", {str(n): {"num_outliers": n} for n in (0, 1, 2, 4, 8)}),
         *points("factors", {"exact keys": {"codec": "none"}, "int8": {}}),
         *points("factors", {"bf16, same rank": {"codec": "bf16"}, "not centred": {"centred": False}}, 1),
@@ -66,18 +78,31 @@ def variants() -> list[Variant]:
 
 def errors(layer: Layer, studied: list[Variant]) -> list[float]:
     """The mean error over queries and heads, for every variant."""
-    full = full_attention(layer)
-    views: dict[Sealed, View] = {}  # many variants differ in the budget only
+    views: dict[tuple[int, Sealed], View] = {}  # many variants differ in the budget only
+    full: dict[int, Tensor] = {}
     found = []
     for variant in studied:
-        method = variant.method
+        method, context = variant.method, min(variant.context or layer.prompt_tokens, layer.prompt_tokens)
+        prompt = newest(layer, context)
+        if context not in full:
+            full[context] = full_attention(prompt)
         if variant.rank_share is not None:
             method = replace(method, rank=round(variant.rank_share * Sealed().page_rank(layer)))
-        if method not in views:
-            views[method] = method.view(layer)
-        output = attend(views[method], layer, variant.budget // method.chunk_size)
-        found.append(relative_error(output, full).mean().item())
+        if (context, method) not in views:
+            views[context, method] = method.view(prompt)
+        output = attend(views[context, method], prompt, variant.budget // method.chunk_size)
+        found.append(relative_error(output, full[context]).mean().item())
     return found
+
+
+def newest(layer: Layer, context: int) -> Layer:
+    """The layer as if the prompt began `context` tokens before its end.
+
+    Its keys keep the rotation of their old places: one more turn for all of them, which changes neither what attention
+    gives nor how well a basis fits.
+    """
+    first = layer.prompt_tokens - context
+    return replace(layer, keys=layer.keys[first:], values=layer.values[first:], prompt_tokens=context)
 
 
 def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -97,7 +122,7 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         panel.axis("off")
     panels[0][0].legend(fontsize=7)
     figure.supylabel("relative error of attention outputs")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0.02, 0, 1, 1))
     figure.savefig(path, dpi=110)
 
 
