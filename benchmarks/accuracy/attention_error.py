@@ -21,6 +21,7 @@ from benchmarks.accuracy import sources
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.paper_method import SAME_BYTES, SAME_SHARE, Paper, papers
 from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.table import table
 from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from benchmarks.machine import machine
 from vllm_shadowkv.config import LOCAL_CHUNKS
@@ -109,7 +110,7 @@ def markdown(records: list[Record]) -> str:
     """Means over layers, by source and method; and how far ours is below the paper's at equal bytes."""
     head = ["keys of", "method", "rank", "bytes a token", "keys", "all chunks"]
     head += [f"{budget} tokens" for budget in BUDGETS] + [f"{budget}, equal attended" for budget in BUDGETS]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for source in dict.fromkeys(r.source for r in records):
         columns: dict[str, list[float]] = {}
         for method in COLORS:
@@ -126,7 +127,7 @@ def markdown(records: list[Record]) -> str:
             both = zip(columns[method], columns[SAME_BYTES], strict=True)
             change = [f"{100 * (one / other - 1):+.0f} %" for one, other in both]
             lines.append([source, f"{method}, against as many bytes", "", "", *change])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(lines)
 
 
 def plot(records: list[Record], path: Path) -> None:

@@ -21,6 +21,7 @@ from rich.markdown import Markdown
 
 from benchmarks.accuracy.collect import SETUPS, read_records
 from benchmarks.accuracy.paired import Flips, divergence
+from benchmarks.accuracy.table import table
 from benchmarks.machine import machine
 
 Record = dict[str, Any]
@@ -105,14 +106,14 @@ def markdown(rows: list[Row]) -> str:
     forced = any(row.divergence for row in rows)
     columns = ["divergence, nats", "highest", "same first"] if forced else ["full", "shadowkv", "lost, won", "p"]
     head = ["family", *(f"{setup}: {column}" for setup in setups for column in columns)]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for family in dict.fromkeys(row.family for row in rows):
         cells = [family]
         for setup in setups:
             row = next((row for row in rows if (row.family, row.setup) == (family, setup)), None)
             cells += [""] * len(columns) if row is None else _cells(row, forced)
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(lines)
 
 
 def _cells(row: Row, forced: bool) -> list[str]:

@@ -34,6 +34,7 @@ from benchmarks.accuracy.paired import Flips
 from benchmarks.accuracy.paper_method import SAME_BYTES, SAME_SHARE, Paper, papers
 from benchmarks.accuracy.samples import Sample, needles
 from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.table import table
 from benchmarks.accuracy.view import View, attend
 from benchmarks.machine import machine
 from benchmarks.needle import CHECKPOINT
@@ -195,7 +196,6 @@ def markdown(rows: list[Row]) -> str:
     """Percent right."""
     names = list(rows[0].flips)
     lines = [["setup", "family", "prompts", FULL, *names]]
-    lines.append(["---"] * len(lines[0]))
     for row in rows:
         some = next(iter(row.flips.values()))
         percents = [100 * flips.candidate / flips.prompts for flips in row.flips.values()]
@@ -208,7 +208,7 @@ def markdown(rows: list[Row]) -> str:
             full = f"{100 * sum(f[names[0]].baseline for f in flips) / prompts:.1f}"
             means = [f"**{100 * sum(f[name].candidate for f in flips) / prompts:.1f}**" for name in names]
             lines.append([setup, "**all**", str(prompts), full, *means])
-    return _table(lines)
+    return table(lines)
 
 
 @dataclass(frozen=True)
@@ -237,16 +237,11 @@ def duels(records: list[dict[str, Any]], budgets: list[int]) -> list[Duel]:
 def duels_markdown(found: list[Duel]) -> str:
     """How often only one of the two is right."""
     lines = [["setup", "budget", "ours", "the paper's", "prompts", "only ours right", "only the paper's right", "p"]]
-    lines.append(["---"] * len(lines[0]))
     for duel in found:
         flips = duel.flips
         counts = (duel.budget, duel.ours, duel.paper, flips.prompts, flips.won, flips.lost)
         lines.append([duel.setup, *map(str, counts), f"{flips.p_value:.2g}"])
-    return _table(lines)
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(lines)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import sources
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.table import table
 from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from benchmarks.machine import machine
 
@@ -129,10 +130,10 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 def markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """A table of every point."""
     names = list(next(iter(next(iter(results.values())).values())))
-    lines = [["study", "", *names], ["---"] * (2 + len(names))]
+    lines = [["study", "", *names]]
     for study, points in results.items():
         lines += [[study, label, *(f"{values[name]:.4f}" for name in names)] for label, values in points.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(lines)
 
 
 def main() -> None:

@@ -100,6 +100,7 @@ SMALL = Recipe(
 )
 """The shipped model: minutes of one CPU core, prompts of 4K tokens, and of 16K for what a server does with them."""
 
+_CURRICULUM, _SETTLE, _SHARPEN = SMALL.phases
 LONG = Recipe(
     NeedleConfig(
         hidden_size=256,
@@ -109,8 +110,7 @@ LONG = Recipe(
         max_position_embeddings=65536,
     ),
     [
-        Phase(
-            name="curriculum",
+        _CURRICULUM._replace(
             stages=[
                 Stage(64, 256, 4, 128),
                 Stage(128, 128, 8, 256),
@@ -122,47 +122,32 @@ LONG = Recipe(
                 Stage(8192, 4, 128, 40960),
                 Stage(16384, 2, 192, 40960),
             ],
-            climb=True,
             steps=6000,
-            share=0.4,
             peak_rate=1e-3,
-            landmark_weight=0.2,
-            mix=BROAD,
-            far_keys=0,
         ),
-        Phase(
-            name="settle",
+        _SETTLE._replace(
             stages=[
                 *[Stage(4096, 4, 192, 24576)] * 2,
                 *[Stage(8192, 2, 192, 40960)] * 2,
                 *[Stage(16384, 1, 192, 40960)] * 4,
                 *[Stage(32768, 1, 192, 40960)] * 2,
             ],
-            climb=False,
             steps=3000,
             share=0.3,
             peak_rate=5e-4,
-            landmark_weight=0.5,
-            mix=SETTLED,
-            far_keys=256,
         ),
-        Phase(
-            name="sharpen",
+        _SHARPEN._replace(
             stages=[
                 *[Stage(4096, 4, 192, 8192)] * 3,
                 *[Stage(16384, 1, 192, 40960)] * 4,
                 *[Stage(32768, 1, 192, 40960)] * 3,
             ],
-            climb=False,
             steps=3000,
             share=0.3,
             peak_rate=5e-4,
-            landmark_weight=1.0,
-            mix=HARD,
-            far_keys=256,
         ),
     ],
 )
-"""For a GPU: 3.9M parameters, 7.9 MB, prompts of 16K to 32K tokens."""
+"""For a GPU: 3.9M parameters, 7.9 MB, prompts of 16K to 32K tokens. Its phases are those of the small one, longer."""
 
 RECIPES = {"small": SMALL, "long": LONG}
