@@ -198,9 +198,10 @@ def test_what_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert not cudart.pinned
 
 
+@pytest.mark.parametrize("agrees", [True, False])
 @pytest.mark.parametrize(("nodes", "preferred"), [([0, 1], [1, 1, 1]), ([0], [])])
 def test_memory_comes_from_the_gpus_node_and_progress_is_said(
-    monkeypatch: pytest.MonkeyPatch, nodes: list[int], preferred: list[int]
+    monkeypatch: pytest.MonkeyPatch, nodes: list[int], preferred: list[int], agrees: bool
 ) -> None:
     cudart, asked, said = FakeCudart(limit=1 << 30), [], []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
@@ -208,9 +209,10 @@ def test_memory_comes_from_the_gpus_node_and_progress_is_said(
     monkeypatch.setattr(host_pool.numa, "nodes", lambda: nodes)
     monkeypatch.setattr(host_pool.numa, "node_of_gpu", lambda gpu: {2: 1}[gpu])
 
-    def prefer(pool: torch.Tensor, node: int) -> None:
+    def prefer(pool: torch.Tensor, node: int) -> bool:
         assert pool.data_ptr() not in cudart.pinned, "pinning has taken the memory already"
         asked.append(node)
+        return agrees
 
     monkeypatch.setattr(host_pool.numa, "prefer_node", prefer)
     clock = iter(range(0, 60, 6))
@@ -218,4 +220,6 @@ def test_memory_comes_from_the_gpus_node_and_progress_is_said(
     monkeypatch.setattr(host_pool.logger, "info", lambda text, *values: said.append(text % values))
     allocate(num_layers=3, num_blocks=64, row_bytes=1 << 20, gpu=2)
     assert asked == preferred
-    assert said == ["shadowkv: 0.1 of 0.2 GiB of the host pool are pinned."]
+    refused = "shadowkv: Linux does not let the host pool prefer NUMA node 1, where GPU 2 is."
+    expected = [refused] if preferred and not agrees else []
+    assert said == [*expected, "shadowkv: 0.1 of 0.2 GiB of the host pool are pinned."]

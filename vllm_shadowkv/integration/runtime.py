@@ -312,7 +312,7 @@ class Runtime:
         if device.type == "cpu":  # vLLM has just allocated it, and filled it with zeros
             for layer in self._layers.values():
                 use_huge_pages(layer.attention.kv_cache, zeros=True)
-        gpu = (device.index or 0) if device.type == "cuda" else None
+        gpu = device.index if device.type == "cuda" else None
         pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes, gpu)
         memories = {
             name: LayerMemory(

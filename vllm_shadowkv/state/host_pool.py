@@ -116,10 +116,11 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, gpu: int | None =
 def _pin_all(pools: list[Tensor], gpu: int) -> None:
     """Pins a pool after the other; Linux finds and clears their pages now, at some GiB a second."""
     node = numa.node_of_gpu(gpu) if len(numa.nodes()) > 1 else None
+    agreed = [node is None or numa.prefer_node(pool, node) for pool in pools]
+    if not all(agreed):
+        logger.info("shadowkv: Linux does not let the host pool prefer NUMA node %d, where GPU %d is.", node, gpu)
     total, said = sum(pool.nbytes for pool in pools), time.monotonic()
     for number, pool in enumerate(pools, 1):
-        if node is not None:
-            numa.prefer_node(pool, node)
         _pin(pool)
         if time.monotonic() - said > SECONDS_BETWEEN_REPORTS:
             said = time.monotonic()

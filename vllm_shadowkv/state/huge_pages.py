@@ -28,16 +28,21 @@ def use_huge_pages(memory: Tensor, zeros: bool = False) -> bool:
     Returns:
         Whether Linux agreed, for all of it but its ends; where not, it works as before.
     """
-    begin = -(-memory.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (memory.data_ptr() + memory.nbytes) // HUGE_PAGE * HUGE_PAGE - begin
+    begin, size = whole_pages(memory, HUGE_PAGE)
     madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
-    if size <= 0 or madvise is None:
+    if size == 0 or madvise is None:
         return False
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if madvise(begin, size, _HUGEPAGE):
         logger.debug("shadowkv: no huge pages for %d bytes of host memory: errno %d.", size, ctypes.get_errno())
         return False
     return not zeros or madvise(begin, size, _DONTNEED) == 0
+
+
+def whole_pages(memory: Tensor, page: int) -> tuple[int, int]:
+    """Address and bytes of the pages of `page` bytes that lie wholly in a contiguous tensor; 0 bytes if none does."""
+    begin = -(-memory.data_ptr() // page) * page
+    return begin, max(0, (memory.data_ptr() + memory.nbytes) // page * page - begin)
 
 
 def copy_in_huge_pages(memory: Tensor, dtype: torch.dtype) -> Tensor:

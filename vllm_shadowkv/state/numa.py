@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_shadowkv.state.huge_pages import whole_pages
+
 NODES = Path("/sys/devices/system/node")
 PCI = Path("/sys/bus/pci/devices")
-_PAGE = 4096
 _PREFERRED = 1  # mbind(2): of this node while it has memory, then of others
 _MBIND = {"x86_64": 237, "aarch64": 235}
 """The system call's number; libc has no function for it, and libnuma is often not installed."""
@@ -45,9 +47,8 @@ def prefer_node(memory: Tensor, node: int) -> bool:
         Whether Linux agreed, for all of it but its ends; where not, it works as before.
     """
     number = _MBIND.get(platform.machine())
-    begin = -(-memory.data_ptr() // _PAGE) * _PAGE
-    size = (memory.data_ptr() + memory.nbytes) // _PAGE * _PAGE - begin
-    if number is None or size <= 0:
+    begin, size = whole_pages(memory, mmap.PAGESIZE)
+    if number is None or size == 0:
         return False
     bits = 8 * ctypes.sizeof(ctypes.c_ulong)
     mask = (ctypes.c_ulong * (node // bits + 1))()
