@@ -77,6 +77,35 @@ class Batches(IterableDataset[tuple[int, Batch]]):
             yield number, make_batch(size, tokens, questions, span, self.phase.mix, rng)
 
 
+class Progress:
+    """How far a phase is.
+
+    Attributes:
+        level: int64 [] in shared memory, the stage that a phase that climbs is at.
+        accuracy: running mean of the share of right answers; of a phase that climbs, of its present stage.
+    """
+
+    def __init__(self, phase: Phase) -> None:
+        """At the first stage."""
+        self.phase = phase
+        self.level = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.accuracy = 0.0
+
+    def counts(self, number: int, right: float) -> bool:
+        """Notes the share of right answers to a batch of stage `number`; says whether the next stage begins.
+
+        Workers make batches ahead: some are of the stage before, and say nothing about this one.
+        """
+        if self.phase.climb and number != int(self.level):
+            return False
+        self.accuracy += (right - self.accuracy) * 0.1
+        climbs = self.phase.climb and self.accuracy > ADVANCE_AT and int(self.level) + 1 < len(self.phase.stages)
+        if climbs:
+            self.accuracy = 0.0
+            self.level += 1
+        return climbs
+
+
 @dataclass(frozen=True)
 class Options:
     """Of a run.
@@ -100,8 +129,8 @@ def run_phase(model: NeedleModel, phase: Phase, options: Options) -> None:
     """Trains the model in place for one phase; saves it now and then."""
     device = model.model.embed_tokens.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    level, accuracy, tokens = torch.zeros((), dtype=torch.int64).share_memory_(), 0.0, 0
-    batches = Batches(phase, options.seed, level)
+    progress, tokens = Progress(phase), 0
+    batches = Batches(phase, options.seed, progress.level)
     rng = batches.rng
     weight = phase.landmark_weight if options.use_landmarks else 0.0
     loader = iter(DataLoader(batches, batch_size=None, num_workers=options.workers))
@@ -130,17 +159,14 @@ def run_phase(model: NeedleModel, phase: Phase, options: Options) -> None:
 
         retrieved = batch.sources >= 0
         right = (logits.argmax(-1) == batch.targets)[retrieved].float().mean().item()
-        if not phase.climb or number == int(level):  # workers make batches ahead: some are of the stage before
-            accuracy += (right - accuracy) * 0.1
+        climbs = progress.counts(number, right)
         tokens += batch.token_ids.numel()
         bar.set_postfix_str(
             f"{stage.num_tokens} tokens, loss {loss.item():.3f}, "
-            f"landmark {landmark.item():.3f}, accuracy {accuracy:.3f}"
+            f"landmark {landmark.item():.3f}, accuracy {progress.accuracy:.3f}"
         )
-        if phase.climb and accuracy > ADVANCE_AT and level + 1 < len(phase.stages):
-            accuracy = 0.0
-            level += 1
-            bar.write(f"step {step}: {tokens / 1e6:.2f}M tokens, level {int(level)}")
+        if climbs:
+            bar.write(f"step {step}: {tokens / 1e6:.2f}M tokens, level {int(progress.level)}")
         if (step + 1) % 50 == 0 or last:
             bar.write(f"step {step + 1}: {tokens / 1e6:.2f}M tokens, {bar.postfix}")
             save_weights(model, options.out)

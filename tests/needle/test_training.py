@@ -13,7 +13,7 @@ from benchmarks.needle.evaluate import load_model
 from benchmarks.needle.export import read_weights, save_weights, write_checkpoint
 from benchmarks.needle.model import NeedleConfig, NeedleModel, Window
 from benchmarks.needle.recipes import RECIPES, Phase, Stage
-from benchmarks.needle.train import Batches, Options, learning_rate, run_phase
+from benchmarks.needle.train import ADVANCE_AT, Batches, Options, Progress, learning_rate, run_phase
 
 DEEP = NeedleConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=16)
 STAGES = [Stage(64, 4, 4, 128), Stage(128, 2, 4, 256)]
@@ -57,6 +57,27 @@ def test_batches_follow_the_level() -> None:
     level += 1
     number, batch = next(batches)
     assert (number, batch.token_ids.shape) == (1, (2, 128))
+
+
+def test_a_phase_climbs_by_the_answers_of_its_present_stage() -> None:
+    progress = Progress(CLIMB)
+    needed = 0
+    while not progress.counts(0, 1.0):
+        needed += 1
+        assert progress.accuracy == pytest.approx(1 - 0.9**needed)
+        assert progress.accuracy <= ADVANCE_AT
+    assert (int(progress.level), progress.accuracy) == (1, 0.0)
+    assert not progress.counts(0, 1.0)
+    assert progress.accuracy == 0, "a worker's batch of the stage before"
+    assert not any(progress.counts(1, 1.0) for _ in range(100)), "the last stage is not left"
+    assert progress.accuracy > ADVANCE_AT
+
+
+def test_a_phase_that_draws_its_stages_counts_them_all() -> None:
+    progress = Progress(DRAW._replace(stages=STAGES))
+    assert not any(progress.counts(number, 1.0) for number in [0, 1] * 50)
+    assert progress.accuracy > ADVANCE_AT
+    assert int(progress.level) == 0
 
 
 def test_a_window_over_everything_is_full_attention(model: NeedleModel) -> None:
