@@ -89,7 +89,11 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
     fa_version: int = 2,
 ) -> Any:
-    """`vllm/vllm_flash_attn/flash_attn_interface.py`: keys of a sequence in pages, or one after the other."""
+    """`vllm/vllm_flash_attn/flash_attn_interface.py`: keys of a sequence in pages, or one after the other.
+
+    As version 3 on Hopper, it multiplies all values of a sequence's last page, by a weight of 0 beyond its length.
+    """
+    assert fa_version == 3
     assert softmax_scale is not None
     assert (block_table is None) == (seqused_k is None) == (cu_seqlens_k is not None)
     out = torch.empty_like(q) if out is None else out
@@ -99,7 +103,7 @@ def flash_attn_varlen_func(
         if seqused_k is not None:
             length = int(seqused_k[row])
             pages = block_table[row, : -(-length // k.shape[1])].long()
-            keys, values = (cache[pages].flatten(0, 1)[:length] for cache in (k, v))
+            keys, values = (cache[pages].flatten(0, 1) for cache in (k, v))
         else:
             begin, end = cu_seqlens_k[row : row + 2].tolist()
             length, keys, values = end - begin, k[begin:end], v[begin:end]
@@ -108,9 +112,9 @@ def flash_attn_varlen_func(
         group = q.shape[1] // keys.shape[1]
         keys, values = (x.float().repeat_interleave(group, 1).transpose(0, 1) for x in (keys, values))
         logits = q[first:last].float().transpose(0, 1) @ keys.mT * softmax_scale
-        if causal:
-            seen = torch.arange(length) <= torch.arange(last - first)[:, None] + length - (last - first)
-            logits = logits.masked_fill(~seen, -torch.inf)
+        ends = torch.arange(length - (last - first), length) + 1 if causal else torch.tensor(length)
+        seen = torch.arange(logits.shape[-1]) < ends.view(-1, 1)
+        logits = logits.masked_fill(~seen, -torch.inf)
         out[first:last] = (logits.softmax(-1) @ values).transpose(0, 1).to(out.dtype)
         lse[:, first:last] = logits.logsumexp(-1)
     return (out, lse) if return_softmax_lse else out

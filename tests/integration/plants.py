@@ -73,8 +73,8 @@ def not_persistent(tensor: str) -> Any:
 
 
 def not_cleared() -> Any:
-    """Leaves in new exact pages what their last owner wrote."""
-    return _patched(Planner, "_clear_new_pages", lambda *args: None)
+    """Leaves in exact pages what their last owner wrote."""
+    return _patched(Planner, "_clear_unwritten", lambda *args: None)
 
 
 def not_turned_back() -> Any:

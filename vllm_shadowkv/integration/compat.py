@@ -65,20 +65,20 @@ def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
     core.preprocess_add_request = preprocess_add_request
 
 
-Bound = Callable[[Any, int], int]
+Bound = Callable[[Any, Callable[[], int]], int]
 _bound: Bound | None = None
 
 
 def bound_kv_cache_memory(bound: Bound) -> None:
     """Patches `determine_available_memory` of vLLM's workers, so that the pool never outgrows the host pool.
 
-    What: the bytes that a worker reports for its KV cache go through `bound(vllm_config, available_bytes)`.
+    What: a worker reports `bound(vllm_config, measure)` bytes for its KV cache; `measure()` is vLLM's own answer.
     Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that
     bounds the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a
     platform. Upstream: none yet. Remove when a backend or a KV cache spec can bound the number of blocks.
 
     Args:
-        bound: returns at most the bytes it is given; the latest one counts.
+        bound: returns at most the bytes that vLLM has measured; the latest one counts.
     """
     global _bound
     _bound = bound
@@ -91,8 +91,8 @@ def bound_kv_cache_memory(bound: Bound) -> None:
 def _bounded(original: Callable[[Any], int]) -> Callable[[Any], int]:
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
-        available = original(self)
-        return available if _bound is None else _bound(self.vllm_config, available)
+        measure = functools.partial(original, self)
+        return measure() if _bound is None else _bound(self.vllm_config, measure)
 
     determine_available_memory.shadowkv = True  # type: ignore[attr-defined]
     return determine_available_memory

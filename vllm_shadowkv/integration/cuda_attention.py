@@ -21,6 +21,7 @@ class CudaAttention:
     decodes_densely = True
     """A step of single tokens takes one way for all rows, as a graph does: the decode kernels read exact pages too."""
     reads_unwritten_values = False
+    """Multiplies the values behind a row's last token by a weight of 0, which makes NaN of NaN."""
 
     def __init__(self, device: torch.device) -> None:
         """For layers on a device."""

@@ -29,6 +29,9 @@ class FlashAttention(CudaAttention):
         self.version = fa_utils.get_flash_attn_version(head_size=layout.head_size)
         if self.version is None or not fa_utils.is_flash_attn_varlen_func_available():
             raise ImportError("vLLM's FlashAttention does not run on this device")
+        # From version 3 on it reads whole pages of values; 2 clears what lies beyond a row
+        # (https://github.com/Dao-AILab/flash-attention/issues/2374).
+        self.reads_unwritten_values = self.version != 2
         super().__init__(device)
 
     def plan(self, batch: DenseBatch) -> None:

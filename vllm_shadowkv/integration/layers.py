@@ -10,6 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_shadowkv.integration.backend import ExactBackend, SlotBackend
@@ -38,6 +39,11 @@ class _PseudoLayer(AttentionLayerBase):
         """The worker's runtime."""
         runtime: Runtime = self.impl.runtime
         return runtime
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Takes the layer's cache, which may be the last one to come."""
+        super().bind_kv_cache(kv_cache)
+        self.runtime.bind_early()
 
     def get_attn_backend(self) -> Any:
         """The backend of the group."""

@@ -22,7 +22,8 @@ from vllm_shadowkv.state.seal import seal_blocks
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_shadowkv.integration.runtime import Bound, Runtime
+    from vllm_shadowkv.integration.bound import Bound
+    from vllm_shadowkv.integration.runtime import Runtime
 
 logger = logging.getLogger("vllm.shadowkv")
 
@@ -100,8 +101,8 @@ class Planner:
             for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
                 row.exact_start = start
             self._seal(bound, rows, block_table, exact_table)
-            if attention.reads_unwritten_values:
-                self._clear_new_pages(bound, rows, exact_table)
+            if attention.reads_unwritten_values and not uniform:
+                self._clear_unwritten(bound, rows, exact_table)
             self._note_open(bound, rows, block_table)
             if self.counts.wants_used_blocks:
                 self._count_used(rows, block_table)
@@ -162,19 +163,30 @@ class Planner:
         self._completed.difference_update(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
-    def _clear_new_pages(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
-        """Zeroes the values of pages that this step starts and does not fill.
+    def _clear_unwritten(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
+        """Zeroes the values behind the last token of rows that the library attends for, in that token's page.
 
         What an earlier owner left there, read as floats, may be NaN: codes of a sealed block easily are.
         """
         size = self.runtime.layout.exact_tokens
-        new = [row for row in rows if row.seq_len % size and row.seq_len // size * size >= row.computed]
-        if not new:
+        # A page that was begun in a step of single tokens, planned without its number, is not cleared yet.
+        always = self.runtime.attention.decodes_densely
+        rows = [
+            row
+            for row in rows
+            if row.seq_len % size
+            and (row.prefilling or not row.exact_start)
+            and (always or row.seq_len // size * size >= row.computed)
+        ]
+        if not rows:
             return
-        columns = torch.tensor([row.seq_len // size for row in new])
-        pages = exact_table[torch.tensor([row.index for row in new]), columns].long()
+        lengths = torch.tensor([row.seq_len for row in rows])
+        pages = exact_table[torch.tensor([row.index for row in rows]), lengths // size].long()
+        which, offsets = (torch.arange(size) >= (lengths % size)[:, None]).nonzero().unbind(1)
+        device = bound.exact_start.device
+        pages, offsets = pages[which].to(device), offsets.to(device)
         for memory in bound.memories.values():
-            memory.exact_views[1][pages] = 0
+            memory.exact_views[1].transpose(1, 2)[pages, offsets] = 0
 
     def _note_open(self, bound: Bound, rows: list[_Row], block_table: Tensor) -> None:
         """Tells the block state into which blocks this step's forward pass will write."""

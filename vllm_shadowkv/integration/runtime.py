@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import exact_attention
+from vllm_shadowkv.integration.bound import Bound, Layer, make_bound
 from vllm_shadowkv.integration.compat import bound_kv_cache_memory
 from vllm_shadowkv.integration.layers import ExactPages, SlotPages
 from vllm_shadowkv.integration.machine import bound_bytes
@@ -27,57 +27,23 @@ from vllm_shadowkv.integration.specs import ShadowSpec
 from vllm_shadowkv.metrics import Meter, labels_of
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.rotary import Rotary
-from vllm_shadowkv.state import host_pool
-from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
-from vllm_shadowkv.state.host_memory import GIB
-from vllm_shadowkv.state.huge_pages import copy_in_huge_pages, use_huge_pages
-from vllm_shadowkv.state.layer import LayerMemory
+from vllm_shadowkv.state.huge_pages import copy_in_huge_pages
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS, TILES
 from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 from vllm_shadowkv.state.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import VllmConfig
 
     from vllm_shadowkv.integration.exact_attention import ExactBackend
 
 logger = logging.getLogger("vllm.shadowkv")
-
-
-@dataclass
-class _Layer:
-    """An attention layer and its pseudo-layers; vLLM owns them."""
-
-    attention: Any
-    exact: ExactPages
-    slots: SlotPages
-    rotary: Rotary
-    cos_sin: Tensor
-
-
-@dataclass
-class Bound:
-    """What exists once vLLM has allocated its KV cache.
-
-    Attributes:
-        memories: per layer name.
-        state: of the blocks.
-        boundary: with its prefill window resolved.
-        workspace: of the decode kernels.
-        exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
-        slots: counts of the slots' hits and misses.
-    """
-
-    memories: dict[str, LayerMemory]
-    state: BlockState
-    boundary: ExactBoundary
-    workspace: DecodeWorkspace
-    exact_start: Tensor
-    slots: SlotCounts
 
 
 class Runtime:
@@ -102,14 +68,15 @@ class Runtime:
         self._workspace: DecodeWorkspace | None = None
         self._attention: ExactBackend | None = None
         self._rehearsed = current_platform.is_cpu()  # where vLLM does not measure
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, Layer] = {}
         self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
         self._bound: Bound | None = None
         self._bound_to: tuple[int, torch.Size] | None = None
+        self._measuring = False
         self._slots: SlotCounts | None = None
         self._meter: Meter | None = None
         self.planner = Planner(self)
-        bound_kv_cache_memory(_bound_bytes)
+        bound_kv_cache_memory(_measured_bytes)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Runtime:
@@ -207,7 +174,7 @@ class Runtime:
         context = self.vllm_config.compilation_config.static_forward_context
         context[exact.layer_name], context[slots.layer_name] = exact, slots
         self._parents[name] = weakref.ref(parent)
-        self._layers[name] = _Layer(attention, exact, slots, Rotary.identity(), torch.empty(0, 0))
+        self._layers[name] = Layer(attention, exact, slots, Rotary.identity(), torch.empty(0, 0))
 
     def read_rotary(self, name: str) -> None:
         """Reads a layer's rotation; its parent is complete once weights are loaded.
@@ -273,6 +240,19 @@ class Runtime:
         """Bounds the bytes of the KV cache by what the host pool can back; see `machine.bound_bytes`."""
         return bound_bytes(available, self.capacity, self.config.host_memory_gib, self.vllm_config)
 
+    def measured_bytes(self, measure: Callable[[], int]) -> int:
+        """Bytes of the KV cache: what vLLM measures, bounded.
+
+        On CUDA it captures graphs to measure them, over a KV cache that it then throws away. No host pool is made for
+        that one, and what was bound to it is let go before vLLM allocates the real one.
+        """
+        self._measuring = True
+        try:
+            available = measure()
+        finally:
+            self._measuring, self._bound, self._bound_to = False, None, None
+        return self.bound_bytes(available)
+
     def rehearse(self, query: Tensor) -> None:
         """Takes, once, the memory of sealing and of a prefill over sealed blocks, while vLLM measures the peak.
 
@@ -302,56 +282,27 @@ class Runtime:
         first = next(iter(self._layers.values())).attention.kv_cache
         key = (first.data_ptr(), first.shape)
         if self._bound is None or self._bound_to != key:
+            assert self._workspace is not None
             self._bound = None  # frees the old pool before the new one is measured
-            self._bound = self._make_bound(first.shape[0], first.device)
+            self._slots = self._slots or SlotCounts(first.device)
+            self._meter = self._meter or self._make_meter(self._slots)
+            self._meter.num_blocks = first.shape[0]
+            self._bound = make_bound(
+                self._layers,
+                self.layout,
+                self.boundary.resolve(first.shape[0]),
+                self._workspace,
+                self._slots,
+                self._max_rows(),
+                host_rows=1 if self._measuring else first.shape[0],
+            )
             self._bound_to = key
         return self._bound
 
-    def _make_bound(self, num_blocks: int, device: torch.device) -> Bound:
-        layout = self.layout
-        if device.type == "cpu":  # vLLM has just allocated it, and filled it with zeros
-            for layer in self._layers.values():
-                use_huge_pages(layer.attention.kv_cache, zeros=True)
-        gpu = device.index if device.type == "cuda" else None
-        pools = host_pool.allocate(len(self._layers), num_blocks, layout.value_row_bytes, gpu)
-        memories = {
-            name: LayerMemory(
-                layout=layout,
-                rotary=layer.rotary,
-                cos_sin=layer.cos_sin,
-                pages=_pages(layer.attention.kv_cache, layout),
-                exact_pages=_pages(layer.exact.kv_cache, layout),
-                slot_pages=_pages(layer.slots.kv_cache, layout),
-                host_pool=pool,
-            )
-            for (name, layer), pool in zip(self._layers.items(), pools, strict=True)
-        }
-        boundary = self.boundary.resolve(num_blocks)
-        gib = len(pools) * num_blocks / GIB
-        logger.info(
-            "shadowkv: %d blocks of %d tokens (%d tokens sealed, %d exact); pages %.2f GiB, host pool %.2f GiB; "
-            "%s; prompts are exact over their newest %d tokens.",
-            num_blocks,
-            layout.block_size,
-            num_blocks * layout.block_size,
-            num_blocks * layout.exact_tokens,
-            gib * layout.page_bytes,
-            gib * layout.value_row_bytes,
-            f"keys of rank {layout.rank} of {layout.width}" if layout.rank else "exact keys",
-            boundary.prefill_exact_tokens,
-        )
-        assert self._workspace is not None
-        self._slots = self._slots or SlotCounts(device)
-        self._meter = self._meter or self._make_meter(self._slots)
-        self._meter.num_blocks = num_blocks
-        return Bound(
-            memories=memories,
-            state=BlockState(num_blocks, device),
-            boundary=boundary,
-            workspace=self._workspace,
-            exact_start=torch.zeros(self._max_rows(), dtype=torch.int32, device=device),
-            slots=self._slots,
-        )
+    def bind_early(self) -> None:
+        """Binds once all layers have their caches: the host pool takes its time at start-up, not of a request."""
+        if not self._measuring and all(layer.has_cache for layer in self._layers.values()):
+            self.bind()
 
     def _make_meter(self, slots: SlotCounts) -> Meter:
         return Meter(
@@ -365,15 +316,10 @@ class Runtime:
         )
 
 
-def _pages(kv_cache: Tensor, layout: PageLayout) -> Tensor:
-    """VLLM's view of a layer's cache as uint8 `[num_blocks, page_bytes]`."""
-    return kv_cache.view(torch.uint8).view(kv_cache.shape[0], layout.page_bytes)
-
-
-def _bound_bytes(vllm_config: VllmConfig, available: int) -> int:
+def _measured_bytes(vllm_config: VllmConfig, measure: Callable[[], int]) -> int:
     """`compat.bound_kv_cache_memory` calls it in every worker; other backends' workers are left alone."""
     runtime = Runtime._of(vllm_config)
-    return available if runtime is None else runtime.bound_bytes(available)
+    return measure() if runtime is None else runtime.measured_bytes(measure)
 
 
 def _on_registration(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
