@@ -319,12 +319,13 @@ class Worker:
         runtime: Any = SimpleNamespace(
             bind=lambda: self.bound,
             layout=layout,
+            boundary=boundary,
             slot_pages_per_request=slot_pages,
             max_drafts=0,
             attention=SimpleNamespace(
                 plan=lambda batch: None,
                 decodes_densely=runner == "v2-cuda",
-                reads_unwritten_values=runner != "v2-cuda",
+                reads_unwritten_values=True,
             ),
         )
         self.planner = Planner(runtime)

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 7000
+MOST_PACKAGE_LINES = 7200
 
 
 def files() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,20 @@ def load() -> Any:
         ) from error
     torch.ops.shadowkv.cpu_isa()  # A wrong SHADOWKV_CPU_ISA fails here, not inside a model.
     return torch.ops.shadowkv
+
+
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether kernels for `architectures`, as TORCH_CUDA_ARCH_LIST has them, run on a GPU of this capability.
+
+    Code runs on later GPUs of its major number, on that very one if its name ends in a letter; with `+PTX` the driver
+    compiles it for all later ones. A name that is not a number ("Hopper") is taken to be right.
+    """
+    for name in re.split("[; ]+", architectures):
+        found = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", name)
+        if not found:
+            return True
+        built = (int(found[1]), int(found[2]))
+        later = built[0] == capability[0] and built <= capability and not found[3]
+        if built == capability or later or (found[4] and built <= capability):
+            return True
+    return False

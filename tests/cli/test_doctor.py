@@ -99,6 +99,12 @@ CASES: dict[str, tuple[Callable[[], Any], Setup, str, str]] = {
     ),
     "extension": (doctor._extension, lambda m, _: gpu(m), "ok", "CUDA kernels for 9.0; CPU kernels run as baseline"),
     "no kernels": (doctor._extension, lambda m, _: gpu(m, kernels=""), "fail", "but no CUDA kernels → set CUDA_HOME"),
+    "kernels for another gpu": (
+        doctor._extension,
+        lambda m, _: gpu(m, capability=(11, 0)),
+        "fail",
+        "no CUDA kernels for GPU 0, which has 11.0 → set TORCH_CUDA_ARCH_LIST=11.0 and build",
+    ),
     "no extension": (
         doctor._extension,
         lambda m, _: m.setattr(doctor.extension, "load", no_extension),

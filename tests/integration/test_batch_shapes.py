@@ -214,6 +214,14 @@ def test_equals_full_attention(layer: Layer, name: str) -> None:
     assert layer.sealed(rows) == sum(context // 256 for context in contexts)
 
 
+def test_rows_without_pages_come_out_as_zeros(layer: Layer) -> None:
+    """VLLM runs the model on such rows to warm up; what is NaN there may upset the rest of the model."""
+    rows = layer.allocate(Shape([40, 8], [40, 8]), "dummy")
+    rows.tables = {name: torch.zeros_like(table) for name, table in rows.tables.items()}
+    query = [torch.ones(length, HEADS, HEAD_SIZE) for length in (40, 8)]
+    assert not any(part.any() for part in layer.step(rows, query, [True, False]))
+
+
 def full_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The newest tokens of one row, `[new, Hq, D]`, over all of it."""
     length, new = len(keys), len(query)

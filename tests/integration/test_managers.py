@@ -288,6 +288,22 @@ def test_the_smallest_pool_serves_the_longest_request(
     assert engine.preemptions == 0
 
 
+@BOTH
+def test_requests_that_end_with_their_prompt_cost_others_nothing(asynchronous: bool) -> None:
+    """Their last blocks are never sealed, and on CUDA no later step may wait for the device because of them."""
+    engine = Engine(asynchronous=asynchronous, runner="v2-cuda", max_step=640, dense_threshold=0)
+    request = engine.add(prompt(10), max_tokens=3 * BLOCK - 20)
+    for seed in range(3):
+        engine.add(prompt(2 * BLOCK, seed), max_tokens=1)
+    counts = engine.worker.planner.counts
+    while len(engine.worker.rows) != 1 or request.num_output_tokens < 8:
+        engine.step()
+    before = counts.table_reads
+    engine.finish()
+    assert request.num_output_tokens == 3 * BLOCK - 20
+    assert counts.table_reads - before == 2, "for the blocks that it begins"
+
+
 # -- Preemption and storms -------------------------------------------------------------------------------------------
 
 

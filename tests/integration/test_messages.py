@@ -30,6 +30,7 @@ from test_rope_transformers import make_config
 from test_rope_transformers import make_parent as make_transformers_parent
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.engine.core import EngineCore
 
 import vllm_shadowkv
@@ -72,9 +73,9 @@ def page(head_size: int = 128, dtype: torch.dtype = torch.bfloat16, **values: An
     return lambda patch, folder: plan_page(ShadowKVConfig(**values), 1, head_size, dtype)
 
 
-def process(device: str, built_with_cuda: bool) -> Trigger:
+def process(device: str, built_with_cuda: bool, capability: DeviceCapability | None = None) -> Trigger:
     def trigger(patch: Patch, folder: Path) -> None:
-        on(patch, device, built_with_cuda)
+        on(patch, device, built_with_cuda, capability)
         refusals.check_process()
 
     return trigger
@@ -250,10 +251,15 @@ TRIGGERS: list[Trigger] = [
     library(b"not a library"),
     process("xpu", built_with_cuda=True),
     process("cuda", built_with_cuda=False),
+    process("cuda", built_with_cuda=True, capability=DeviceCapability(12, 0)),
     *(lambda patch, folder, c=changes: refusals.check_engine(engine(**c), ShadowKVConfig()) for changes, _ in ENGINES),
     lambda patch, folder: (
         on(patch, "cuda", built_with_cuda=True),
         refusals.check_engine(engine(model_config__dtype=torch.float32), ShadowKVConfig()),
+    ),
+    lambda patch, folder: (
+        on(patch, "cuda", built_with_cuda=True, pinned=False),
+        refusals.check_engine(engine(), ShadowKVConfig()),
     ),
     lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
     lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),

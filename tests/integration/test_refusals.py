@@ -15,6 +15,7 @@ import pytest
 import torch
 from simulation import vllm_config, write_tiny_llama
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
@@ -57,11 +58,23 @@ def test_an_untested_vllm_can_be_tried(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert "not tested with vLLM 0.34.0; going on because SHADOWKV_ANY_VLLM=1" in caplog.text
 
 
-def on(monkeypatch: pytest.MonkeyPatch, device: str, built_with_cuda: bool) -> None:
-    platform = SimpleNamespace(is_cpu=lambda: device == "cpu", is_cuda=lambda: device == "cuda", device_name=device)
+def on(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    built_with_cuda: bool,
+    capability: DeviceCapability | None = None,
+    pinned: bool = True,
+) -> None:
+    platform = SimpleNamespace(
+        is_cpu=lambda: device == "cpu",
+        is_cuda=lambda: device == "cuda",
+        device_name=device,
+        get_device_capability=lambda: capability,
+        is_pin_memory_available=lambda: pinned,
+    )
     monkeypatch.setattr(refusals, "current_platform", platform)
-    loaded = SimpleNamespace(has_cuda=lambda: built_with_cuda)
-    monkeypatch.setattr(refusals, "extension", SimpleNamespace(load=lambda: loaded))
+    loaded = SimpleNamespace(has_cuda=lambda: built_with_cuda, cuda_architectures=lambda: "8.0;9.0")
+    monkeypatch.setattr(extension, "load", lambda: loaded)
 
 
 @pytest.mark.parametrize(("device", "built_with_cuda"), [("cpu", False), ("cpu", True), ("cuda", True)])
@@ -76,6 +89,35 @@ def test_cuda_without_cuda_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -
     on(monkeypatch, "cuda", built_with_cuda=False)
     with pytest.raises(RuntimeError, match=r"without CUDA kernels; build it with CUDA_HOME set .* or use another"):
         check_process()
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability in (None, DeviceCapability(8, 9), DeviceCapability(9, 0)):
+        on(monkeypatch, "cuda", built_with_cuda=True, capability=capability)
+        check_process()
+    on(monkeypatch, "cuda", built_with_cuda=True, capability=DeviceCapability(12, 0))
+    sentence = (
+        r"were built for 8\.0;9\.0, this GPU has 12\.0; build them with TORCH_CUDA_ARCH_LIST=12\.0 .* or use another"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        check_process()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0;9.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.0 12.0+PTX", (12, 1), True),
+        ("8.0;9.0+PTX", (11, 0), True),
+        ("8.0;12.0+PTX", (11, 0), False),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_architectures_that_run(architectures: str, capability: tuple[int, int], runs: bool) -> None:
+    assert extension.runs_on(capability, architectures) == runs
 
 
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +234,12 @@ def test_float32_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     check_engine(engine(model_config__dtype=torch.float16), ShadowKVConfig())
 
 
+def test_cuda_without_pinned_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "cuda", built_with_cuda=True, pinned=False)
+    with pytest.raises(ValueError, match=r"pinned memory, which vLLM does not find here \(WSL\); use another"):
+        check_engine(engine(), ShadowKVConfig())
+
+
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
@@ -279,29 +327,29 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 
 
 def test_the_workers_memory_goes_through_the_bound(workers: Workers) -> None:
-    compat.bound_kv_cache_memory(lambda config, available: available - config)
+    compat.bound_kv_cache_memory(lambda config, measure: measure() - config)
     assert workers.cpu(1).determine_available_memory() == 999
     assert workers.gpu(2).determine_available_memory() == 1998
     assert workers.cpu.determine_available_memory.__doc__ == "vLLM's own."
 
 
 def test_workers_are_patched_once_and_the_latest_bound_counts(workers: Workers) -> None:
-    compat.bound_kv_cache_memory(lambda config, available: available - 1)
+    compat.bound_kv_cache_memory(lambda config, measure: measure() - 1)
     patched = workers.cpu.determine_available_memory
-    compat.bound_kv_cache_memory(lambda config, available: available - 5)
+    compat.bound_kv_cache_memory(lambda config, measure: measure() - 5)
     assert workers.cpu.determine_available_memory is patched
     assert workers.cpu().determine_available_memory() == 995
 
 
 def test_without_a_bound_vllms_number_stands(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.bound_kv_cache_memory(lambda config, available: 0)
+    compat.bound_kv_cache_memory(lambda config, measure: 0)
     monkeypatch.setattr(compat, "_bound", None)
     assert workers.cpu().determine_available_memory() == 1000
 
 
 def test_a_worker_that_is_not_loaded_is_not_loaded_for_this(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "vllm.v1.worker.gpu_worker")
-    compat.bound_kv_cache_memory(lambda config, available: 0)
+    compat.bound_kv_cache_memory(lambda config, measure: 0)
     assert "vllm.v1.worker.gpu_worker" not in sys.modules
     assert workers.cpu().determine_available_memory() == 0
 
@@ -492,9 +540,9 @@ def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[...,
 
 def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
-    assert runtime._bound_bytes(made.vllm_config, 1 << 50) == made.bound_bytes(1 << 50) < 1 << 50
+    assert runtime._measured_bytes(made.vllm_config, lambda: 1 << 50) == made.bound_bytes(1 << 50) < 1 << 50
     other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
-    assert runtime._bound_bytes(other, 1 << 50) == 1 << 50  # type: ignore[arg-type]
+    assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
 
 
 def test_layers_must_be_equal(make_runtime: Callable[..., Runtime]) -> None:

@@ -282,6 +282,20 @@ def test_mix_keeps_the_product_and_evens_the_columns():
     assert unevenness(mixed.coefficients) < 2
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_of_true_fp32_whatever_the_process_allows(precision):
+    *_, rank = shape = SHAPES["4kv"]
+    keys = spectrum(shape, "i^-1", 0.05)
+    expected = mix(factorise(keys, rank))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        factors = mix(factorise(keys, rank))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(one, other) for one, other in zip(factors, expected, strict=True))
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 16, 120, 176])
 def test_mix_is_orthogonal_for_any_rank(rank):
     eye = torch.eye(rank).unsqueeze(0)

@@ -100,8 +100,14 @@ def _extension() -> Iterator[Finding]:
         return
     built = f"CUDA kernels for {ops.cuda_architectures()}" if ops.has_cuda() else "no CUDA kernels"
     yield Finding("ok", f"extension: {built}; CPU kernels run as {ops.cpu_isa()}")
-    if torch.cuda.is_available() and not ops.has_cuda():
-        yield Finding("fail", "there is a GPU, but no CUDA kernels", f"set CUDA_HOME and {extension.FIX}")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        if not ops.has_cuda():
+            yield Finding("fail", f"there is GPU {index}, but no CUDA kernels", f"set CUDA_HOME and {extension.FIX}")
+        elif not extension.runs_on((gpu.major, gpu.minor), ops.cuda_architectures()):
+            name = f"{gpu.major}.{gpu.minor}"
+            fix = f"set TORCH_CUDA_ARCH_LIST={name} and {extension.FIX}"
+            yield Finding("fail", f"no CUDA kernels for GPU {index}, which has {name}", fix)
 
 
 def _gpus() -> Iterator[Finding]:

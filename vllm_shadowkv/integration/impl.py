@@ -95,6 +95,8 @@ class ShadowKVImpl(AttentionImpl[Step]):
         query, out = query[: step.num_tokens], output[: step.num_tokens]
         attention = self.runtime.attention
         attention.write(memory, key[: step.num_tokens], value[: step.num_tokens], step.slot_mapping)
+        if step.is_empty:  # vLLM's dummy rows, whose output goes through the rest of the model
+            out.zero_()
         if step.dense is not None:
             tokens = step.dense.tokens
             rows_query = query if tokens is None else query[tokens]

@@ -78,6 +78,11 @@ class Step:
     decode: list[DecodeBatch] = field(default_factory=list)
     prefills: list[PrefillRow] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row attends."""
+        return self.dense is None and not self.decode and not self.prefills
+
 
 class _Builder(AttentionMetadataBuilder[Step]):
     """One of the three groups' builders."""

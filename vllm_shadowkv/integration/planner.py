@@ -47,8 +47,11 @@ class Planner:
         self.runtime, self.counts = runtime, StepCounts()
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
-        self._completed: set[int] = set()
-        """Blocks that steps of several tokens completed, until they are sealed or begun anew."""
+        self._completed: dict[int, int] = {}
+        """Blocks that steps of several tokens completed, and their row's length, until they are sealed or begun anew.
+
+        Where a row's next step begins shows whether it has one of them: those of a row that ended are nobody's.
+        """
 
     def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
         """Takes one group's metadata.
@@ -78,7 +81,7 @@ class Planner:
         step.num_tokens = exact.num_actual_tokens
         step.slot_mapping = exact.slot_mapping[: step.num_tokens]
         everything = DecodeRows(
-            block_table=shadow.block_table_tensor[:count],
+            block_table=shadow.block_table_tensor[:count, : self.runtime.boundary.max_sealed_blocks],  # no padding
             exact_table=exact.block_table_tensor[:count],
             slot_table=slots.block_table_tensor[:count, : self.runtime.slot_pages_per_request],
             exact_start=bound.exact_start[:count],
@@ -93,8 +96,7 @@ class Planner:
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
         attention = self.runtime.attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
-        block_size = self.runtime.layout.block_size
-        if not uniform or self._completed or any(row.computed % block_size == 0 for row in rows):
+        if not uniform or self._may_seal_or_begin(rows):
             block_table, exact_table = everything.block_table.cpu(), everything.exact_table.cpu()
             self.counts.table_reads += 1
             rows = self._drop_dummies(rows, exact_table)
@@ -113,6 +115,12 @@ class Planner:
             step.decode = [DecodeBatch(None, everything)]
         else:
             self._sort(step, rows, everything, shadow.query_start_loc)
+
+    def _may_seal_or_begin(self, rows: list[_Row]) -> bool:
+        """Whether a row may have a block to seal, or begins one, in a step of single tokens."""
+        size, lengths = self.runtime.layout.block_size, set(self._completed.values())
+        drafts = range(self.runtime.max_drafts + 1)  # how many of them were rejected is not known here
+        return any(row.computed % size == 0 or any(row.computed + n in lengths for n in drafts) for row in rows)
 
     def _find_boundary(self, bound: Bound, rows: list[_Row], everything: DecodeRows, starts: Tensor) -> None:
         """Writes every row's exact boundary; 0 for dummy rows, whose table is null."""
@@ -153,14 +161,15 @@ class Planner:
         if not found:
             return
         device = bound.exact_start.device
-        block_ids = torch.tensor(list(found), dtype=torch.int32)
+        block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
         exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
-        first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32, device=device)
+        first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32)
         for memory in bound.memories.values():
-            seal_blocks(memory, block_ids.to(device), exact_ids, first_positions)
-        bound.state.seal(block_ids.long())
+            seal_blocks(memory, block_ids, exact_ids, first_positions)
+        bound.state.seal(torch.tensor(list(found)))
         self.counts.sealed_blocks += len(found)
-        self._completed.difference_update(found)
+        for block in found:
+            self._completed.pop(block, None)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
     def _clear_unwritten(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
@@ -195,9 +204,10 @@ class Planner:
             first, last = row.computed // size, (row.seq_len - 1) // size
             blocks = block_table[row.index, first : last + 1].long()
             bound.state.write_open(blocks)
-            self._completed.difference_update(blocks.tolist())
+            for block in blocks.tolist():
+                self._completed.pop(block, None)
             if row.seq_len - row.computed > 1:
-                self._completed.update(blocks[: row.seq_len // size - first].tolist())
+                self._completed |= dict.fromkeys(blocks[: row.seq_len // size - first].tolist(), row.seq_len)
 
     def _count_used(self, rows: list[_Row], block_table: Tensor) -> None:
         """Counts the sealed blocks of the step's requests."""

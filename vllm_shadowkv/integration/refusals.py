@@ -23,21 +23,28 @@ def check_process() -> None:
     """Refuses a process that cannot run the backend at all.
 
     Raises:
-        RuntimeError: another vLLM than the tested ones, or a platform without kernels.
+        RuntimeError: another vLLM than the tested ones, or a platform or a GPU without kernels.
         ImportError: the compiled extension is missing or does not load.
     """
     check_vllm_version()
-    built_with_cuda = extension.load().has_cuda()
+    compiled = extension.load()
     if current_platform.is_cpu():
         return
     if not current_platform.is_cuda():
         raise RuntimeError(
             f"shadowkv runs on CUDA and on the CPU, not on {current_platform.device_name}; {OTHER_BACKEND}."
         )
-    if not built_with_cuda:
+    if not compiled.has_cuda():
         raise RuntimeError(
             "shadowkv's extension was built without CUDA kernels; build it with CUDA_HOME set "
             "(`pip install --no-build-isolation .`), or use another --attention-backend."
+        )
+    capability, architectures = current_platform.get_device_capability(), compiled.cuda_architectures()
+    if capability is not None and not extension.runs_on(tuple(capability), architectures):
+        name = capability.as_version_str()
+        raise RuntimeError(
+            f"shadowkv's CUDA kernels were built for {architectures}, this GPU has {name}; build them with "
+            f"TORCH_CUDA_ARCH_LIST={name} (`pip install --no-build-isolation .`), or use another --attention-backend."
         )
 
 
@@ -101,12 +108,17 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ),
     ]
     if current_platform.is_cuda():
-        refusals.append(
+        refusals += [
             (
                 vllm_config.model_config.dtype == torch.float32,
                 "computes in float16 or bfloat16 on CUDA, not in float32; use --dtype bfloat16",
-            )
-        )
+            ),
+            (
+                not current_platform.is_pin_memory_available(),
+                f"keeps values in pinned memory, which vLLM does not find here (WSL); {OTHER_BACKEND}, or a Linux of "
+                "its own",
+            ),
+        ]
     for wrong, sentence in refusals:
         if wrong:
             raise ValueError(f"shadowkv {sentence}.")

@@ -11,6 +11,8 @@ The sequence is as long for one block as for many: batch as many as memory allow
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -55,6 +57,18 @@ class LowRank(NamedTuple):
         return self.mean.unsqueeze(1) + self.coefficients @ self.basis
 
 
+@contextmanager
+def _true_fp32() -> Iterator[None]:
+    """Turns off what `torch.set_float32_matmul_precision` allows; vLLM sets it by VLLM_FLOAT32_MATMUL_PRECISION."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@_true_fp32()
 def factorise(keys: Tensor, rank: int) -> LowRank:
     """Factorises each block of keys into a mean, coefficients and an orthonormal basis.
 
@@ -79,7 +93,7 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
     Raises:
         ValueError: `keys` is not fp32 or not three-dimensional, or `rank` is out of range.
 
-    Needs true fp32 matrix products: TF32 is too coarse for the Cholesky factorisations.
+    Its products are of true fp32 whatever the process is set to: TF32 is too coarse for the Cholesky factorisations.
     """
     if keys.dim() != 3:
         raise ValueError(f"keys: expected [n, block_size, width], got shape {list(keys.shape)}")
@@ -115,6 +129,7 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
     return LowRank(mean, (centred @ vectors).mul_(norm), vectors.mT.contiguous())
 
 
+@_true_fp32()
 def mix(low_rank: LowRank) -> LowRank:
     """Makes the factors fit for int8: no direction stands out, and the basis needs no scale.
 

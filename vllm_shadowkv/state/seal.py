@@ -22,7 +22,7 @@ def seal_blocks(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first
         memory: the layer's pages and host pool.
         block_ids: int32 `[n]`, the shadow blocks.
         exact_ids: int32 `[n, block_size / exact_tokens]`, their exact pages in token order.
-        first_positions: int32 `[n]`, position of each block's first token.
+        first_positions: int32 `[n]`, position of each block's first token; on the host, or the device is waited for.
     """
     for blocks, exact, first in zip(
         block_ids.split(BLOCKS_AT_ONCE),
@@ -44,7 +44,7 @@ def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_posit
     # [n, pages, heads, tokens, head_size] -> [n, block_size, heads, head_size]
     keys = exact_keys[exact_ids.long()].transpose(2, 3).flatten(1, 2).contiguous()
     if layout.rank:
-        positions = first_positions[:, None] + torch.arange(layout.block_size, device=device)
+        positions = first_positions[:, None] + torch.arange(layout.block_size, device=first_positions.device)
         flat = undo(memory.rotary, keys.flatten(0, 1), positions.flatten())
         factors = mix(factorise(flat.view(len(keys), layout.block_size, layout.width), layout.rank))
         mean, coefficients, basis = factors.mean, factors.coefficients, factors.basis
