@@ -251,6 +251,7 @@ class Runtime:
             available = measure()
         finally:
             self._measuring, self._bound, self._bound_to = False, None, None
+            torch.cuda.empty_cache()  # vLLM has done so while this was still held; without CUDA it does nothing
         return self.bound_bytes(available)
 
     def rehearse(self, query: Tensor) -> None:
