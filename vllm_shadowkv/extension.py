@@ -39,8 +39,8 @@ def load() -> Any:
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
     """Whether kernels for `architectures`, as TORCH_CUDA_ARCH_LIST has them, run on a GPU of this capability.
 
-    Code runs on later GPUs of its major number, on that very one if its name ends in a letter; with `+PTX` the driver
-    compiles it for all later ones. A name that is not a number ("Hopper") is taken to be right.
+    Code runs on later GPUs of its major number, on that very one if its name ends in a letter; with `+PTX` and no
+    letter the driver compiles it for all later ones. A name that is not a number ("Hopper") is taken to be right.
     """
     for name in re.split("[; ]+", architectures):
         found = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", name)
@@ -48,6 +48,6 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
             return True
         built = (int(found[1]), int(found[2]))
         later = built[0] == capability[0] and built <= capability and not found[3]
-        if built == capability or later or (found[4] and built <= capability):
+        if built == capability or later or (found[4] and not found[3] and built <= capability):
             return True
     return False

@@ -145,6 +145,6 @@ def _rows(rotary: Rotary, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]
                 f"position {low if low < 0 else high} is outside the rotary table, "
                 f"which has positions 0 to {table.shape[0] - 1}"
             )
-    rows = table.index_select(0, positions.to(table.device)).float().unsqueeze(1)
+    rows = table.index_select(0, positions.to(table.device, non_blocking=True)).float().unsqueeze(1)
     cos, sin = rows.chunk(2, dim=-1)
     return cos, sin

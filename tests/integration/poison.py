@@ -46,6 +46,8 @@ def _fill(block_ids: Iterable[int]) -> None:
     global poisoned
     ids = list(block_ids)
     poisoned += len(ids)
+    if torch.cuda.is_available():  # what steps in flight may still read
+        torch.cuda.synchronize()
     for memory in Runtime.latest().bind().memories.values():
         for pages in (memory.pages, memory.exact_pages, memory.slot_pages, memory.host_pool):
             pages[ids] = 0xFF

@@ -294,7 +294,7 @@ def test_requests_that_end_with_their_prompt_cost_others_nothing(asynchronous: b
     engine = Engine(asynchronous=asynchronous, runner="v2-cuda", max_step=640, dense_threshold=0)
     request = engine.add(prompt(10), max_tokens=3 * BLOCK - 20)
     for seed in range(3):
-        engine.add(prompt(2 * BLOCK, seed), max_tokens=1)
+        engine.add(prompt(2 * BLOCK + 37 * seed, seed), max_tokens=1)
     counts = engine.worker.planner.counts
     while len(engine.worker.rows) != 1 or request.num_output_tokens < 8:
         engine.step()

@@ -113,6 +113,7 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         ("8.0 12.0+PTX", (12, 1), True),
         ("8.0;9.0+PTX", (11, 0), True),
         ("8.0;12.0+PTX", (11, 0), False),
+        ("9.0a+PTX", (10, 0), False),
         ("Hopper", (9, 0), True),
     ],
 )
@@ -236,7 +237,7 @@ def test_float32_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_without_pinned_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "cuda", built_with_cuda=True, pinned=False)
-    with pytest.raises(ValueError, match=r"pinned memory, which vLLM does not find here \(WSL\); use another"):
+    with pytest.raises(ValueError, match=r"pinned memory, which vLLM does not use here \(WSL\); use another"):
         check_engine(engine(), ShadowKVConfig())
 
 

@@ -97,6 +97,8 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
         emulated_cuda.install(trial["emulated_cuda"])
     extras = Path(trial["result"]).with_suffix("")
     llm = start(trial, _write_extras(trial, extras))
+    if trial["in_process"] and trial["shadowkv"] is not None:
+        counts["host pools at start-up"] = _host_pools_at_start_up()
     if "speculative_config" in trial["options"]:
         _draft_from_memory()
 
@@ -138,6 +140,13 @@ def _metrics() -> dict[str, int]:
         for sample in samples
         if sample.name.startswith("vllm:shadowkv_")
     }
+
+
+def _host_pools_at_start_up() -> int:
+    from vllm_shadowkv.integration.runtime import Runtime
+
+    bound = Runtime.latest()._bound
+    return 0 if bound is None else len(bound.memories)
 
 
 def _host_pools() -> list[Any]:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from vllm_shadowkv.reference import quantise
+from vllm_shadowkv.state import low_rank
 from vllm_shadowkv.state.low_rank import LowRank, factorise, mix
 
 FP32_EXCESS = 1.02
@@ -282,17 +283,38 @@ def test_mix_keeps_the_product_and_evens_the_columns():
     assert unevenness(mixed.coefficients) < 2
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_are_of_true_fp32_whatever_the_process_allows(precision):
+def precisions() -> list[str]:
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "contradiction"
+    return [older, torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+
+
+@pytest.mark.parametrize("older", ["highest", "high", "medium"])
+@pytest.mark.parametrize("newer", [None, "ieee", "tf32"])
+def test_products_are_of_true_fp32_whatever_the_process_allows(older, newer, monkeypatch):
+    """On a CPU that computes bf16 products the results show it, on others the settings alone."""
     *_, rank = shape = SHAPES["4kv"]
     keys = spectrum(shape, "i^-1", 0.05)
-    expected = mix(factorise(keys, rank))
-    torch.set_float32_matmul_precision(precision)
+    before, expected = precisions(), mix(factorise(keys, rank))
+    assert precisions() == before
+    inside = []
+    orthonormalise = low_rank._orthonormalise
+    monkeypatch.setattr(low_rank, "_orthonormalise", lambda x: (inside.append(precisions()), orthonormalise(x))[1])
+    torch.set_float32_matmul_precision(older)
+    if newer:
+        torch.backends.cuda.matmul.fp32_precision = newer
+    allowed = precisions()
     try:
         factors = mix(factorise(keys, rank))
-        assert torch.get_float32_matmul_precision() == precision
+        assert precisions() == allowed
     finally:
         torch.set_float32_matmul_precision("highest")
+        for kind, precision in zip((torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), before[1:], strict=True):
+            kind.fp32_precision = precision
+    assert inside
+    assert all(found[0] == "highest" and found[1:] == ["ieee", "ieee"] for found in inside)
     assert all(torch.equal(one, other) for one, other in zip(factors, expected, strict=True))
 
 

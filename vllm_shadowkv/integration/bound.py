@@ -69,7 +69,7 @@ def make_bound(
     workspace: DecodeWorkspace,
     slots: SlotCounts,
     max_rows: int,
-    host_rows: int,
+    throw_away: bool,
 ) -> Bound:
     """Allocates the host pool and all else that a KV cache needs.
 
@@ -80,7 +80,7 @@ def make_bound(
         workspace: of the decode kernels.
         slots: their counts.
         max_rows: most rows of a step.
-        host_rows: of the host pool: as many as blocks, or 1, which stands for all where nothing will be sealed.
+        throw_away: the cache is one that vLLM measures graphs with.
 
     Raises:
         MemoryError: the host pool does not fit.
@@ -91,7 +91,10 @@ def make_bound(
         for layer in layers.values():
             use_huge_pages(layer.attention.kv_cache, zeros=True)
     gpu = device.index if device.type == "cuda" else None
-    pools = host_pool.allocate(len(layers), host_rows, layout.value_row_bytes, gpu)
+    if throw_away:  # one row, and one registration of it, stands for all: nothing will be sealed
+        pools = host_pool.allocate(1, 1, layout.value_row_bytes, gpu) * len(layers)
+    else:
+        pools = host_pool.allocate(len(layers), num_blocks, layout.value_row_bytes, gpu)
     memories = {
         name: LayerMemory(
             layout=layout,
@@ -104,7 +107,7 @@ def make_bound(
         )
         for (name, layer), pool in zip(layers.items(), pools, strict=True)
     }
-    if host_rows == num_blocks:
+    if not throw_away:
         gib = len(pools) * num_blocks / GIB
         logger.info(
             "shadowkv: %d blocks of %d tokens (%d tokens sealed, %d exact); pages %.2f GiB, host pool %.2f GiB; "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_shadowkv.integration.metadata import DecodeBatch, DenseBatch, PrefillRow, Step
 from vllm_shadowkv.metrics import StepCounts
+from vllm_shadowkv.state.completed import CompletedBlocks
 from vllm_shadowkv.state.decode import DecodeRows
 from vllm_shadowkv.state.seal import seal_blocks
 
@@ -47,11 +48,7 @@ class Planner:
         self.runtime, self.counts = runtime, StepCounts()
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
-        self._completed: dict[int, int] = {}
-        """Blocks that steps of several tokens completed, and their row's length, until they are sealed or begun anew.
-
-        Where a row's next step begins shows whether it has one of them: those of a row that ended are nobody's.
-        """
+        self._completed = CompletedBlocks()
 
     def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
         """Takes one group's metadata.
@@ -118,9 +115,8 @@ class Planner:
 
     def _may_seal_or_begin(self, rows: list[_Row]) -> bool:
         """Whether a row may have a block to seal, or begins one, in a step of single tokens."""
-        size, lengths = self.runtime.layout.block_size, set(self._completed.values())
-        drafts = range(self.runtime.max_drafts + 1)  # how many of them were rejected is not known here
-        return any(row.computed % size == 0 or any(row.computed + n in lengths for n in drafts) for row in rows)
+        size, drafts = self.runtime.layout.block_size, self.runtime.max_drafts
+        return any(row.computed % size == 0 or self._completed.may_have(row.computed, drafts) for row in rows)
 
     def _find_boundary(self, bound: Bound, rows: list[_Row], everything: DecodeRows, starts: Tensor) -> None:
         """Writes every row's exact boundary; 0 for dummy rows, whose table is null."""
@@ -168,25 +164,22 @@ class Planner:
             seal_blocks(memory, block_ids, exact_ids, first_positions)
         bound.state.seal(torch.tensor(list(found)))
         self.counts.sealed_blocks += len(found)
-        for block in found:
-            self._completed.pop(block, None)
+        self._completed.drop(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
     def _clear_unwritten(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
-        """Zeroes the values behind the last token of rows that the library attends for, in that token's page.
+        """Zeroes the values behind rows' last tokens, in those tokens' pages.
 
-        What an earlier owner left there, read as floats, may be NaN: codes of a sealed block easily are.
+        What an earlier owner left there, read as floats, may be NaN: codes of a sealed block easily are. A page is
+        cleared by the step that begins it; or, where it may have been begun by a step that was planned without reading
+        its number, by every step in which the library attends for the row.
         """
         size = self.runtime.layout.exact_tokens
-        # A page that was begun in a step of single tokens, planned without its number, is not cleared yet.
-        always = self.runtime.attention.decodes_densely
-        rows = [
-            row
-            for row in rows
-            if row.seq_len % size
-            and (row.prefilling or not row.exact_start)
-            and (always or row.seq_len // size * size >= row.computed)
-        ]
+        if self.runtime.attention.decodes_densely:
+            rows = [row for row in rows if row.prefilling or not row.exact_start]
+        else:
+            rows = [row for row in rows if row.seq_len // size * size >= row.computed]
+        rows = [row for row in rows if row.seq_len % size]
         if not rows:
             return
         lengths = torch.tensor([row.seq_len for row in rows])
@@ -204,10 +197,9 @@ class Planner:
             first, last = row.computed // size, (row.seq_len - 1) // size
             blocks = block_table[row.index, first : last + 1].long()
             bound.state.write_open(blocks)
-            for block in blocks.tolist():
-                self._completed.pop(block, None)
+            self._completed.drop(blocks.tolist())
             if row.seq_len - row.computed > 1:
-                self._completed |= dict.fromkeys(blocks[: row.seq_len // size - first].tolist(), row.seq_len)
+                self._completed.add(blocks[: row.seq_len // size - first].tolist(), row.seq_len)
 
     def _count_used(self, rows: list[_Row], block_table: Tensor) -> None:
         """Counts the sealed blocks of the step's requests."""

@@ -39,9 +39,12 @@ def check_process() -> None:
             "shadowkv's extension was built without CUDA kernels; build it with CUDA_HOME set "
             "(`pip install --no-build-isolation .`), or use another --attention-backend."
         )
-    capability, architectures = current_platform.get_device_capability(), compiled.cuda_architectures()
+    # A worker knows its GPU; before there is one, vLLM asks the driver for the first.
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else None
+    capability = capability or current_platform.get_device_capability()
+    architectures = compiled.cuda_architectures()
     if capability is not None and not extension.runs_on(tuple(capability), architectures):
-        name = capability.as_version_str()
+        name = f"{capability[0]}.{capability[1]}"
         raise RuntimeError(
             f"shadowkv's CUDA kernels were built for {architectures}, this GPU has {name}; build them with "
             f"TORCH_CUDA_ARCH_LIST={name} (`pip install --no-build-isolation .`), or use another --attention-backend."
@@ -115,8 +118,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             ),
             (
                 not current_platform.is_pin_memory_available(),
-                f"keeps values in pinned memory, which vLLM does not find here (WSL); {OTHER_BACKEND}, or a Linux of "
-                "its own",
+                f"keeps values in pinned memory, which vLLM does not use here (WSL); {OTHER_BACKEND}, or try "
+                "VLLM_WSL2_ENABLE_PIN_MEMORY=1",
             ),
         ]
     for wrong, sentence in refusals:

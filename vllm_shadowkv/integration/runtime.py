@@ -295,7 +295,7 @@ class Runtime:
                 self._workspace,
                 self._slots,
                 self._max_rows(),
-                host_rows=1 if self._measuring else first.shape[0],
+                throw_away=self._measuring,
             )
             self._bound_to = key
         return self._bound

@@ -13,7 +13,7 @@ The sequence is as long for one block as for many: batch as many as memory allow
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +59,24 @@ class LowRank(NamedTuple):
 
 @contextmanager
 def _true_fp32() -> Iterator[None]:
-    """Turns off what `torch.set_float32_matmul_precision` allows; vLLM sets it by VLLM_FLOAT32_MATMUL_PRECISION."""
-    precision = torch.get_float32_matmul_precision()
+    """Turns off TF32 and bf16 in fp32 products, which vLLM allows by VLLM_FLOAT32_MATMUL_PRECISION.
+
+    PyTorch has an older and a newer setting. It raises where they contradict each other, so both are set, and set back.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    kinds = (torch.backends.cuda.matmul, mkldnn.matmul)
+    newer = [kind.fp32_precision for kind in kinds]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one allows what the older one does not
+        older = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(older)
+        for kind, precision in zip(kinds, newer, strict=True):
+            kind.fp32_precision = precision
 
 
 @_true_fp32()

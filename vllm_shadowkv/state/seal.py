@@ -44,7 +44,9 @@ def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_posit
     # [n, pages, heads, tokens, head_size] -> [n, block_size, heads, head_size]
     keys = exact_keys[exact_ids.long()].transpose(2, 3).flatten(1, 2).contiguous()
     if layout.rank:
-        positions = first_positions[:, None] + torch.arange(layout.block_size, device=first_positions.device)
+        positions = first_positions[:, None] + torch.arange(
+            layout.block_size, dtype=torch.int32, device=first_positions.device
+        )
         flat = undo(memory.rotary, keys.flatten(0, 1), positions.flatten())
         factors = mix(factorise(flat.view(len(keys), layout.block_size, layout.width), layout.rank))
         mean, coefficients, basis = factors.mean, factors.coefficients, factors.basis
