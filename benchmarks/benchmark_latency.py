@@ -4,9 +4,9 @@
     python -m benchmarks.benchmark_latency build/llama-2-layers --input-lens 32768 --batches 1 4 -- --load-format dummy
 
 By `vllm bench serve`: one server per backend and length, with equal arguments; what follows `--` goes to `vllm serve`
-as it is. After a short request, which pays for what happens once, the first one computes its whole prompt: its time to
-the first token is the table's. The batches then share that prompt but for a few tokens, as questions about one document
-do, and are asked together.
+as it is. An unrelated request pays for what happens once. The next one computes its whole prompt: its time to the first
+token is the table's. The batches then share that prompt but for a few tokens, as questions about one document do, and
+are asked together.
 
 With `--offline` by `vllm bench latency`: the prompts of a batch share nothing, so this takes longer. It runs twice,
 with one output token and with all of them; what all of them take beyond the first is the time per token. vLLM draws
@@ -37,8 +37,8 @@ from benchmarks.vllm_bench import BACKENDS, BenchError, log_beside, vllm_bench, 
 OWN_TOKENS = 16
 """Of a prompt, beyond what all share."""
 
-WARMUP_TOKENS = 1000
-"""Of the request that is not measured."""
+WARMUP_TOKENS = 5000
+"""Of the request that is not measured: beyond the default `dense_threshold`, so that it seals and selects."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def measure(
             Path(model), log_beside(out, f"{backend}_{input_len}") or Path(directory) / "log", arguments, {}
         ) as server,
     ):
-        bench(server, model, [words(WARMUP_TOKENS)], 4)
+        bench(server, model, [words(min(WARMUP_TOKENS, input_len))], 4)
         first = bench(server, model, [f"{shared} {words(OWN_TOKENS)}"], 4)
         records = []
         for batch in batches:
