@@ -107,7 +107,7 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
     # Pages for all steps in flight are set aside: with vLLM's 16,384 tokens a step they would take twice as much.
     served = ["--", "--load-format", "dummy", "--max-num-seqs", "32"]
     served += ["--enforce-eager"] if rehearse else ["--max-num-batched-tokens", "8192"]
-    # 8 requests of 122,880 tokens through shadowkv, whose values are then 100 GiB of host memory.
+    # What shadowkv needs for 8 requests of 122,880 tokens. Their values take 100 GiB of the host's memory.
     equal = [*served, *([] if rehearse else ["--kv-cache-memory-bytes", "25G"])]
 
     def to(name: str, *options: str) -> list[str]:
