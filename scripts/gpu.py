@@ -31,6 +31,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
+    "COLUMNS": "160",  # tables in a log have no terminal to fit
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM takes it for granted on CUDA; a cut installation has none
