@@ -111,8 +111,8 @@ class _Flash:
         self._version = fa_utils.get_flash_attn_version(head_size=size)
         block = 16
         blocks = 1 + batch * -(-context // block)
-        pattern = normal((blocks, block, 2, kv_heads, size), dtype, torch.Generator().manual_seed(3))
-        cache = pattern.to("cuda", FP8 if fp8 else dtype)
+        stored = FP8 if fp8 else dtype
+        cache = normal((blocks, block, 2, kv_heads, size), stored, torch.Generator("cuda").manual_seed(3))
         self._keys, self._values = cache.unbind(2)
         self._cache_dtype = "fp8" if fp8 else "auto"
         self._starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -26,11 +25,12 @@ from rich.table import Table
 
 from benchmarks.baselines import cpu_baselines, cuda_baselines
 from benchmarks.machine import machine
+from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv.integration.metadata import DenseBatch
+from vllm_shadowkv.state.host_memory import free_bytes
 
 DTYPE = torch.bfloat16
-SWEEP_BYTES = 128 << 20
 MEMORY_SHARE = 0.6
 """Of the free memory: sizes that would take more are left out."""
 
@@ -59,7 +59,7 @@ class Timer:
 
     def __init__(self, device: str, seconds: float) -> None:
         self._device, self._seconds = device, seconds
-        self._sweep = torch.zeros(SWEEP_BYTES // 4, device=device)
+        self._sweep = sweeper(device)
 
     def __call__(self, sides: dict[str, tuple[Callable[[], None], Callable[[], None]]]) -> dict[str, list[float]]:
         """Milliseconds of each side's calls; a side is what to do before the clock starts, and what to time."""
@@ -68,21 +68,9 @@ class Timer:
         while time.monotonic() < end or len(next(iter(times.values()))) < 7:
             for name, (before, call) in sides.items():
                 before()
-                self._sweep.sum()  # read: dirty lines would have to be written back by what is timed
-                times[name].append(self._once(call))
+                self._sweep()
+                times[name].append(once(call, self._device))
         return {name: values[2:] for name, values in times.items()}
-
-    def _once(self, call: Callable[[], None]) -> float:
-        if self._device == "cpu":
-            started = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - started)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
 
 
 class ShadowKV:
@@ -165,29 +153,22 @@ def compare(shape: str, context: int, batch: int, hit_rates: list[float], device
     return records
 
 
-def captured(call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph's replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def _nothing() -> None:
     pass
 
 
-def bytes_of(shape: str, context: int, batch: int) -> int:
-    """Bytes of both sides' caches and our host pool, roughly."""
+def missing_room(shape: str, context: int, batch: int, device: str) -> str:
+    """The memory that both sides' caches, or our host pool, would not fit; nothing if they do."""
     _, heads, size = SHAPES[shape]
-    token = 2 * heads * size * DTYPE.itemsize
-    return round(batch * (context + 4096) * token * 1.9)
+    values = batch * (context + 4096) * heads * size * DTYPE.itemsize
+    host = free_bytes()
+    if device == "cpu":
+        return "the machine's" if 3.8 * values > MEMORY_SHARE * host else ""
+    # Theirs in bf16 and fp8, and our pages; what earlier sizes took is PyTorch's to use again.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if 3.8 * values > MEMORY_SHARE * free:
+        return "the GPU's"
+    return "the host's" if 1.2 * values > MEMORY_SHARE * host else ""
 
 
 def growth(records: list[Record]) -> list[str]:
@@ -241,12 +222,12 @@ def plot(records: list[Record], path: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     lines = sorted({(r.batch, r.hit_rate, _kind(r)) for r in records if r.hit_rate is not None})
+    several = len({kind for *_, kind in lines}) > 1
     for batch, rate, kind in lines:
         points = [r for r in records if _kind(r) == kind and r.batch == batch and r.hit_rate in (rate, None)]
         points.sort(key=lambda r: r.context)
-        axes.plot(
-            [r.context for r in points], [r.ratio for r in points], marker="o", label=f"batch {batch}, {rate:.0%} hits"
-        )
+        label = f"{kind}, " * several + f"batch {batch}, {rate:.0%} hits"
+        axes.plot([r.context for r in points], [r.ratio for r in points], marker="o", label=label)
     axes.axhline(1, color="grey", linewidth=1)
     axes.set_xscale("log", base=2)
     contexts = sorted({r.context for r in records})
@@ -256,7 +237,8 @@ def plot(records: list[Record], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if lines:  # the first sizes may all be dense
+        axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -278,22 +260,21 @@ def main() -> None:
     console = Console()
     records: list[Record] = []
     sizes = [(context, batch) for batch in arguments.batches for context in arguments.contexts]
-    free = psutil.virtual_memory().available if arguments.device == "cpu" else torch.cuda.mem_get_info()[0]
-    for context, batch in track(sizes, "sizes", console=console):
-        if bytes_of(arguments.shape, context, batch) > MEMORY_SHARE * free:
-            console.print(f"{context:,} tokens, batch {batch}: left out, the caches would not fit this machine.")
-            continue
-        records += compare(arguments.shape, context, batch, arguments.hit_rates, arguments.device, arguments.seconds)
     about = machine("bench_decode", arguments.device)
     title = f"{arguments.shape}, attention layer of one decode step, bf16, {about['device']}"
+    for context, batch in track(sizes, "sizes", console=console):
+        if memory := missing_room(arguments.shape, context, batch, arguments.device):
+            console.print(f"{context:,} tokens, batch {batch}: left out, they would not fit {memory} memory.")
+            continue
+        records += compare(arguments.shape, context, batch, arguments.hit_rates, arguments.device, arguments.seconds)
+        # After every size, for the next one may be cut off.
+        if arguments.json:
+            content = {"machine": about, "growth": growth(records), "records": [asdict(r) for r in records]}
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        if arguments.plot:
+            plot(records, arguments.plot, title)
     console.print(table(records, title))
-    sentences = growth(records)
-    console.print("\n".join(sentences))
-    if arguments.json:
-        content = {"machine": about, "growth": sentences, "records": [asdict(r) for r in records]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    if arguments.plot:
-        plot(records, arguments.plot, title)
+    console.print("\n".join(growth(records)))
 
 
 if __name__ == "__main__":

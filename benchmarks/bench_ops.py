@@ -2,7 +2,8 @@
 
 Pages hold synthetic keys, so no model runs and no prefill is needed. A share is the bytes that an op must move, over
 its time, over the bandwidth of a plain copy in the same run: of the device's memory, or of pinned host memory where the
-host pool is what an op waits for. On a CPU, whose caches hold much of what a small size moves, a share may exceed 1.
+host pool is what an op waits for, in the op's direction. On a GPU replays of a CUDA graph are timed, each after a sweep
+of the caches. On a CPU, whose caches hold much of what a small size moves, a share may exceed 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vllm_shadowkv
+from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv import ops
 
@@ -49,66 +51,67 @@ class Record:
     share: float
 
 
-def measure(call: Callable[[], None], device: str, seconds: float = 1.0) -> tuple[float, float]:
-    """Median milliseconds of a call, and the spread of its quartiles relative to it."""
+def measure(
+    call: Callable[[], object], device: str, before: Callable[[], object] | None = None, seconds: float = 1.0
+) -> tuple[float, float]:
+    """Median milliseconds of a call, and the spread of its quartiles relative to it. `before` is not timed."""
     call()
     times: list[float] = []
     end = time.monotonic() + seconds
     while len(times) < 5 or (time.monotonic() < end and len(times) < 200):
-        if device == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(1000 * (time.perf_counter() - started))
+        if before:
+            before()
+        times.append(once(call, device))
     low, median, high = statistics.quantiles(times, n=4)
     return median, (high - low) / median
 
 
 def bandwidths(device: str) -> dict[str, float]:
-    """GB/s of plain copies: of the device's memory (read and written bytes), and from pinned host memory."""
+    """GB/s of plain copies: of the device's memory (read and written bytes), from pinned host memory and back to it."""
     source = torch.empty(256 << 20, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    rate = {"copy": 2 * source.numel() / measure(lambda: target.copy_(source), device)[0] / 1e6}
+    before = sweeper(device) if device == "cuda" else None
+
+    def rate(copied_bytes: int, call: Callable[[], object]) -> float:
+        return copied_bytes / measure(call, device, before)[0] / 1e6
+
+    rates = {"copy": rate(2 * source.numel(), lambda: target.copy_(source))}
     if device == "cuda":
         host = torch.empty(source.numel(), dtype=torch.uint8).fill_(1).pin_memory()
-        rate["link"] = host.numel() / measure(lambda: target.copy_(host, non_blocking=True), device)[0] / 1e6
-    return rate
+        rates["link"] = rate(host.numel(), lambda: target.copy_(host, non_blocking=True))
+        rates["link back"] = rate(host.numel(), lambda: host.copy_(target, non_blocking=True))
+    return rates
 
 
 def run(
-    shape: str, context: int, batch: int, hit_rates: list[float], device: str
-) -> tuple[list[Record], dict[str, float]]:
+    shape: str, context: int, batch: int, hit_rates: list[float], device: str, limits: dict[str, float]
+) -> Iterator[Record]:
     """All ops at one size."""
-    limits = bandwidths(device)
     work = Workload(shape, context, OPEN_TOKENS, batch, device, torch.bfloat16)
     layout, memory, rows, workspace = work.layout, work.memory, work.rows, work.workspace
     heads, chunks = batch * layout.num_kv_heads, rows.block_table.shape[1] * layout.chunks
     token_bytes = 2 * layout.head_size * 2
     factors = layout.rank * (layout.head_size + layout.chunk_size)
-    records = []
+    sweep = sweeper(device) if device == "cuda" else None
 
-    def add(op: str, call: Callable[[], None], moved: float, limit: str = "copy", rate: float = 0.0) -> None:
+    def record(op: str, call: Callable[[], None], moved: float, limit: str = "copy", rate: float = 0.0) -> Record:
         limit = limit if limit in limits else "copy"
-        milliseconds, spread = measure(call, device)
+        if device == "cuda":  # called one by one, short kernels would show the time of their launches
+            call = captured(call)
+        milliseconds, spread = measure(call, device, sweep)
         share = moved / milliseconds / 1e6 / limits[limit]
-        records.append(Record(op, shape, context, batch, rate, milliseconds, spread, moved / 1e9, limit, share))
+        return Record(op, shape, context, batch, rate, milliseconds, spread, moved / 1e9, limit, share)
 
     def plan() -> None:
         work.state.start_step()
         workspace.plan(memory, work.state, rows, work.slot_counts)
 
-    add(
+    yield record(
         "select_chunks",
         partial(workspace.select, memory, rows, work.query, work.scale),
         heads * (chunks * (layout.head_size + 4) + chunks // layout.chunks * layout.head_size * 2),
     )
-    add("plan_slots", plan, heads * (work.config.slot_chunks * 16 + 8 * workspace.columns))
+    yield record("plan_slots", plan, heads * (work.config.slot_chunks * 16 + 8 * workspace.columns))
     for rate in hit_rates:
         work.force_hits(rate)
         plan()
@@ -116,18 +119,18 @@ def run(
         values = misses * layout.value_record_bytes
         rebuilt = misses * (factors + layout.chunk_size * token_bytes)
         fill = partial(workspace.fill, memory, rows)
-        add("fill_slots", fill, values if device == "cuda" else values + rebuilt, "link", rate)
+        yield record("fill_slots", fill, values if device == "cuda" else values + rebuilt, "link", rate)
     plan()
     tokens = workspace.columns * layout.chunk_size + OPEN_TOKENS
     attend = partial(workspace.attend_tokens, memory, rows, work.query, work.scale, work.output)
-    add("sparse_attention", attend, heads * tokens * token_bytes)
+    yield record("sparse_attention", attend, heads * tokens * token_bytes)
 
     blocks = rows.block_table[0, :4].contiguous()
     positions = torch.arange(len(blocks), dtype=torch.int32, device=device) * layout.block_size
     wide = (len(blocks), layout.block_size, layout.num_kv_heads, layout.head_size)
     keys, values = (torch.empty(wide, dtype=layout.dtype, device=device) for _ in range(2))
     bytes_of_blocks = len(blocks) * layout.block_size * layout.num_kv_heads * token_bytes
-    add(
+    yield record(
         "expand_blocks",
         lambda: ops.expand_blocks(
             blocks, positions, memory.pages, memory.host_pool, memory.cos_sin, True, layout, keys, values
@@ -141,20 +144,19 @@ def run(
         for size in ((layout.width,), (layout.block_size, layout.rank), (layout.rank, layout.width))
     ]
     keys.normal_()
-    add(
+    yield record(
         "pack_block",
         lambda: ops.pack_block(spare, keys[:1], *parts, memory.pages, layout),
         bytes_of_blocks / len(blocks) / 2 + 4 * sum(part.numel() for part in parts) + layout.page_bytes,
     )
     exact_ids = rows.block_table[:1, : layout.block_size // layout.exact_tokens].contiguous()
     _, exact_values = layout.exact_views(memory.pages)
-    add(
+    yield record(
         "store_values",
         lambda: ops.store_values(spare, exact_ids, exact_values, memory.pages, memory.host_pool, layout),
         bytes_of_blocks / len(blocks) * (0.5 if device == "cuda" else 1),
-        "link",
+        "link back",
     )
-    return records, limits
 
 
 def main() -> None:
@@ -177,11 +179,9 @@ def main() -> None:
     console = Console()
     records: list[Record] = []
     sizes = [(context, batch) for context in arguments.contexts for batch in arguments.batches]
-    for context, batch in track(sizes, "sizes", console=console):
-        found, limits = run(arguments.shape, context, batch, arguments.hit_rates, arguments.device)
-        records += found
     cuda = arguments.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {_cpu_isa()}"
+    limits = bandwidths(arguments.device)
     machine = {
         "command": "python -m benchmarks.bench_ops " + " ".join(sys.argv[1:]),
         "device": where,
@@ -190,6 +190,12 @@ def main() -> None:
         "vllm_shadowkv": vllm_shadowkv.__version__,
         "gigabytes_per_second": limits,
     }
+    for context, batch in track(sizes, "sizes", console=console):
+        for record in run(arguments.shape, context, batch, arguments.hit_rates, arguments.device, limits):
+            records.append(record)
+            if arguments.json:  # after every op, for the next one may be cut off
+                content = {"machine": machine, "records": [asdict(r) for r in records]}
+                arguments.json.write_text(json.dumps(content, indent=1))
     table = Table(title=f"{arguments.shape}, one layer, bf16, {machine['device']}", title_justify="left")
     for name in ("op", "context", "batch", "hits", "ms", "spread", "MB", "share of"):
         table.add_column(name, justify="left" if name == "op" else "right")
@@ -200,8 +206,6 @@ def main() -> None:
         )  # fmt: skip
     console.print(table)
     console.print("Copies: " + ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in limits.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "records": [asdict(r) for r in records]}, indent=1))
     if arguments.against:
         slower = regressions(records, json.loads(arguments.against.read_text())["records"])
         for sentence in slower:

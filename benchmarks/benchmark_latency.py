@@ -4,8 +4,9 @@
     python -m benchmarks.benchmark_latency build/llama-2-layers --input-lens 32768 --batches 1 4 -- --load-format dummy
 
 By `vllm bench serve`: one server per backend and length, with equal arguments; what follows `--` goes to `vllm serve`
-as it is. The first request computes its whole prompt: its time to the first token is the table's. The batches then
-share that prompt but for a few tokens, as questions about one document do, and are asked together.
+as it is. An unrelated request pays for what happens once. The next one computes its whole prompt: its time to the first
+token is the table's. The batches then share that prompt but for a few tokens, as questions about one document do, and
+are asked together.
 
 With `--offline` by `vllm bench latency`: the prompts of a batch share nothing, so this takes longer. It runs twice,
 with one output token and with all of them; what all of them take beyond the first is the time per token. vLLM draws
@@ -31,10 +32,13 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.server import Server, ServerError
-from benchmarks.vllm_bench import BACKENDS, BenchError, vllm_bench, write_records
+from benchmarks.vllm_bench import BACKENDS, BenchError, log_beside, vllm_bench, write_records
 
 OWN_TOKENS = 16
 """Of a prompt, beyond what all share."""
+
+WARMUP_TOKENS = 5000
+"""Of the request that is not measured: beyond the default `dense_threshold`, so that it seals and selects."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ def bench(server: Server, model: str, prompts: list[str], output_len: int) -> di
 
 
 def measure(
-    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str]
+    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str], out: Path | None
 ) -> list[Record]:
-    """All batches at one length, on a server of their own.
+    """All batches at one length, on a server of their own; its log is kept beside `out`, the file of the results.
 
     Raises:
         BenchError: the benchmark failed.
@@ -87,8 +91,11 @@ def measure(
     arguments = ["--max-model-len", str(longest), *BACKENDS[backend], *extra]
     with (
         tempfile.TemporaryDirectory() as directory,
-        Server(Path(model), Path(directory) / "log", arguments, {}) as server,
+        Server(
+            Path(model), log_beside(out, f"{backend}_{input_len}") or Path(directory) / "log", arguments, {}
+        ) as server,
     ):
+        bench(server, model, [words(min(WARMUP_TOKENS, input_len))], 4)
         first = bench(server, model, [f"{shared} {words(OWN_TOKENS)}"], 4)
         records = []
         for batch in batches:
@@ -98,7 +105,9 @@ def measure(
         return records
 
 
-def latency(model: str, backend: str, input_len: int, output_len: int, batch: int, extra: list[str]) -> float:
+def latency(
+    model: str, backend: str, input_len: int, output_len: int, batch: int, extra: list[str], out: Path | None
+) -> float:
     """Median seconds of a whole batch by `vllm bench latency`, which leaves the prefix cache off.
 
     Raises:
@@ -107,17 +116,18 @@ def latency(model: str, backend: str, input_len: int, output_len: int, batch: in
     arguments = ["--model", model, "--input-len", str(input_len), "--output-len", str(output_len)]
     arguments += ["--batch-size", str(batch), "--num-iters-warmup", "1", "--num-iters", "3"]
     arguments += ["--max-model-len", str(input_len + output_len + 64)]
-    numbers, _ = vllm_bench("latency", [*arguments, *BACKENDS[backend], *extra])
+    log = log_beside(out, f"{backend}_{input_len}_{batch}_{output_len}")
+    numbers, _ = vllm_bench("latency", [*arguments, *BACKENDS[backend], *extra], log)
     return statistics.median(numbers["latencies"])
 
 
 def measure_offline(
-    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str]
+    model: str, backend: str, input_len: int, output_len: int, batches: list[int], extra: list[str], out: Path | None
 ) -> list[Record]:
     """As `measure`, by `vllm bench latency`."""
     records = []
     for batch in batches:
-        first, whole = (latency(model, backend, input_len, tokens, batch, extra) for tokens in (1, output_len))
+        first, whole = (latency(model, backend, input_len, tokens, batch, extra, out) for tokens in (1, output_len))
         records.append(Record(backend, input_len, batch, 1000 * first, 1000 * (whole - first) / (output_len - 1)))
     return records
 
@@ -183,7 +193,8 @@ def main() -> int:
         for length, backend in runs:
             progress.update(task, description=f"{backend}, {length:,} tokens")
             try:
-                records += way(arguments.model, backend, length, arguments.output_len, arguments.batches, extra)
+                sizes = (length, arguments.output_len, arguments.batches)
+                records += way(arguments.model, backend, *sizes, extra, arguments.json)
                 write_records(arguments.json, "benchmark_latency", records)
             except (BenchError, ServerError) as error:
                 failed = True

@@ -105,6 +105,7 @@ def _engine(model: str, dtype: str) -> Any:
         max_num_batched_tokens=512,
         max_num_seqs=1,
         num_gpu_blocks_override=NUM_BLOCKS,
+        async_scheduling=False,  # a second step in flight needs more blocks than NUM_BLOCKS
         enforce_eager=True,
         skip_tokenizer_init=True,
     ).llm_engine

@@ -32,12 +32,15 @@ class BenchError(Exception):
     """`vllm bench …` failed; the message says why."""
 
 
-def vllm_bench(what: str, arguments: list[str], to: str = "--output-json") -> tuple[dict[str, Any], str]:
+def vllm_bench(
+    what: str, arguments: list[str], log: Path | None = None, to: str = "--output-json"
+) -> tuple[dict[str, Any], str]:
     """Runs `vllm bench WHAT`.
 
     Args:
         what: "latency", "serve" or "throughput".
         arguments: of that command.
+        log: file that takes what it prints, if that is to be kept.
         to: its option that takes the path of the result.
 
     Returns:
@@ -48,11 +51,23 @@ def vllm_bench(what: str, arguments: list[str], to: str = "--output-json") -> tu
     """
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "result.json"
+        log = log or Path(directory) / "log"
         command = [*VLLM, "bench", what, *arguments, to, str(result)]
-        finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if finished.returncode or not result.exists():
-            raise BenchError(f"vllm bench {what} failed:\n{_reason(finished.stdout)}")
-        return json.loads(result.read_text()), finished.stdout
+        with log.open("wb") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        printed = log.read_text(errors="replace")
+        if code or not result.exists():
+            raise BenchError(f"vllm bench {what} failed:\n{_reason(printed)}")
+        return json.loads(result.read_text()), printed
+
+
+def log_beside(path: Path | None, name: str) -> Path | None:
+    """Where a run's log is kept, in a folder beside the JSON file of the results; None without one."""
+    if path is None:
+        return None
+    folder = path.with_suffix(".logs")
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}.log"
 
 
 def write_records(path: Path | None, module: str, records: Sequence[Any]) -> None:

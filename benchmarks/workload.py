@@ -50,21 +50,21 @@ class Workload:
         slot_pages = layout.slot_pages(self.config.slot_chunks)
         exact_pages = -(-open_tokens // layout.exact_tokens)
         counts = [batch * blocks, batch * slot_pages, batch * exact_pages]
-        generator = torch.Generator().manual_seed(0)
-        order = (torch.randperm(sum(counts), generator=generator) + 1).int()
+        order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1).int()
         sealed_ids, slot_ids, exact_ids = order.split(counts)
-        pages = torch.empty(1 + sum(counts), layout.page_bytes // 8, dtype=torch.int64)
-        use_huge_pages(pages)
+        generator = torch.Generator(device).manual_seed(0)
+        pages = torch.empty(1 + sum(counts), layout.page_bytes // 8, dtype=torch.int64, device=device)
+        if device == "cpu":
+            use_huge_pages(pages)
         pages = pages.random_(generator=generator).view(torch.uint8)
         _set_what_is_read_as_floats(layout, pages, generator)
         (pool,) = host_pool.allocate(1, len(pages), layout.value_row_bytes, gpu=0 if device == "cuda" else None)
-        pool.copy_(normal((len(pages), layout.value_row_bytes // dtype.itemsize), dtype, generator).view(torch.uint8))
-        pages = pages.to(device)
+        fill(pool, dtype, generator)
         for name in ("slot_tags", "slot_used", "slot_epoch"):
             layout.view(pages, name)[slot_ids.long().to(device)] = 0
         for view in layout.exact_views(pages):
             chosen = exact_ids.long().to(device)
-            view[chosen] = normal(view[chosen].shape, dtype, generator).to(device)
+            view[chosen] = normal(view[chosen].shape, dtype, generator)
 
         positions = torch.arange(sealed + open_tokens)[:, None] * 500_000.0 ** (-torch.arange(0, size, 2) / size)
         table = copy_in_huge_pages(torch.cat((positions.cos(), positions.sin()), -1), torch.float32).to(device)
@@ -78,7 +78,7 @@ class Workload:
             host_pool=pool,
         )
         self.state = BlockState(len(pages), torch.device(device))
-        self.state.seal(sealed_ids.long().to(device))
+        self.state.seal(sealed_ids.long())
         first_exact = sealed // layout.exact_tokens
         exact_table = torch.zeros(batch, first_exact + exact_pages, dtype=torch.int32)
         exact_table[:, first_exact:] = exact_ids.view(batch, exact_pages)
@@ -91,7 +91,7 @@ class Workload:
             seq_lens=start + open_tokens,
         )
         self.workspace = DecodeWorkspace(self.config, layout, self.heads, batch, blocks, torch.device(device))
-        self.query = torch.randn(batch, self.heads, size, generator=generator).to(device, dtype)
+        self.query = torch.randn(batch, self.heads, size, generator=generator, device=device).to(dtype)
         self.output = torch.empty_like(self.query)
         self.slot_counts = torch.zeros(3, dtype=torch.int64, device=device)
         self._generator = torch.Generator(device=device).manual_seed(1)
@@ -126,13 +126,23 @@ def hit_rate(text: str) -> float:
 
 
 def normal(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Normal values, the same few megabytes over and over: a pool of gigabytes takes no minutes to make."""
-    flat = torch.empty(torch.Size(shape).numel(), dtype=dtype)
-    pattern = torch.randn(min(flat.numel(), 1 << 21), generator=generator).to(dtype)
-    whole = flat.numel() // len(pattern) * len(pattern) if len(pattern) else 0
+    """A tensor of normal values on the generator's device; see `fill`."""
+    return fill(torch.empty(shape, dtype=dtype, device=generator.device), dtype, generator)
+
+
+def fill(target: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Fills a contiguous tensor with the bytes of normal values; returns it.
+
+    They are the same few megabytes over and over: a pool of gigabytes takes no minutes to make, and no second copy.
+    """
+    flat = target.view(-1).view(torch.uint8)
+    count = min(flat.numel() // dtype.itemsize, 1 << 21)
+    pattern = torch.randn(count, generator=generator, device=generator.device).to(target.device, dtype)
+    pattern = pattern.view(torch.uint8)
+    whole = flat.numel() // len(pattern) * len(pattern) if count else 0
     flat[:whole].view(-1, max(len(pattern), 1)).copy_(pattern)
-    flat[whole:] = pattern[: flat.numel() - whole]
-    return flat.view(shape)
+    flat[whole:] = pattern[: len(flat) - whole]
+    return target
 
 
 def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: torch.Generator) -> None:
@@ -143,5 +153,6 @@ def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: to
         view = layout.view(pages, section)
         view.copy_(normal(view.shape, layout.dtype, generator))
     ids = layout.view(pages, "outlier_ids")
-    ids.copy_(torch.rand(*ids.shape[:2], layout.chunks, generator=generator).argsort(-1)[..., : ids.shape[-1]].int())
+    order = torch.rand(*ids.shape[:2], layout.chunks, generator=generator, device=pages.device).argsort(-1)
+    ids.copy_(order[..., : ids.shape[-1]])
     layout.view(pages, "outlier_cosines").uniform_(-1, 1, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,12 +58,15 @@ class Asker(Protocol):
 class Engine:
     """vLLM in this process."""
 
-    def __init__(self, model: str, num_logprobs: int, **options: Any) -> None:
-        """Starts it; `options` are those of `vllm.LLM`."""
+    def __init__(self, model: str, num_logprobs: int, forces: bool, **options: Any) -> None:
+        """Starts it; `options` are those of `vllm.LLM`. `forces`: requests may have tokens to decode."""
+        if forces:
+            options["logits_processors"] = ["benchmarks.accuracy.forced:Forced"]
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it refuses this kind of logits processor
         from vllm import LLM
 
         self._num_logprobs = num_logprobs
-        self._llm = LLM(model, logits_processors=["benchmarks.accuracy.forced:Forced"], **options)
+        self._llm = LLM(model, **options)
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply]:
         """Answers all of them at once."""

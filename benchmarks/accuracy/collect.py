@@ -133,7 +133,9 @@ def main() -> None:
         options = {"max_model_len": longest + 16, "max_num_seqs": 16, "max_logprobs": arguments.logprobs}
         if arguments.backend == "shadowkv":
             options |= {"attention_backend": "shadowkv", "additional_config": {"shadowkv": arguments.shadowkv}}
-        ask = Engine(arguments.model, arguments.logprobs, **options | arguments.options)
+        ask = Engine(
+            arguments.model, arguments.logprobs, arguments.trajectory is not None, **options | arguments.options
+        )
     total = len(samples) * len(arguments.setups)
     collect(ask, samples, arguments.setups, arguments.out, arguments.trajectory, total)
 

@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--exact-baseline", action="store_true", help="its answers in setup B count for A where A is missing"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of this machine: what answered")
     parser.add_argument("--title", default="")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -171,7 +172,7 @@ def main() -> None:
     if arguments.markdown:
         arguments.markdown.write_text(text)
     if arguments.json:
-        about = machine("accuracy.compare", "cpu")
+        about = machine("accuracy.compare", arguments.device)
         content = [asdict(row) | {"p_value": row.flips.p_value, "points": row.flips.points} for row in rows]
         arguments.json.write_text(json.dumps({"machine": about, "rows": content}, indent=1) + "\n")
     if arguments.plot:

@@ -26,6 +26,7 @@ def scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "HF_HUB_OFFLINE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM takes it for granted on CUDA; a cut installation has none
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(INTEGRATION), os.environ.get("PYTHONPATH", "")]),
     }
     found = {}

@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM takes it for granted on CUDA; a cut installation has none
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
