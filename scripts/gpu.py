@@ -104,7 +104,7 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
     apart += ["--timeout", "60", "--timeout-method", "thread"] if find_spec("pytest_timeout") else []
     sanitizer = ["compute-sanitizer", "--error-exitcode", "3", "--target-processes", "all", "--report-api-errors", "no"]
     model = str(results / "dummy")
-    contexts = ["4096", "8192"] if rehearse else ["4096", "8192", "16384", "32768", "65536", "131072", "524288"]
+    contexts = ["4096", "8192"] if rehearse else ["122880", "32768", "4096", "8192", "16384", "65536", "524288"]
     # Pages for all steps in flight are set aside: with vLLM's 16,384 tokens a step they would take twice as much.
     served = ["--", "--load-format", "dummy", "--max-num-seqs", "32"]
     served += ["--enforce-eager"] if rehearse else ["--max-num-batched-tokens", "8192"]
@@ -187,7 +187,7 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
         Step("lossless", "test", "tiny models without loss against FLASH_ATTN: runners, graphs, drafts, preemption",
              [*pytest, *marked, "tests/gpu/test_engines.py"], 1800, imports=(*TEST, *ENGINE)),
         bench("decode_cuda", "bench_decode", "the attention layer of a decode step, against FlashAttention",
-              *device, "--contexts", *contexts, "--batches", "1", "4", "16", *to("decode_cuda", "json", "plot"),
+              *device, "--contexts", *contexts, "--batches", "8", "1", "32", *to("decode_cuda", "json", "plot"),
               imports=(*ENGINE, "matplotlib")),
         bench("model", "dummy_model", "the model that the next steps serve", "llama-3.1-8b", model,
               *(["--layers", "1"] if rehearse else [])),

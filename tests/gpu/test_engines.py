@@ -33,12 +33,16 @@ GRAPHS: dict[str, Any] = {
 }
 
 STOCK = Trial("stock", (*SCENARIOS, "twice"), shadowkv=None, options=OPTIONS)
-EAGER = Trial("eager", SCENARIOS, LOSSLESS | {"block_size": 256}, options=OPTIONS)
+EAGER = Trial("eager", SCENARIOS, LOSSLESS | {"block_size": 256}, options=OPTIONS, poison=True)
 V1, V2 = (replace(EAGER, name=f"{runner}-eager", runner=runner) for runner in ("v1", "v2"))
 V1_GRAPHS, V2_GRAPHS = (
-    replace(trial, name=f"{trial.runner}-graphs", options=OPTIONS | GRAPHS, asynchronous=True) for trial in (V1, V2)
+    # Without poison, which waits for the device.
+    replace(trial, name=f"{trial.runner}-graphs", options=OPTIONS | GRAPHS, asynchronous=True, poison=False)
+    for trial in (V1, V2)
 )
-V2_AS_VLLM_WOULD = replace(V2, name="v2-default", options=OPTIONS | {"enforce_eager": False}, asynchronous=True)
+# It measures its memory, graphs too, over a KV cache that it throws away.
+MEASURED: dict[str, Any] = {"enforce_eager": False, "kv_cache_memory_bytes": None}
+V2_AS_VLLM_WOULD = replace(V2_GRAPHS, name="v2-default", options=OPTIONS | MEASURED)
 # The least for one request of 2,048 tokens, and a page for each of two steps in flight.
 V2_SMALL_POOL = replace(V2_GRAPHS, name="v2-small-pool", options=OPTIONS | GRAPHS | {"num_gpu_blocks_override": 24})
 V1_WINDOWS = replace(
@@ -85,6 +89,9 @@ def test_blocks_are_sealed_and_read(trials: Trials, trial: Trial) -> None:
     assert counts["vllm:shadowkv_slot_misses_total"] > 100
     assert counts["vllm:shadowkv_expanded_tokens_total"] > 1000
     assert counts["host pools left"] == 0
+    assert counts["host pools at start-up"] > 0
+    if trial.poison:
+        assert counts["poisoned"] > 100
 
 
 @pytest.mark.parametrize("trial", [V1_GRAPHS, V2_GRAPHS, V2_AS_VLLM_WOULD, V2_SMALL_POOL], ids=trial_id)
