@@ -59,31 +59,34 @@ __device__ __forceinline__ uint64_t outlier_key(const SelectPass& pass, int64_t 
   return ~(static_cast<uint64_t>(ordered(cosine)) << 32 | static_cast<uint32_t>(chunk));
 }
 
-// Turns the group's logits into keys.
+// Turns the group's logits into keys, a warp a block's.
 __device__ __forceinline__ void score(const SelectPass& pass, int64_t row, const float* sums,
                                       const ForcedChunks& forced, const float* logits,
-                                      uint32_t* keys, int size) {
+                                      uint32_t* keys, int blocks) {
   constexpr int kUnroll = 4;
   const int64_t stride = pass.p.table_width * pass.chunks;
-  const int threads = blockDim.x;
-  for (int i = threadIdx.x; i < size; i += kUnroll * threads) {
-    float best[kUnroll];
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int column = threadIdx.x / kWarp; column < blocks; column += warps) {
+    const bool usable = block_at(pass.p, row, column) != 0;
+    const int first = column * pass.chunks, end = first + pass.chunks;
+    for (int i = first + lane; i < end; i += kUnroll * kWarp) {
+      float best[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) best[u] = -infinity();
-    for (int g = 0; g < pass.group; ++g) {
+      for (int u = 0; u < kUnroll; ++u) best[u] = -infinity();
+      for (int g = 0; g < pass.group; ++g) {
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int chunk = i + u * kWarp;
+          if (chunk < end) best[u] = max_or_nan(best[u], logits[g * stride + chunk] - sums[g]);
+        }
+      }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int chunk = i + u * threads;
-        if (chunk < size) best[u] = max_or_nan(best[u], logits[g * stride + chunk] - sums[g]);
+        const int chunk = i + u * kWarp;
+        if (chunk >= end) continue;
+        const uint32_t key = forced.contains(chunk) ? kForced : ordered(best[u]);
+        keys[chunk] = usable ? key : kUnusable;
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int chunk = i + u * threads;
-      if (chunk >= size) continue;
-      uint32_t key = forced.contains(chunk) ? kForced : ordered(best[u]);
-      if (block_at(pass.p, row, chunk / pass.chunks) == 0) key = kUnusable;
-      keys[chunk] = key;
     }
   }
 }
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   const int64_t row_chunks = p.table_width * pass.chunks;
   uint32_t* keys = pass.keys + (blockIdx.x * p.layout.num_kv_heads + head) * row_chunks;
   const ForcedChunks forced(p, row);
-  score(pass, row, sums, forced, pass.logits + first_head * row_chunks, keys, size);
+  score(pass, row, sums, forced, pass.logits + first_head * row_chunks, keys, blocks);
 
   const int64_t room = p.columns - p.budget_chunks - kSinkChunks - kLocalChunks;
   const int outliers = room > 0 ? blocks * static_cast<int>(p.layout.num_outliers) : 0;

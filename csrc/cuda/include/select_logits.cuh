@@ -108,19 +108,32 @@ __global__ void __launch_bounds__(kLogitThreads, kHeadSize > 128 ? 4 : 6)
   __shared__ SoftmaxPart parts[2][kLogitWarps][kMaxGroup];
   const int64_t heads = p.layout.num_kv_heads * group;
   const int64_t first_head = blockIdx.z * heads + head * group;
+  float* logits[2];  // of the query heads that this lane writes
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    logits[half] = pass.logits + (first_head + g + 8 * half) * p.table_width * chunks;
+  }
   int copy = 0;
   for (int column = blockIdx.x; column < blocks; column += gridDim.x, copy ^= 1) {
     const int64_t block = block_at(p, row, column);
     const int64_t index = head * static_cast<int64_t>(chunks);
+    const int64_t start = column * static_cast<int64_t>(chunks);
     const auto* landmarks = section<int8_t>(p, block, p.layout.landmarks, index * kHeadSize);
     const auto* scales = section<float>(p, block, p.layout.landmark_scales, index);
     SoftmaxPart part[2] = {no_softmax(), no_softmax()};
     for (int tile = warp * kTile; tile < chunks; tile += kLogitWarps * kTile) {
       sync_warp();  // tensor cores want all lanes together
+      const int chunk = tile + 2 * t;
       float c[4] = {zeros[0], zeros[1], zeros[2], zeros[3]};
+      float scale[2] = {};
       if (block != 0) {
         LandmarkBytes<kHeadSize> bytes;
         bytes.load(landmarks + (tile + g < chunks ? tile + g : chunks - 1) * kHeadSize, t);
+        // Asked for beside the landmarks, not after their products.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (chunk + i < chunks) scale[i] = scales[chunk + i] * p.scale;
+        }
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const uint2 b = widen_int8<T>(bytes.words[step]);
@@ -134,10 +147,9 @@ __global__ void __launch_bounds__(kLogitThreads, kHeadSize > 128 ? 4 : 6)
         float logit[2] = {-infinity(), -infinity()};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int chunk = tile + 2 * t + i;
-          if (chunk >= chunks || member >= group) continue;
-          if (block != 0) logit[i] = c[2 * half + i] * (scales[chunk] * p.scale);
-          pass.logits[((first_head + member) * p.table_width + column) * chunks + chunk] = logit[i];
+          if (chunk + i >= chunks || member >= group) continue;
+          if (block != 0) logit[i] = c[2 * half + i] * scale[i];
+          logits[half][start + chunk + i] = logit[i];
         }
         part[half] = add(part[half], logit[0], logit[1]);
       }
