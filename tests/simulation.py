@@ -414,6 +414,8 @@ class Worker:
                 SimpleNamespace(block_table_tensor=table, **common),  # type: ignore[arg-type]
                 capturing=False,
             )
+        widths = {batch.rows.block_table.shape[1] for batch in step.decode}
+        assert all(width <= self.boundary.max_sealed_blocks for width in widths), "the scratch memory has no room"
         return step
 
     def _check_counts(self, rows: list[_Row]) -> None:

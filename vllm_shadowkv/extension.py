@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: what the kernels are written for."""
 FIX = "build it with `make install` or `pip install --no-build-isolation -e .`"
 
 

@@ -105,6 +105,12 @@ CASES: dict[str, tuple[Callable[[], Any], Setup, str, str]] = {
         "fail",
         "no CUDA kernels for GPU 0, which has 11.0 → set TORCH_CUDA_ARCH_LIST=11.0 and build",
     ),
+    "kernels for a gpu that no build serves": (
+        doctor._extension,
+        lambda m, _: gpu(m, capability=(7, 5)),
+        "ok",
+        "CUDA kernels for 9.0",
+    ),
     "no extension": (
         doctor._extension,
         lambda m, _: m.setattr(doctor.extension, "load", no_extension),

@@ -173,6 +173,19 @@ class Layer:
             pages = rows.tables["exact"][row, :end][bound.state.sealed[rows.tables["shadow"][row, :end].long()]]
             self._groups["exact"].kv_cache[pages.long()] = 0xFF
 
+    @property
+    def exact_tokens(self) -> int:
+        return int(self._impl.runtime.layout.exact_tokens)
+
+    def fill(self, page: int, byte: int) -> None:
+        """Leaves a byte everywhere in a page."""
+        self._groups["exact"].kv_cache[page] = byte
+
+    def values(self, page: int) -> Tensor:
+        """Of an exact page, `[Hkv, tokens, D]`."""
+        (memory,) = self._impl.runtime.bind().memories.values()
+        return memory.exact_views[1][page]
+
     def sealed(self, rows: Rows) -> int:
         """Blocks of the rows that are sealed."""
         state = self._impl.runtime.bind().state
@@ -220,6 +233,17 @@ def test_rows_without_pages_come_out_as_zeros(layer: Layer) -> None:
     rows.tables = {name: torch.zeros_like(table) for name, table in rows.tables.items()}
     query = [torch.ones(length, HEADS, HEAD_SIZE) for length in (40, 8)]
     assert not any(part.any() for part in layer.step(rows, query, [True, False]))
+
+
+def test_a_page_is_cleared_by_the_step_that_begins_it(layer: Layer) -> None:
+    """One that decodes too: the next may compute several tokens, and vLLM's kernel then reads the whole page."""
+    rows = layer.allocate(Shape([1088], [1088]), "begun by decoding")
+    while rows.computed != [1024]:
+        layer.step(rows, [torch.zeros(STEP, HEADS, HEAD_SIZE)], [True])
+    page = int(rows.tables["exact"][0, 1024 // layer.exact_tokens])
+    layer.fill(page, 0xFF)
+    layer.step(rows, [torch.zeros(1, HEADS, HEAD_SIZE)], [False])
+    assert not layer.values(page)[:, 1:].any()
 
 
 def full_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_cuda_without_cuda_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability in (None, DeviceCapability(8, 9), DeviceCapability(9, 0)):
+    for capability in (None, DeviceCapability(7, 5), DeviceCapability(8, 9), DeviceCapability(9, 0)):
         on(monkeypatch, "cuda", built_with_cuda=True, capability=capability)
         check_process()
     on(monkeypatch, "cuda", built_with_cuda=True, capability=DeviceCapability(12, 0))

@@ -25,7 +25,6 @@ from vllm_shadowkv.state.host_memory import GIB, cgroup, free_bytes
 Status = Literal["ok", "warn", "fail"]
 MARKS: dict[Status, str] = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
-LEAST_CAPABILITY = (8, 0)
 LEAST_FREE = 8 * GIB
 """Host memory below which a pool is too small to be worth it."""
 COPIED_BYTES = 256 * 2**20
@@ -102,9 +101,11 @@ def _extension() -> Iterator[Finding]:
     yield Finding("ok", f"extension: {built}; CPU kernels run as {ops.cpu_isa()}")
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(index)
+        capability = gpu.major, gpu.minor
         if not ops.has_cuda():
             yield Finding("fail", f"there is GPU {index}, but no CUDA kernels", f"set CUDA_HOME and {extension.FIX}")
-        elif not extension.runs_on((gpu.major, gpu.minor), ops.cuda_architectures()):
+        # Of an older one `_gpus` says what is wrong, and no build would help.
+        elif capability >= extension.LEAST_CAPABILITY and not extension.runs_on(capability, ops.cuda_architectures()):
             name = f"{gpu.major}.{gpu.minor}"
             fix = f"set TORCH_CUDA_ARCH_LIST={name} and {extension.FIX}"
             yield Finding("fail", f"no CUDA kernels for GPU {index}, which has {name}", fix)
@@ -120,7 +121,7 @@ def _gpus() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         text = f"GPU {index}: {gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
-        if (gpu.major, gpu.minor) >= LEAST_CAPABILITY:
+        if (gpu.major, gpu.minor) >= extension.LEAST_CAPABILITY:
             yield Finding("ok", text)
         else:
             yield Finding("fail", text, "use a GPU of 8.0 or later, or another --attention-backend")

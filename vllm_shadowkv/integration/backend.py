@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_shadowkv import extension
 from vllm_shadowkv.integration.refusals import check_process
 from vllm_shadowkv.integration.specs import ShadowSpec
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES
@@ -66,7 +67,7 @@ class _Backend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """Ampere and later."""
-        return bool(capability.major >= 8)
+        return tuple(capability) >= extension.LEAST_CAPABILITY
 
 
 class ShadowKVBackend(_Backend):

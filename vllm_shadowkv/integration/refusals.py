@@ -43,7 +43,9 @@ def check_process() -> None:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else None
     capability = capability or current_platform.get_device_capability()
     architectures = compiled.cuda_architectures()
-    if capability is not None and not extension.runs_on(tuple(capability), architectures):
+    if capability is None or tuple(capability) < extension.LEAST_CAPABILITY:
+        return  # vLLM refuses an older one by what the backend says of it, and no build would help
+    if not extension.runs_on(tuple(capability), architectures):
         name = f"{capability[0]}.{capability[1]}"
         raise RuntimeError(
             f"shadowkv's CUDA kernels were built for {architectures}, this GPU has {name}; build them with "
