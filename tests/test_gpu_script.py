@@ -16,15 +16,15 @@ import json, math, pathlib, runpy, sys
 import psutil
 gpu = runpy.run_path({str(SCRIPT)!r})
 gpu["adopt_orphans"]()
-step = gpu["Step"]("one", "test", "a step", [sys.executable, "-c", sys.argv[2]], seconds=3)
+step = gpu["Step"]("one", "test", "a step", [sys.executable, "-c", sys.argv[2]], seconds=int(sys.argv[4]))
 outcome = gpu["run"](step, pathlib.Path(sys.argv[1]), {{}}, float(sys.argv[3])).outcome
 print(json.dumps([outcome, len(psutil.Process().children(recursive=True))]))
 """
 BEGINS_ANOTHER = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); "
 
 
-def run_one(directory: Path, code: str, most_seconds: float = 600) -> list[object]:
-    command = [sys.executable, "-c", RUN_ONE, str(directory), code, str(most_seconds)]
+def run_one(directory: Path, code: str, most_seconds: float = 600, seconds: int = 60) -> list[object]:
+    command = [sys.executable, "-c", RUN_ONE, str(directory), code, str(most_seconds), str(seconds)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -38,17 +38,17 @@ def test_every_step_has_a_name_of_its_own(options: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "outcome"),
+    ("code", "seconds", "outcome"),
     [
-        ("pass", "passed"),
-        ("raise SystemExit(3)", "failed (exit code 3)"),
-        (BEGINS_ANOTHER, "passed"),
-        (BEGINS_ANOTHER + "time.sleep(600)", "took longer than 3 s"),
+        ("pass", 60, "passed"),
+        ("raise SystemExit(3)", 60, "failed (exit code 3)"),
+        (BEGINS_ANOTHER, 60, "passed"),
+        (BEGINS_ANOTHER + "time.sleep(600)", 3, "took longer than 3 s"),
     ],
     ids=["right", "wrong", "leaves one behind", "hangs"],
 )
-def test_nothing_outlives_a_step(tmp_path: Path, code: str, outcome: str) -> None:
-    assert run_one(tmp_path, code) == [outcome, 0]
+def test_nothing_outlives_a_step(tmp_path: Path, code: str, seconds: int, outcome: str) -> None:
+    assert run_one(tmp_path, code, seconds=seconds) == [outcome, 0]
 
 
 def test_no_step_is_begun_near_the_deadline(tmp_path: Path) -> None:

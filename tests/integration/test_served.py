@@ -66,10 +66,15 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def ask(server: Server, path: str, body: bytes | None, patience: float = 120.0) -> tuple[int, bytes]:
-    """Sends one request, and hangs up when its patience is over; the status is 0 if that was before an answer."""
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=patience)
+    """Sends one request, and hangs up when its patience is over; the status is 0 if that was before an answer.
+
+    Who has no patience at all hangs up once the request is sent.
+    """
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=patience or None)
     try:
         connection.request("POST" if body is not None else "GET", path, body, {"Content-Type": "application/json"})
+        if not patience:
+            return 0, b""
         response = connection.getresponse()
         return response.status, response.read()
     except TimeoutError:
@@ -93,14 +98,20 @@ def right(prompt: Prompt) -> list[str]:
     return [f"token_id:{token}" for token in prompt.answer_ids]
 
 
-def check_it_still_answers(server: Server, seed: int) -> None:
-    """A needle that no one has asked for yet, beyond the dense threshold; nothing runs, nothing holds blocks."""
-    (prompt,) = make_prompts("single", 2000, 4_000_000 + seed, 1)
-    assert answer(server, prompt)[0] == right(prompt)
-    status, metrics = ask(server, "/metrics", None)
-    assert status == 200
-    used = [line.split()[-1] for line in metrics.decode().splitlines() if line.startswith("vllm:kv_cache_usage_perc")]
-    assert [float(value) for value in used] == [0.0]
+def check_it_still_answers(server: Server) -> None:
+    """Needles that no one has asked for yet, beyond the dense threshold; nothing runs, nothing holds blocks.
+
+    More than one: a client that has just hung up may still be noticed, and usage is reported with a step.
+    """
+    for prompt in make_prompts("single", 2000, 4_000_000, 5):
+        assert answer(server, prompt)[0] == right(prompt)
+        status, metrics = ask(server, "/metrics", None)
+        assert status == 200
+        lines = metrics.decode().splitlines()
+        used = [float(line.split()[-1]) for line in lines if line.startswith("vllm:kv_cache_usage_perc")]
+        if used == [0.0]:
+            return
+    pytest.fail(f"blocks are still held: {used}")
 
 
 @pytest.mark.slow
@@ -187,7 +198,8 @@ def bodies(first: str, of: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 REQUESTS = st.tuples(st.just(COMPLETIONS), bodies("prompt", PROMPTS)) | st.tuples(
     st.just(CHAT), bodies("messages", MESSAGES)
 )
-PATIENCE = st.sampled_from([30.0, 30.0, 30.0, 0.3, 0.03])
+# On a fast machine 0.03 seconds may be enough for every answer: the zero always hangs up.
+PATIENCE = st.sampled_from([30.0, 30.0, 30.0, 30.0, 0.3, 0.03, 0.0])
 
 
 @pytest.mark.slow
@@ -208,4 +220,4 @@ def test_odd_requests_hurt_nobody(server: Server) -> None:
 
     send()
     assert {0, 200, 400} <= seen, f"the requests were not odd enough, or too odd: {seen}"
-    check_it_still_answers(server, seed=0)
+    check_it_still_answers(server)
