@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import vllm_shadowkv
+from benchmarks.machine import machine
 from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv import ops
@@ -179,24 +178,15 @@ def main() -> None:
     console = Console()
     records: list[Record] = []
     sizes = [(context, batch) for context in arguments.contexts for batch in arguments.batches]
-    cuda = arguments.device == "cuda"
-    where = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {_cpu_isa()}"
     limits = bandwidths(arguments.device)
-    machine = {
-        "command": "python -m benchmarks.bench_ops " + " ".join(sys.argv[1:]),
-        "device": where,
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "vllm_shadowkv": vllm_shadowkv.__version__,
-        "gigabytes_per_second": limits,
-    }
+    about = machine("bench_ops", arguments.device) | {"gigabytes_per_second": limits}
     for context, batch in track(sizes, "sizes", console=console):
         for record in run(arguments.shape, context, batch, arguments.hit_rates, arguments.device, limits):
             records.append(record)
             if arguments.json:  # after every op, for the next one may be cut off
-                content = {"machine": machine, "records": [asdict(r) for r in records]}
+                content = {"machine": about, "records": [asdict(r) for r in records]}
                 arguments.json.write_text(json.dumps(content, indent=1))
-    table = Table(title=f"{arguments.shape}, one layer, bf16, {machine['device']}", title_justify="left")
+    table = Table(title=f"{arguments.shape}, one layer, bf16, {about['device']}", title_justify="left")
     for name in ("op", "context", "batch", "hits", "ms", "spread", "MB", "share of"):
         table.add_column(name, justify="left" if name == "op" else "right")
     for r in records:
@@ -225,10 +215,6 @@ def regressions(records: list[Record], earlier: list[dict[str, Any]]) -> list[st
             if ratio > 1 + SLOWER:
                 found.append(f"{r.op} at {r.context:,} tokens, batch {r.batch}: {ratio:.2f} times the earlier time.")
     return found
-
-
-def _cpu_isa() -> str:
-    return str(torch.ops.shadowkv.cpu_isa())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SWEEP_BYTES = 128 << 20
-"""More than any cache of a processor or a GPU holds."""
+"""More than the L2 cache of an H100 (50 MiB), or what a core finds of its processor's L3."""
 
 
 def sweeper(device: str) -> Callable[[], Tensor]:

@@ -12,7 +12,7 @@ SCRIPT = ROOT / "scripts" / "gpu.py"
 
 # In a process of its own: it ends everything that the process has begun.
 RUN_ONE = f"""
-import json, math, pathlib, runpy, sys
+import json, pathlib, runpy, sys
 import psutil
 gpu = runpy.run_path({str(SCRIPT)!r})
 gpu["adopt_orphans"]()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine import ENVIRONMENT
 
 from benchmarks.needle.tasks import FAMILIES
 
@@ -22,13 +23,8 @@ Scores = dict[str, dict[str, list[float]]]
 @pytest.fixture(scope="module", params=["eager", "graphs"])
 def scores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scores:
     directory = tmp_path_factory.mktemp(request.param)
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM takes it for granted on CUDA; a cut installation has none
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(INTEGRATION), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([str(ROOT), str(INTEGRATION), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": path}
     found = {}
     for backend in ("stock", "shadowkv"):  # one after the other: each takes its share of the GPU's memory
         result = directory / f"{backend}.json"

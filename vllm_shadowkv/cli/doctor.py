@@ -99,13 +99,16 @@ def _extension() -> Iterator[Finding]:
         return
     built = f"CUDA kernels for {ops.cuda_architectures()}" if ops.has_cuda() else "no CUDA kernels"
     yield Finding("ok", f"extension: {built}; CPU kernels run as {ops.cpu_isa()}")
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    if not torch.cuda.is_available():
+        return
+    if not ops.has_cuda():
+        yield Finding("fail", "there is a GPU, but no CUDA kernels", f"set CUDA_HOME and {extension.FIX}")
+        return
+    for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         capability = gpu.major, gpu.minor
-        if not ops.has_cuda():
-            yield Finding("fail", f"there is GPU {index}, but no CUDA kernels", f"set CUDA_HOME and {extension.FIX}")
         # Of an older one `_gpus` says what is wrong, and no build would help.
-        elif capability >= extension.LEAST_CAPABILITY and not extension.runs_on(capability, ops.cuda_architectures()):
+        if capability >= extension.LEAST_CAPABILITY and not extension.runs_on(capability, ops.cuda_architectures()):
             name = f"{gpu.major}.{gpu.minor}"
             fix = f"set TORCH_CUDA_ARCH_LIST={name} and {extension.FIX}"
             yield Finding("fail", f"no CUDA kernels for GPU {index}, which has {name}", fix)

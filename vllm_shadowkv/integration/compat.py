@@ -75,7 +75,8 @@ def bound_kv_cache_memory(bound: Bound) -> None:
     What: a worker reports `bound(vllm_config, measure)` bytes for its KV cache; `measure()` is vLLM's own answer.
     Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that
     bounds the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a
-    platform. Upstream: none yet. Remove when a backend or a KV cache spec can bound the number of blocks.
+    platform. Nor does one tell a backend that the KV cache it sees meanwhile, for graphs, is thrown away. Upstream:
+    none yet. Remove when a backend or a KV cache spec can bound the number of blocks, and is told that.
 
     Args:
         bound: returns at most the bytes that vLLM has measured; the latest one counts.
