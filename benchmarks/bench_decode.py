@@ -27,7 +27,7 @@ from benchmarks.baselines import cpu_baselines, cuda_baselines
 from benchmarks.machine import machine
 from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
-from vllm_shadowkv.integration.metadata import DenseBatch
+from vllm_shadowkv.integration.attention.library import DenseBatch
 from vllm_shadowkv.state.host_memory import free_bytes
 
 DTYPE = torch.bfloat16
@@ -83,11 +83,11 @@ class ShadowKV:
         assert (work.layout.block_size, work.config.dense_threshold) == (block, threshold)
         layout = work.layout
         if device == "cpu":
-            from vllm_shadowkv.integration.cpu_attention import CpuAttention
+            from vllm_shadowkv.integration.attention.cpu import CpuAttention
 
             self.attention = CpuAttention(layout, work.heads)
         else:
-            from vllm_shadowkv.integration.flash_attention import FlashAttention
+            from vllm_shadowkv.integration.attention.flash import FlashAttention
 
             self.attention = FlashAttention(layout, torch.device(device))
         self.key, self.value = (

@@ -115,14 +115,14 @@ def generate(engine: Any, tokens: int) -> tuple[list[Window], list[str]]:
     """Generates; returns the windows, and what is wrong, in sentences."""
     from vllm import SamplingParams
 
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
     prompt = copying.prompt(PROMPT)
     engine.add_request("long", {"prompt_token_ids": prompt}, params)
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     runtime = Runtime.latest()
-    capacity = runtime.capacity.resolve(NUM_BLOCKS)
+    capacity = runtime.memory.capacity.resolve(NUM_BLOCKS)
     successors, process = copying.successors(), psutil.Process()
     announced = NUM_BLOCKS * (capacity.block_bytes + capacity.host_bytes) >> 20
     windows: list[Window] = []

@@ -34,11 +34,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv import ops
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import planner
-from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
-from vllm_shadowkv.integration.metadata import Step
-from vllm_shadowkv.integration.planner import Planner
+from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
+from vllm_shadowkv.integration.worker import sealing
+from vllm_shadowkv.integration.worker.planner import Planner
+from vllm_shadowkv.integration.worker.step import Step
+from vllm_shadowkv.metrics import StepCounts
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
@@ -316,19 +317,19 @@ class Worker:
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
             slots=SlotCounts(torch.device("cpu")),
         )
-        runtime: Any = SimpleNamespace(
-            bind=lambda: self.bound,
+        geometry: Any = SimpleNamespace(
             layout=layout,
             boundary=boundary,
             slot_pages_per_request=slot_pages,
             max_drafts=0,
-            attention=SimpleNamespace(
-                plan=lambda batch: None,
-                decodes_densely=runner == "v2-cuda",
-                reads_unwritten_values=True,
-            ),
         )
-        self.planner = Planner(runtime)
+        memory_of_worker: Any = SimpleNamespace(bind=lambda: self.bound)
+        attention: Any = SimpleNamespace(
+            plan=lambda batch: None,
+            decodes_densely=runner == "v2-cuda",
+            reads_unwritten_values=True,
+        )
+        self.planner = Planner(geometry, memory_of_worker, attention, StepCounts())
         self.decoded = 0
         """Rows that decoded over sealed blocks."""
         self.prefilled_over_sealed = 0
@@ -344,7 +345,7 @@ class Worker:
         rows = [self.rows[name] for name in names]
         self.planner.counts.wants_used_blocks = True
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(planner, "seal_blocks", _seal)
+            patch.setattr(sealing, "seal_blocks", _seal)
             step = self._plan(rows, counts)
         blocks = {block for row in rows for block in row.blocks[0]}
         self.bound.state.check_integrity(torch.tensor(sorted(blocks)))

@@ -2,7 +2,7 @@
 
 Sealing needs keys as they were before RoPE, where they have low rank; decoding turns the rebuilt
 keys to their position again. Both use the rows that the model itself used, so turning back and
-forth is the identity up to fp32 rounding. This module knows no vLLM; `integration/rope.py` fills
+forth is the identity up to fp32 rounding. This module knows no vLLM; `integration/model/rope.py` fills
 the table.
 """
 

@@ -11,7 +11,7 @@ import pytest
 from cli.test_model import LLAMA, write
 
 from vllm_shadowkv.cli import arguments, main
-from vllm_shadowkv.cli.plan import Plan, make
+from vllm_shadowkv.cli.pool_plan import Plan, make
 from vllm_shadowkv.state.host_memory import GIB
 
 

@@ -23,12 +23,10 @@ def install(exact: str) -> None:
     cuda_emulation.load()
     ops._ops = torch.ops.shadowkv_emulated
     ops.needs_workspace = lambda device: True
-    from vllm_shadowkv.integration import exact_attention
+    from vllm_shadowkv.integration.attention import choice
 
     {"flash_attention": fake_flash_attention, "xformers": fake_xformers}[exact]()
-    exact_attention.of_platform = lambda layout, num_heads: exact_attention.of_cuda(
-        layout, num_heads, torch.device("cpu")
-    )
+    choice.of_platform = lambda layout, num_heads: choice.of_cuda(layout, num_heads, torch.device("cpu"))
 
 
 def fake_xformers() -> None:
@@ -48,10 +46,10 @@ def fake_flash_attention() -> None:
 
 
 def _fake_what_they_share() -> None:
-    from vllm_shadowkv.integration import cuda_attention
+    from vllm_shadowkv.integration.attention import cuda
 
-    cuda_attention.vllm_ops.reshape_and_cache_flash = reshape_and_cache_flash
-    cuda_attention.merge_attn_states = merge_attn_states
+    cuda.vllm_ops.reshape_and_cache_flash = reshape_and_cache_flash
+    cuda.merge_attn_states = merge_attn_states
 
 
 def reshape_and_cache_flash(

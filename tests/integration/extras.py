@@ -98,15 +98,15 @@ def sleep_and_wake(engine: Any) -> None:
     The prefix cache is empty, parameters are loaded anew, the model's buffers are brought back (`Worker.sleep`), and
     whatever else was allocated while the model was loaded, and the KV cache, may hold anything.
     """
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
     core = engine.engine_core.engine_core
     assert core.reset_prefix_cache()
     model = core.model_executor.driver_worker.worker.model_runner.model
     kept = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    runtime = Runtime.latest()
-    memories = runtime.bind().memories.values()
-    lost = [tensor for tensor in vars(runtime.bind().workspace).values() if isinstance(tensor, torch.Tensor)]
+    bound = Runtime.latest().memory.bind()
+    memories = bound.memories.values()
+    lost = [tensor for tensor in vars(bound.workspace).values() if isinstance(tensor, torch.Tensor)]
     for memory in memories:
         lost += [memory.pages, memory.exact_pages, memory.slot_pages, memory.cos_sin]
         lost += [memory.rotary.cos_sin] if memory.rotary.cos_sin is not None else []

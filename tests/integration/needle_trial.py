@@ -69,7 +69,7 @@ def random_selection(runtime: Any) -> None:
 
 def flipped_rotation(runtime: Any) -> None:
     """Plants an error: rebuilt keys are turned the wrong way."""
-    tables = {memory.cos_sin.data_ptr(): memory.cos_sin for memory in runtime.bind().memories.values()}
+    tables = {memory.cos_sin.data_ptr(): memory.cos_sin for memory in runtime.memory.bind().memories.values()}
     for table in tables.values():  # layers share one
         table[:, table.shape[1] // 2 :].neg_()
 
@@ -93,7 +93,7 @@ def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool
     scores = {}
     if backend == "planted":
         from vllm_shadowkv import ops
-        from vllm_shadowkv.integration.runtime import Runtime
+        from vllm_shadowkv.integration.worker.runtime import Runtime
 
         select = ops.select_chunks
         for number, (name, plant) in enumerate(PLANTS.items()):

@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-from vllm_shadowkv.integration import planner
-from vllm_shadowkv.integration.managers import ExactManager
-from vllm_shadowkv.integration.planner import Planner
+from vllm_shadowkv.integration.scheduler.managers import ExactManager
+from vllm_shadowkv.integration.worker import sealing
+from vllm_shadowkv.integration.worker.planner import Planner
 from vllm_shadowkv.state import seal
 from vllm_shadowkv.state.decode import DecodeRows
 
@@ -34,7 +34,7 @@ def wrong_value() -> Any:
         if left and left.pop():
             memory.layout.value_views(memory.host_pool)[0][int(block_ids[0]), 0, 2, 3] = 0
 
-    return _patched(planner, "seal_blocks", seal)
+    return _patched(sealing, "seal_blocks", seal)
 
 
 def wrong_key() -> Any:
@@ -46,7 +46,7 @@ def wrong_key() -> Any:
         if left and left.pop():
             memory.layout.view(memory.pages, "exact_keys")[int(block_ids[0]), 0, 19] = 0
 
-    return _patched(planner, "seal_blocks", seal)
+    return _patched(sealing, "seal_blocks", seal)
 
 
 def no_lag() -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.integration.worker.runtime import Runtime
 
 poisoned = 0
 """Pages filled so far in this process."""
@@ -48,6 +48,6 @@ def _fill(block_ids: Iterable[int]) -> None:
     poisoned += len(ids)
     if torch.cuda.is_available():  # what steps in flight may still read
         torch.cuda.synchronize()
-    for memory in Runtime.latest().bind().memories.values():
+    for memory in Runtime.latest().memory.bind().memories.values():
         for pages in (memory.pages, memory.exact_pages, memory.slot_pages, memory.host_pool):
             pages[ids] = 0xFF

@@ -100,12 +100,12 @@ class Layer:
 
     def allocate(self, shape: Shape, seed: str) -> Rows:
         """A KV cache that just holds the rows, and the rows."""
-        layout = self._impl.runtime.layout
+        layout = self._impl.runtime.geometry.layout
         generator = generators.make_generator(seed)
         counts = {
             "shadow": [-(-length // layout.block_size) for length in shape.seq_lens],
             "exact": [-(-length // layout.exact_tokens) for length in shape.seq_lens],
-            "slots": [self._impl.runtime.slot_pages_per_request] * len(shape.seq_lens),
+            "slots": [self._impl.runtime.geometry.slot_pages_per_request] * len(shape.seq_lens),
         }
         num_blocks = 1 + sum(map(sum, counts.values()))
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
@@ -131,7 +131,7 @@ class Layer:
         ends = {row: rows.computed[row] + len(query[row]) for row in taken}
         starts = torch.tensor([0, *accumulate(len(query[row]) for row in taken)], dtype=torch.int32)
         seq_lens = torch.tensor(list(ends.values()), dtype=torch.int32)
-        size = self._impl.runtime.layout.exact_tokens
+        size = self._impl.runtime.geometry.layout.exact_tokens
         places = [torch.arange(rows.computed[row], ends[row]) for row in taken]
         slots = [
             rows.tables["exact"][row, at // size].long() * size + at % size
@@ -167,7 +167,7 @@ class Layer:
 
     def poison(self, rows: Rows, prefilling: list[bool]) -> None:
         """Fills the exact pages of sealed blocks that the next step must not read with NaN."""
-        bound, layout = self._impl.runtime.bind(), self._impl.runtime.layout
+        bound, layout = self._impl.runtime.memory.bind(), self._impl.runtime.geometry.layout
         for row, computed in enumerate(rows.computed):
             end = bound.boundary.exact_start(computed, prefilling[row]) // layout.block_size
             pages = rows.tables["exact"][row, :end][bound.state.sealed[rows.tables["shadow"][row, :end].long()]]
@@ -175,7 +175,7 @@ class Layer:
 
     @property
     def exact_tokens(self) -> int:
-        return int(self._impl.runtime.layout.exact_tokens)
+        return int(self._impl.runtime.geometry.layout.exact_tokens)
 
     def fill(self, page: int, byte: int) -> None:
         """Leaves a byte everywhere in a page."""
@@ -183,12 +183,12 @@ class Layer:
 
     def values(self, page: int) -> Tensor:
         """Of an exact page, `[Hkv, tokens, D]`."""
-        (memory,) = self._impl.runtime.bind().memories.values()
+        (memory,) = self._impl.runtime.memory.bind().memories.values()
         return memory.exact_views[1][page]
 
     def sealed(self, rows: Rows) -> int:
         """Blocks of the rows that are sealed."""
-        state = self._impl.runtime.bind().state
+        state = self._impl.runtime.memory.bind().state
         return int(state.sealed[rows.tables["shadow"].long()].sum())
 
 

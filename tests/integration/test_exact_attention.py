@@ -13,11 +13,11 @@ from xformers.ops import fmha
 
 pytest.importorskip("vllm")
 
-from vllm_shadowkv.integration import cuda_attention, exact_attention
-from vllm_shadowkv.integration.cpu_attention import CpuAttention
-from vllm_shadowkv.integration.flash_attention import FlashAttention
-from vllm_shadowkv.integration.metadata import DenseBatch
-from vllm_shadowkv.integration.xformers_attention import XformersAttention
+from vllm_shadowkv.integration.attention import choice, cuda
+from vllm_shadowkv.integration.attention.cpu import CpuAttention
+from vllm_shadowkv.integration.attention.flash import FlashAttention
+from vllm_shadowkv.integration.attention.library import DenseBatch
+from vllm_shadowkv.integration.attention.xformers import XformersAttention
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state.layer import LayerMemory
@@ -37,8 +37,8 @@ def _as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("get_flash_attn_version", "is_flash_attn_varlen_func_available", "flash_attn_varlen_func"):
         monkeypatch.setattr(emulated_cuda.fa_utils, name, getattr(emulated_cuda.fa_utils, name, None), raising=False)
     for module, name in (
-        (cuda_attention, "merge_attn_states"),
-        (cuda_attention.vllm_ops, "reshape_and_cache_flash"),
+        (cuda, "merge_attn_states"),
+        (cuda.vllm_ops, "reshape_and_cache_flash"),
         (fmha, "_dispatch_fw"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
@@ -47,7 +47,7 @@ def _as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["flash_attention", "xformers"])
 def sides(request: pytest.FixtureRequest, layout: PageLayout, caplog: pytest.LogCaptureFixture) -> Sides:
     getattr(emulated_cuda, f"fake_{request.param}")()
-    cuda = exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
+    cuda = choice.of_cuda(layout, HEADS, torch.device("cpu"))
     assert isinstance(cuda, XformersAttention if request.param == "xformers" else FlashAttention)
     assert ("prefills with xformers, which is slower" in caplog.text) == (request.param == "xformers")
     return CpuAttention(layout, HEADS), cuda
@@ -125,8 +125,8 @@ class TestWhereNeitherRuns:
     def test_xformers_is_not_installed(self, layout: PageLayout, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "xformers.ops", None)
         with pytest.raises(RuntimeError, match=r"pip install 'vllm-shadowkv\[xformers\]', or use another"):
-            exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
+            choice.of_cuda(layout, HEADS, torch.device("cpu"))
 
     def test_xformers_has_no_kernel_for_the_device(self, layout: PageLayout) -> None:
         with pytest.raises(RuntimeError, match=r"neither does heads of 64 in torch.bfloat16 here .* use another"):
-            exact_attention.of_cuda(layout, HEADS, torch.device("cpu"))
+            choice.of_cuda(layout, HEADS, torch.device("cpu"))

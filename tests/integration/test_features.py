@@ -15,7 +15,7 @@ from vllm.config import ParallelConfig
 from vllm.v1.engine.core import EngineCore
 
 from vllm_shadowkv import metrics
-from vllm_shadowkv.integration import machine
+from vllm_shadowkv.integration.worker import machine
 
 SETTINGS: dict[str, Any] = LOSSLESS | {"block_size": 256}
 

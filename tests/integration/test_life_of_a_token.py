@@ -19,7 +19,7 @@ import pytest
 from engine import Result, Trial, Trials, differences, each_scenario, largest_error, trial_id
 
 from vllm_shadowkv.cli import arguments
-from vllm_shadowkv.cli.plan import make
+from vllm_shadowkv.cli.pool_plan import make
 from vllm_shadowkv.state.decode import DecodeRows
 
 pytest.importorskip("vllm")

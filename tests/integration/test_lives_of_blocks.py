@@ -27,7 +27,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
+from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 

@@ -37,8 +37,11 @@ import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, exact_attention, impl, other_layers, platform, refusals, rope
-from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.integration import compat, platform, refusals
+from vllm_shadowkv.integration.attention import choice
+from vllm_shadowkv.integration.model import other_layers, rope
+from vllm_shadowkv.integration.worker import impl
+from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.host_memory import GIB
@@ -179,7 +182,7 @@ def of_transformers(head_size: int, rope_type: str = "default") -> Trigger:
 
 
 def cuda_attention() -> None:
-    exact_attention.of_cuda(plan_page(ShadowKVConfig(), 8, 128, torch.bfloat16), 8, torch.device("cpu"))
+    choice.of_cuda(plan_page(ShadowKVConfig(), 8, 128, torch.bfloat16), 8, torch.device("cpu"))
 
 
 def no_xformers(patch: Patch, folder: Path) -> None:
@@ -197,11 +200,11 @@ def unequal_layers(patch: Patch, folder: Path) -> None:
 
 
 def small_host(patch: Patch, folder: Path) -> None:
-    runtime_of(patch, host_memory_gib=0.01).bound_bytes(1 << 50)
+    runtime_of(patch, host_memory_gib=0.01).memory.bound_bytes(1 << 50)
 
 
 def large_host_pool(patch: Patch, folder: Path) -> None:
-    runtime_of(patch, host_memory_gib=17).bound_bytes(1 << 50)
+    runtime_of(patch, host_memory_gib=17).memory.bound_bytes(1 << 50)
 
 
 def pool_that_does_not_fit(patch: Patch, folder: Path) -> None:
@@ -211,8 +214,8 @@ def pool_that_does_not_fit(patch: Patch, folder: Path) -> None:
 
 def override_that_does_not_fit(patch: Patch, folder: Path) -> None:
     made = runtime_of(patch, host_memory_gib=1)
-    made.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=1 << 20)
-    made.bound_bytes(1 << 50)
+    made.geometry.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=1 << 20)
+    made.memory.bound_bytes(1 << 50)
 
 
 def pool_that_the_kernel_does_not_give(patch: Patch, folder: Path) -> None:
@@ -271,7 +274,7 @@ TRIGGERS: list[Trigger] = [
     layer(sinks=torch.zeros(8)),
     unknown_argument,
     unequal_layers,
-    lambda patch, folder: odd_pages(runtime_of(patch)).spec_fields(OUR_LAYER),
+    lambda patch, folder: odd_pages(runtime_of(patch)).layers.spec_fields(OUR_LAYER),
     lambda patch, folder: other_layers.check_group(["layers.0"], 2),
     lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
     streaming_input,
@@ -446,7 +449,7 @@ def test_warnings_are_few() -> None:
     ]
     assert [text[:80] for text in warned] == [
         "exposition.py: 'shadowkv: no metrics of this process, for it cannot have an abst",
+        "integration/attention/choice.py: 'shadowkv computes prefills with xformers, whic",
         "integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s",
-        "integration/exact_attention.py: 'shadowkv computes prefills with xformers, which",
-        "integration/machine.py: 'shadowkv: %d KV cache blocks instead of the %d that vLL",
+        "integration/worker/machine.py: 'shadowkv: %d KV cache blocks instead of the %d t",
     ]

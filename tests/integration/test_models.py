@@ -129,7 +129,7 @@ WINDOWS = ModelTrial(
 
 @pytest.mark.parametrize("trial", [WINDOWS], ids=["windows"])
 def test_layers_with_sliding_windows_stay_with_the_stock_backend(trials: Trials, trial: ModelTrial) -> None:
-    """They share one pool of pages: vLLM zeroes what they get of ours (`Runtime.spec_dtype`)."""
+    """They share one pool of pages: vLLM zeroes what they get of ours (`other_layers.spec_dtype`)."""
     ours, stock = trials(trial)["full layers"], trials(trial)["stock"]
     for scenario in SHARED:
         assert differences(ours.sequences[scenario], stock.sequences[scenario], DEEP_TOLERANCE) == []

@@ -21,9 +21,12 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, exact_attention, machine, other_layers, refusals, runtime
+from vllm_shadowkv.integration import compat, refusals
+from vllm_shadowkv.integration.attention import choice
+from vllm_shadowkv.integration.model import other_layers
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
-from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.integration.worker import geometry, machine, memory, runtime
+from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
 
 # -- The process -----------------------------------------------------------------------------------------------------
@@ -359,9 +362,9 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     """A worker's runtime with two layers of one KV head of 64, without a model, and 8 GiB of free host memory."""
     patch.setattr(runtime, "bound_kv_cache_memory", lambda bound: None)
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="cpu")
-    patch.setattr(runtime, "current_platform", platform)
-    patch.setattr(exact_attention, "of_platform", lambda layout, num_heads: None)
-    patch.setattr(machine, "current_platform", platform)
+    for module in (geometry, memory, machine):
+        patch.setattr(module, "current_platform", platform)
+    patch.setattr(choice, "of_platform", lambda layout, num_heads: None)
     patch.setattr(machine, "free_bytes", lambda: 8 * GIB)
     config = copy.copy(vllm_config())
     config.additional_config = {"shadowkv": settings}
@@ -370,7 +373,7 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     config.model_config.max_model_len = 65_536
     made = Runtime(config)
     made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
-    made._layers = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
+    made.layers.by_name = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
     patch.setattr(Runtime, "_latest", weakref.ref(made))
     return made
 
@@ -406,10 +409,10 @@ def beside(made: Runtime, *others: Other) -> Runtime:
         name: SimpleNamespace(
             exact=SimpleNamespace(layer_name=f"{name}.exact"), slots=SimpleNamespace(layer_name=f"{name}.slots")
         )
-        for name in made._layers
+        for name in made.layers.by_name
     }
-    made._layers = layers  # type: ignore[assignment]
-    made.vllm_config.compilation_config = SimpleNamespace(
+    made.layers.by_name = layers  # type: ignore[assignment]
+    made.geometry.vllm_config.compilation_config = SimpleNamespace(
         static_forward_context={f"other.{number}": other for number, other in enumerate(others)}
     )
     return made
@@ -418,16 +421,17 @@ def beside(made: Runtime, *others: Other) -> Runtime:
 def test_pages_of_other_layers_are_counted(make_runtime: Callable[..., Runtime]) -> None:
     """Five layers in three groups of two, each with pages of 128 tokens like ours."""
     made = beside(make_runtime())
-    alone = made.spec_fields(LAYER)["boundary"].other_pages
+    alone = made.layers.spec_fields(LAYER)["boundary"].other_pages
     made = beside(make_runtime(), *[Other() for _ in range(5)])
     for _ in range(2):  # vLLM asks for specs more than once
-        assert made.spec_fields(LAYER)["boundary"] == made.boundary
+        assert made.layers.spec_fields(LAYER)["boundary"] == made.geometry.boundary
     spec = Other().spec
-    assert spec.page_size_bytes == made.layout.page_bytes
-    pages = spec.max_memory_usage_bytes(made.vllm_config) // spec.page_size_bytes
+    assert spec.page_size_bytes == made.geometry.layout.page_bytes
+    pages = spec.max_memory_usage_bytes(made.geometry.vllm_config) // spec.page_size_bytes
     assert pages > 4096 // 128
-    assert made.boundary.other_pages == alone + 3 * pages
-    assert made.capacity.min_blocks == made.boundary.max_exact_pages + made.boundary.other_pages
+    boundary = made.geometry.boundary
+    assert boundary.other_pages == alone + 3 * pages
+    assert made.memory.capacity.min_blocks == boundary.max_exact_pages + boundary.other_pages
 
 
 def odd_pages(made: Runtime) -> Runtime:
@@ -440,7 +444,7 @@ def test_pages_that_do_not_fit_are_refused(make_runtime: Callable[..., Runtime])
         r"shadowkv\.block_size and shadowkv\.compression so that block_size / compression \(now 128\) is a multiple of"
     )
     with pytest.raises(ValueError, match=sentence):
-        odd_pages(make_runtime()).spec_fields(LAYER)
+        odd_pages(make_runtime()).layers.spec_fields(LAYER)
 
 
 def test_a_group_without_all_layers_is_refused() -> None:
@@ -453,7 +457,7 @@ def test_a_group_without_all_layers_is_refused() -> None:
 
 def drafting(made: Runtime) -> Any:
     """The configuration that vLLM builds a draft model in."""
-    config = copy.copy(made.vllm_config)
+    config = copy.copy(made.geometry.vllm_config)
     config.model_config = SimpleNamespace()
     config.speculative_config = SimpleNamespace(
         uses_draft_model=lambda: True, draft_model_config=config.model_config, num_speculative_tokens=3
@@ -475,29 +479,29 @@ def test_pages_are_zeroed_for_layers_of_other_backends(other: str | None, make_r
     """VLLM does so where dtypes differ."""
     made = beside(make_runtime())
     if other == "windows":
-        made.vllm_config.attention_config = SimpleNamespace(backend_per_kind={"full_attention": "SHADOWKV"})
+        made.geometry.vllm_config.attention_config = SimpleNamespace(backend_per_kind={"full_attention": "SHADOWKV"})
     if other == "draft":
-        made.vllm_config = drafting(made)
-    assert made.spec_fields(LAYER)["dtype"] == (torch.uint8 if other else torch.bfloat16)
+        made.geometry.vllm_config = drafting(made)
+    assert made.layers.spec_fields(LAYER)["dtype"] == (torch.uint8 if other else torch.bfloat16)
 
 
 def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
-    row = 2 * made.layout.value_row_bytes
-    page = 2 * made.layout.page_bytes
-    assert made.bound_bytes(1 << 50) == GIB // row * page
-    assert made.bound_bytes(1 << 20) == 1 << 20, "never more than vLLM has"
+    row = 2 * made.geometry.layout.value_row_bytes
+    page = 2 * made.geometry.layout.page_bytes
+    assert made.memory.bound_bytes(1 << 50) == GIB // row * page
+    assert made.memory.bound_bytes(1 << 20) == 1 << 20, "never more than vLLM has"
 
 
 def test_fewer_blocks_are_said_in_the_log(
     make_runtime: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make_runtime(host_memory_gib=1)
-    blocks = GIB // (2 * made.layout.value_row_bytes)
-    page = 2 * made.layout.page_bytes
-    made.bound_bytes(blocks * page)
+    blocks = GIB // (2 * made.geometry.layout.value_row_bytes)
+    page = 2 * made.geometry.layout.page_bytes
+    made.memory.bound_bytes(blocks * page)
     assert not caplog.records
-    made.bound_bytes((blocks + 100) * page)
+    made.memory.bound_bytes((blocks + 100) * page)
     assert caplog.records[0].getMessage() == (
         f"shadowkv: {blocks} KV cache blocks instead of the {blocks + 100} that vLLM has room for: the values of more "
         "do not fit the host pool (shadowkv.host_memory_gib 1, shared by 1 rank(s)); raise shadowkv.host_memory_gib to "
@@ -509,39 +513,40 @@ def test_an_override_beyond_what_the_host_can_back_is_refused_at_start_up(
     make_runtime: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = make_runtime(host_memory_gib=1)
-    blocks = 8 * GIB // (2 * made.layout.value_row_bytes)
-    made.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=blocks)
-    made.bound_bytes(1 << 50)
+    blocks = 8 * GIB // (2 * made.geometry.layout.value_row_bytes)
+    made.geometry.vllm_config.cache_config = SimpleNamespace(num_gpu_blocks_override=blocks)
+    made.memory.bound_bytes(1 << 50)
     assert not caplog.records, "vLLM takes that many, so there are not fewer"
-    made.vllm_config.cache_config.num_gpu_blocks_override += 1
+    made.geometry.vllm_config.cache_config.num_gpu_blocks_override += 1
     with pytest.raises(MemoryError, match=rf"the values of {blocks + 1} KV cache blocks need 8\.0 GiB"):
-        made.bound_bytes(1 << 50)
+        made.memory.bound_bytes(1 << 50)
 
 
 def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
-    alone = made.bound_bytes(1 << 50)
-    made.vllm_config.parallel_config = SimpleNamespace(
+    alone = made.memory.bound_bytes(1 << 50)
+    made.geometry.vllm_config.parallel_config = SimpleNamespace(
         local_world_size=2, data_parallel_size=2, data_parallel_size_local=2
     )
-    assert alone // 4 - made.layout.page_bytes * 2 <= made.bound_bytes(1 << 50) <= alone // 4
+    assert alone // 4 - made.geometry.layout.page_bytes * 2 <= made.memory.bound_bytes(1 << 50) <= alone // 4
 
 
 def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=0.01)
-    needed = made.boundary.other_pages + made.boundary.max_exact_pages
-    assert needed > 64 + made.slot_pages_per_request
+    needed = made.geometry.boundary.other_pages + made.geometry.boundary.max_exact_pages
+    assert needed > 64 + made.geometry.slot_pages_per_request
     sentence = (
         rf"shadowkv: host memory backs 40 KV cache blocks \(shadowkv.host_memory_gib 0\.01\), one request of 65536 "
         rf"tokens needs {needed} \(0\.\d+ GiB\); raise shadowkv\.host_memory_gib, or lower --max-model-len\."
     )
     with pytest.raises(ValueError, match=sentence):
-        made.bound_bytes(1 << 50)
+        made.memory.bound_bytes(1 << 50)
 
 
 def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
-    assert runtime._measured_bytes(made.vllm_config, lambda: 1 << 50) == made.bound_bytes(1 << 50) < 1 << 50
+    ours = runtime._measured_bytes(made.geometry.vllm_config, lambda: 1 << 50)
+    assert ours == made.memory.bound_bytes(1 << 50) < 1 << 50
     other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
 

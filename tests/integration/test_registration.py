@@ -19,7 +19,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig, _cached_get_attn_backend, get_attn_backend
 
 from vllm_shadowkv.integration import platform
-from vllm_shadowkv.integration.backend import ExactBackend, ShadowKVBackend, SlotBackend
+from vllm_shadowkv.integration.backend import ShadowKVBackend
+from vllm_shadowkv.integration.pseudo_layers import ExactGroupBackend, SlotGroupBackend
 from vllm_shadowkv.plugin import BACKEND, NAME, register
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="about vLLM's CPU platform")
@@ -56,7 +57,7 @@ def test_the_member_names_the_backend() -> None:
     assert member.get_path() == BACKEND
     assert member.get_class() is ShadowKVBackend
     # vLLM looks the member up by what the backend, and a pseudo-layer's backend, calls itself.
-    assert {backend.get_name() for backend in (ShadowKVBackend, ExactBackend, SlotBackend)} == {member.name}
+    assert {backend.get_name() for backend in (ShadowKVBackend, ExactGroupBackend, SlotGroupBackend)} == {member.name}
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -282,4 +283,4 @@ def test_engine_arguments(tmp_path: Path) -> None:
 def test_customize_spec_leaves_other_specs_alone() -> None:
     other: Any = SimpleNamespace()
     assert ShadowKVBackend.customize_spec(other) is other
-    assert ExactBackend.customize_spec(other) is other
+    assert ExactGroupBackend.customize_spec(other) is other

@@ -26,7 +26,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import get_rope, phi3_long_rope_scaled_rope
 from vllm.platforms import current_platform
 
-from vllm_shadowkv.integration import rope
+from vllm_shadowkv.integration.model import rope
 
 LAYER = "model.layers.3.self_attn.attn"
 MAX_POSITION = 8192

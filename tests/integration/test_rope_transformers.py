@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from vllm_shadowkv.integration import rope, rope_transformers
+from vllm_shadowkv.integration.model import rope, rope_transformers
 from vllm_shadowkv.rotary import apply
 
 LAYER, HEADS, POSITIONS = "model.layers.1.self_attn.attn", 4, 300

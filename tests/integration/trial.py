@@ -143,16 +143,16 @@ def _metrics() -> dict[str, int]:
 
 
 def _host_pools_at_start_up() -> int:
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
-    bound = Runtime.latest()._bound
+    bound = Runtime.latest().memory._bound
     return 0 if bound is None else len(bound.memories)
 
 
 def _host_pools() -> list[Any]:
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
-    return [weakref.ref(memory.host_pool) for memory in Runtime.latest().bind().memories.values()]
+    return [weakref.ref(memory.host_pool) for memory in Runtime.latest().memory.bind().memories.values()]
 
 
 def _write_extras(trial: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -229,12 +229,12 @@ def _count_events(counts: dict[str, int]) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
-    from vllm_shadowkv.integration import planner
+    from vllm_shadowkv.integration.worker import sealing
 
     for event, owner, name in (
         ("replays", torch.cuda.CUDAGraph, "replay"),
         ("preemptions", Scheduler, "_preempt_request"),
-        ("seals", planner, "seal_blocks"),
+        ("seals", sealing, "seal_blocks"),
         ("asynchronous steps", EngineCore, "step_with_batch_queue"),
     ):
         counts[event] = 0
@@ -254,10 +254,9 @@ def _note_pool(llm: Any, counts: dict[str, int]) -> None:
     """What the engine has of memory, in blocks, tokens and bytes."""
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
-    runtime = Runtime.latest()
-    bound = runtime.bind()
+    bound = Runtime.latest().memory.bind()
     core = llm.llm_engine.engine_core.engine_core
     cache = core.scheduler.kv_cache_config
     memories = bound.memories.values()
@@ -326,14 +325,14 @@ def _check_nothing_is_left(llm: Any, ours: bool) -> None:
     import torch
     from vllm.v1.core.kv_cache_utils import get_group_id
 
-    from vllm_shadowkv.integration.managers import ShadowManager
-    from vllm_shadowkv.integration.runtime import Runtime
+    from vllm_shadowkv.integration.scheduler.managers import ShadowManager
+    from vllm_shadowkv.integration.worker.runtime import Runtime
 
     managers = manager.coordinator.single_type_managers
     groups = {group for group, of_one in enumerate(managers) if isinstance(of_one, ShadowManager)}
     hashes = ((block.block_id, block.block_hash) for block in pool.blocks)
     cached = [block for block, key in hashes if key is not None and get_group_id(key) in groups]
-    state = Runtime.latest().bind().state
+    state = Runtime.latest().memory.bind().state
     state.check_integrity(torch.tensor(cached, dtype=torch.int64))
     assert state.sealed[cached].all(), "a block can be hit and is not sealed"
 

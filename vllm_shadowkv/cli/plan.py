@@ -1,112 +1,21 @@
-"""`plan`: what a pool of some bytes holds, by the formulas of the engine (`state/capacity.py`)."""
+"""`plan`: prints what a pool of some bytes holds, and draws it."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_shadowkv.cli import arguments
-from vllm_shadowkv.cli.model import ModelShape
-from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.state.capacity import Capacity
+from vllm_shadowkv.cli.plot import draw
+from vllm_shadowkv.cli.pool_plan import BACKENDS, Plan, make
 from vllm_shadowkv.state.host_memory import GIB
 
-STOCK_BLOCK = 16
-"""Tokens of a block of vLLM's own backends, by default."""
-BACKENDS = ("bf16", "fp8", "shadowkv")
 BAR = 40
 """Columns of the longest bar."""
 SLOT_BUDGETS = (1, 2, 3, 4)
 """Multiples of the budget whose effect on the number of requests is shown."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A model, settings and a pool.
-
-    Attributes:
-        shape: of one rank's layers.
-        config: the settings.
-        pool: with its prefill window resolved.
-        num_blocks: of one rank's pool, the null block included.
-        min_blocks: that the engine starts with.
-        device_bytes: of one rank's KV cache, as given.
-        host_bound: whether host memory, not device memory, bounds the pool.
-        ranks: on the machine.
-        contexts: tokens, ascending.
-    """
-
-    shape: ModelShape
-    config: ShadowKVConfig
-    pool: Capacity
-    num_blocks: int
-    min_blocks: int
-    device_bytes: int
-    host_bound: bool
-    ranks: int
-    contexts: tuple[int, ...]
-
-    def requests(self, backend: str, tokens: int) -> int:
-        """Requests of so many tokens that decode side by side; `backend` is one of `BACKENDS`."""
-        if backend == "shadowkv":
-            return self.pool.requests(self.num_blocks, tokens)
-        blocks = self.device_bytes // (STOCK_BLOCK * self.stock_token_bytes(backend)) - 1  # the null block
-        return blocks // -(-tokens // STOCK_BLOCK)
-
-    def stock_token_bytes(self, backend: str) -> int:
-        """Device bytes of a token of a stock backend, all layers: in the model's dtype ("bf16"), or of 8 bits."""
-        itemsize = 1 if backend == "fp8" else self.shape.dtype.itemsize
-        return 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_size * itemsize
-
-    @property
-    def host_pool_bytes(self) -> int:
-        """Host memory of all ranks' pools."""
-        return self.ranks * self.num_blocks * self.pool.host_bytes
-
-    def break_even(self, backend: str) -> int | None:
-        """Tokens, in whole blocks, from which on at least as many requests fit as with a stock backend; None: never."""
-        block, even = self.pool.layout.block_size, None
-        for tokens in range(self.pool.boundary.max_model_len // block * block, 0, -block):
-            if self.requests("shadowkv", tokens) < self.requests(backend, tokens):
-                break
-            even = tokens
-        return even
-
-    def with_slots(self, slot_chunks: int) -> Plan:
-        """The same with another `slot_chunks`."""
-        config = self.config.model_copy(update={"slot_chunks": slot_chunks})
-        pool = Capacity.of(config, self.pool.layout, self.pool.num_layers, self.pool.boundary)
-        return replace(self, config=config, pool=pool)
-
-
-def make(given: argparse.Namespace) -> Plan:
-    """Plans what the arguments say.
-
-    Raises:
-        ValueError: the engine would refuse it, or it does not fit; one sentence.
-    """
-    config, shape = arguments.settings(given), arguments.model(given)
-    pool = arguments.capacity(given, config, shape)
-    longest = pool.boundary.max_model_len
-    contexts = tuple(sorted(set(given.contexts or _contexts(longest))))
-    if contexts[-1] > longest:
-        raise ValueError(f"shadowkv: --contexts {contexts[-1]} exceeds --max-model-len {longest}; raise that.")
-    num_blocks, host_bound = arguments.num_blocks(given, config, pool)
-    return Plan(
-        shape=shape,
-        config=config,
-        pool=pool.resolve(num_blocks),
-        num_blocks=num_blocks,
-        min_blocks=pool.min_blocks,
-        device_bytes=int(given.kv_cache_gib * GIB),
-        host_bound=host_bound,
-        ranks=given.tensor_parallel_size * given.pipeline_parallel_size,
-        contexts=contexts,
-    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -114,8 +23,6 @@ def run(given: argparse.Namespace) -> int:
     plan = make(given)
     show(plan, Console())
     if given.plot:
-        from vllm_shadowkv.cli.plot import draw
-
         draw(plan, given.plot)
         print(f"The picture is in {given.plot}.")
     return 0
@@ -133,11 +40,6 @@ def show(plan: Plan, console: Console) -> None:
     console.print()
     console.print(_slots(plan))
     _bars(plan, console.print)
-
-
-def _contexts(longest: int) -> list[int]:
-    """Powers of two from 4,096 on, and the longest context."""
-    return [length for length in (2**power for power in range(12, 31)) if length < longest] + [longest]
 
 
 def _facts(title: str, rows: list[tuple[str, str]]) -> Table:

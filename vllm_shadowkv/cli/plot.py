@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_shadowkv.cli.plan import BACKENDS, Plan
+from vllm_shadowkv.cli.pool_plan import BACKENDS, Plan
 
 COLOURS = {"bf16": "#4c78a8", "fp8": "#9ecae9", "shadowkv": "#54a24b"}
 LABELS = {"bf16": -14, "shadowkv": 7}

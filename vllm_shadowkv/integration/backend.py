@@ -1,81 +1,33 @@
-"""What vLLM asks of an attention backend, for the layer itself and for its two pseudo-layers."""
+"""The backend that `--attention-backend shadowkv` names: what vLLM asks about an attention layer's own group."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-import torch
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_shadowkv import extension
+from vllm_shadowkv.integration.group_backend import GroupBackend
 from vllm_shadowkv.integration.refusals import check_process
 from vllm_shadowkv.integration.specs import ShadowSpec
-from vllm_shadowkv.page import DTYPES, HEAD_SIZES
-from vllm_shadowkv.plugin import NAME
-
-if TYPE_CHECKING:
-    from vllm.config.cache import CacheDType
 
 # Resolving this module is the first thing that happens once the backend is selected.
 check_process()
 
 
-class _Backend(AttentionBackend):
-    """What the three groups of a layer have in common."""
-
-    # Exact pages have another slot mapping than the layer's own group, so the layer writes them itself.
-    forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
-
-    @staticmethod
-    def get_name() -> str:
-        return NAME
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        from vllm_shadowkv.integration.impl import ShadowKVImpl
-
-        return ShadowKVImpl
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any: a page is opaque, and is never split into kernel blocks."""
-        return [MultipleOf(1)]
-
-    @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Each layer's pages lie one after the other."""
-        return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """No: a connector would move device pages without their values in the host pool."""
-        return False
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """No: the builder plans a step from host lengths."""
-        return False
-
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        """Ampere and later."""
-        return tuple(capability) >= extension.LEAST_CAPABILITY
-
-
-class ShadowKVBackend(_Backend):
+class ShadowKVBackend(GroupBackend):
     """The layer itself: sealed blocks."""
 
     @staticmethod
+    def get_impl_cls() -> Any:
+        """The layer's forward pass; its pseudo-layers come with it."""
+        from vllm_shadowkv.integration import pseudo_layers
+
+        pseudo_layers.attach_to_layers()
+        return GroupBackend.get_impl_cls()
+
+    @staticmethod
     def get_builder_cls() -> Any:
-        from vllm_shadowkv.integration.metadata import ShadowBuilder
+        from vllm_shadowkv.integration.worker.builders import ShadowBuilder
 
         return ShadowBuilder
 
@@ -84,26 +36,6 @@ class ShadowKVBackend(_Backend):
         """Turns vLLM's full-attention spec into the shadow spec; vLLM calls this several times."""
         if isinstance(spec, ShadowSpec) or not isinstance(spec, FullAttentionSpec):
             return spec
-        from vllm_shadowkv.integration.runtime import Runtime
+        from vllm_shadowkv.integration.worker.runtime import Runtime
 
-        return Runtime.latest().shadow_spec(spec)
-
-
-class ExactBackend(_Backend):
-    """The pseudo-layer of the exact pages."""
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        from vllm_shadowkv.integration.metadata import ExactBuilder
-
-        return ExactBuilder
-
-
-class SlotBackend(_Backend):
-    """The pseudo-layer of the slots."""
-
-    @staticmethod
-    def get_builder_cls() -> Any:
-        from vllm_shadowkv.integration.metadata import SlotBuilder
-
-        return SlotBuilder
+        return Runtime.latest().layers.shadow_spec(spec)

@@ -65,11 +65,11 @@ def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
     core.preprocess_add_request = preprocess_add_request
 
 
-Bound = Callable[[Any, Callable[[], int]], int]
-_bound: Bound | None = None
+Limit = Callable[[Any, Callable[[], int]], int]
+_bound: Limit | None = None
 
 
-def bound_kv_cache_memory(bound: Bound) -> None:
+def bound_kv_cache_memory(bound: Limit) -> None:
     """Patches `determine_available_memory` of vLLM's workers, so that the pool never outgrows the host pool.
 
     What: a worker reports `bound(vllm_config, measure)` bytes for its KV cache; `measure()` is vLLM's own answer.

@@ -101,7 +101,7 @@ class SlotSpec(CircularBufferSpec):
 
 
 def _register() -> None:
-    from vllm_shadowkv.integration.managers import ExactManager, ShadowManager, SlotManager
+    from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
 
     # The registry fills itself with vLLM's own specs only while it is empty.
     KVCacheSpecRegistry._ensure_registered()

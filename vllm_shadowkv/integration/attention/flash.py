@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends import fa_utils
 
-from vllm_shadowkv.integration.cuda_attention import CudaAttention, caches
+from vllm_shadowkv.integration.attention.cuda import CudaAttention, caches
 
 if TYPE_CHECKING:
-    from vllm_shadowkv.integration.metadata import DenseBatch
+    from vllm_shadowkv.integration.attention.library import DenseBatch
     from vllm_shadowkv.page import PageLayout
     from vllm_shadowkv.state.layer import LayerMemory
     from vllm_shadowkv.state.prefill import Partial
 
 
 class FlashAttention(CudaAttention):
-    """What `state.prefill.ExactAttention` and the layer need, on CUDA (`vllm/v1/attention/backends/flash_attn.py`)."""
+    """An `AttentionLibrary` on CUDA (`vllm/v1/attention/backends/flash_attn.py`)."""
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
         """For layers with these pages.

@@ -9,9 +9,9 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl
 
-from vllm_shadowkv.integration.metadata import Step
 from vllm_shadowkv.integration.refusals import check_layer
-from vllm_shadowkv.integration.runtime import Runtime
+from vllm_shadowkv.integration.worker.runtime import Runtime
+from vllm_shadowkv.integration.worker.step import Step
 from vllm_shadowkv.state.prefill import attend_prefill
 
 
@@ -49,12 +49,12 @@ class ShadowKVImpl(AttentionImpl[Step]):
         self.kv_cache_dtype = kv_cache_dtype
         self.runtime = Runtime.of(vllm_config)
         self.runtime.lay_out(num_heads, self.num_kv_heads, head_size, vllm_config.model_config.dtype)
-        self.layer_name: str | None = None  # the registration hook in runtime.py sets it
+        self.layer_name: str | None = None  # set when it is attached to its parent (pseudo_layers.py)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Reads the layer's rotation, now that the model is complete."""
         assert self.layer_name is not None, "the layer was not attached to a module"
-        self.runtime.read_rotary(self.layer_name)
+        self.runtime.layers.read_rotary(self.layer_name)
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
             query: float `[tokens, Hq, D]`, post-RoPE; may be padded, as the next two.
             key: float `[tokens, Hkv, D]`, post-RoPE.
             value: float `[tokens, Hkv, D]`.
-            kv_cache: the layer's cache; `runtime.bind` reads it from the layers.
+            kv_cache: the layer's cache; `Memory.bind` reads it from the layers.
             attn_metadata: the step's plan; None while vLLM profiles.
             output: float `[tokens, Hq, D]`, written.
             output_scale: must be None, as the next.
@@ -87,10 +87,10 @@ class ShadowKVImpl(AttentionImpl[Step]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("shadowkv does not support fused quantisation of the attention output.")
         if attn_metadata is None:
-            self.runtime.rehearse(query)
+            self.runtime.memory.rehearse(query)
             return output.fill_(0)
         assert self.layer_name is not None
-        step, bound = attn_metadata, self.runtime.bind()
+        step, bound = attn_metadata, self.runtime.memory.bind()
         memory = bound.memories[self.layer_name]
         query, out = query[: step.num_tokens], output[: step.num_tokens]
         attention = self.runtime.attention

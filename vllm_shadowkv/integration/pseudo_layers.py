@@ -1,4 +1,4 @@
-"""The pseudo-layers that own the exact pages and the slots of an attention layer.
+"""The pseudo-layers that own the exact pages and the slots of an attention layer, and their backends.
 
 vLLM gives a KV cache to whatever stands in `static_forward_context`; its own indexer caches stand there in the same way
 (`vllm/model_executor/models/deepseek_v2.py`). They have no forward pass.
@@ -6,25 +6,45 @@ vLLM gives a KV cache to whatever stands in `static_forward_context`; its own in
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from vllm_shadowkv.integration.backend import ExactBackend, SlotBackend
+from vllm_shadowkv.integration.group_backend import GroupBackend
 from vllm_shadowkv.integration.specs import ExactSpec, SlotSpec
+from vllm_shadowkv.integration.worker.builders import ExactBuilder, SlotBuilder
+from vllm_shadowkv.integration.worker.impl import ShadowKVImpl
+from vllm_shadowkv.integration.worker.layers import Layer
+from vllm_shadowkv.integration.worker.runtime import Runtime
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_shadowkv.integration.runtime import Runtime
+
+class ExactGroupBackend(GroupBackend):
+    """Of the exact pages."""
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return ExactBuilder
+
+
+class SlotGroupBackend(GroupBackend):
+    """Of the slots."""
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return SlotBuilder
 
 
 class _PseudoLayer(AttentionLayerBase):
     suffix: str
-    backend: Any
+    backend: type[GroupBackend]
 
     def __init__(self, layer: Any) -> None:
         """Stands beside `layer`, a vLLM `Attention` module with our implementation."""
@@ -43,25 +63,25 @@ class _PseudoLayer(AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Takes the layer's cache, which may be the last one to come."""
         super().bind_kv_cache(kv_cache)
-        self.runtime.bind_early()
+        self.runtime.memory.bind_early()
 
     def get_attn_backend(self) -> Any:
         """The backend of the group."""
         return self.backend
 
     def _spec_fields(self) -> dict[str, Any]:
-        return self.runtime.spec_fields(self._layer())
+        return self.runtime.layers.spec_fields(self._layer())
 
 
 class ExactPages(_PseudoLayer):
     """Exact pages of one layer."""
 
     suffix = "exact"
-    backend = ExactBackend
+    backend = ExactGroupBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactSpec:
         """The spec of the exact group."""
-        layout = self.runtime.layout
+        layout = self.runtime.geometry.layout
         return ExactSpec(block_size=layout.exact_tokens, exact_page_bytes=layout.page_bytes, **self._spec_fields())
 
 
@@ -69,14 +89,29 @@ class SlotPages(_PseudoLayer):
     """Slots of one layer."""
 
     suffix = "slots"
-    backend = SlotBackend
+    backend = SlotGroupBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlotSpec:
         """The spec of the slots group. Its block size divides the scheduler's, which is the least common multiple."""
-        layout = self.runtime.layout
+        layout = self.runtime.geometry.layout
         return SlotSpec(
             block_size=layout.block_size,
             slot_page_bytes=layout.page_bytes,
-            pages_per_request=self.runtime.slot_pages_per_request,
+            pages_per_request=self.runtime.geometry.slot_pages_per_request,
             **self._spec_fields(),
         )
+
+
+@functools.cache
+def attach_to_layers() -> None:
+    """Gives every attention layer of ours its pseudo-layers, from now on, when it is attached to its parent module."""
+    register_module_module_registration_hook(_attach)
+
+
+def _attach(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Learns an attention layer's name and parent, which vLLM never tells its implementation."""
+    attention: Any = module
+    impl = getattr(attention, "impl", None)
+    if isinstance(impl, ShadowKVImpl) and impl.layer_name is None:
+        impl.layer_name = attention.layer_name
+        impl.runtime.layers.add(parent, Layer(attention, ExactPages(attention), SlotPages(attention)))

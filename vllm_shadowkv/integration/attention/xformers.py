@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vllm_shadowkv.integration.cuda_attention import CudaAttention
+from vllm_shadowkv.integration.attention.cuda import CudaAttention
 
 if TYPE_CHECKING:
-    from vllm_shadowkv.integration.metadata import DenseBatch
+    from vllm_shadowkv.integration.attention.library import DenseBatch
     from vllm_shadowkv.page import PageLayout
     from vllm_shadowkv.state.layer import LayerMemory
     from vllm_shadowkv.state.prefill import Partial
 
 
 class XformersAttention(CudaAttention):
-    """What `state.prefill.ExactAttention` and the layer need; it gathers a row's exact pages, which costs a copy."""
+    """An `AttentionLibrary` on CUDA; it gathers a row's exact pages, which costs a copy."""
 
     def __init__(self, layout: PageLayout, num_heads: int, device: torch.device) -> None:
         """For layers with these pages and `num_heads` query heads.

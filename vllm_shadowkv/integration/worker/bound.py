@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_shadowkv.integration.layers import ExactPages, SlotPages
+from vllm_shadowkv.integration.worker.layers import Layer
 from vllm_shadowkv.page import PageLayout
-from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
@@ -22,23 +20,6 @@ from vllm_shadowkv.state.layer import LayerMemory
 from vllm_shadowkv.state.slot_counts import SlotCounts
 
 logger = logging.getLogger("vllm.shadowkv")
-
-
-@dataclass
-class Layer:
-    """An attention layer and its pseudo-layers; vLLM owns them."""
-
-    attention: Any
-    exact: ExactPages
-    slots: SlotPages
-    rotary: Rotary
-    cos_sin: Tensor
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether all three have their views of the same new pages."""
-        caches = [layer.kv_cache for layer in (self.attention, self.exact, self.slots)]
-        return caches[0].numel() > 0 and len({cache.data_ptr() for cache in caches}) == 1
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """The half of `state.prefill.ExactAttention`, and of what the layer needs, that the libraries have in common."""
+    """The half of an `AttentionLibrary` that the libraries on CUDA have in common."""
 
     decodes_densely = True
     """A step of single tokens takes one way for all rows, as a graph does: the decode kernels read exact pages too."""

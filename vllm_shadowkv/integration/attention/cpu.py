@@ -10,14 +10,14 @@ from vllm import _custom_ops as vllm_ops
 from vllm import envs
 
 if TYPE_CHECKING:
-    from vllm_shadowkv.integration.metadata import DenseBatch
+    from vllm_shadowkv.integration.attention.library import DenseBatch
     from vllm_shadowkv.page import PageLayout
     from vllm_shadowkv.state.layer import LayerMemory
     from vllm_shadowkv.state.prefill import Partial
 
 
 class CpuAttention:
-    """What `state.prefill.ExactAttention` and the layer need, on the CPU (`vllm/v1/attention/backends/cpu_attn.py`)."""
+    """An `AttentionLibrary` on the CPU (`vllm/v1/attention/backends/cpu_attn.py`)."""
 
     decodes_densely = False
     """A row that reads exact pages only goes to vLLM's kernel, so that it computes what the stock backend would."""

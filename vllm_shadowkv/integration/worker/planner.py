@@ -1,6 +1,6 @@
 """Plans a step: vLLM builds the metadata of our three groups one after the other, and the last one completes the plan.
 
-Between steps is also when blocks are sealed: every block that an earlier step completed and that is not sealed yet.
+Between steps is also when blocks are sealed (`sealing.py`).
 
 On CUDA a step in which every row decodes one token is planned without reading the device, unless there may be a block
 to seal or a row begins one.
@@ -8,47 +8,38 @@ to seal or a row begins one.
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_shadowkv.integration.metadata import DecodeBatch, DenseBatch, PrefillRow, Step
+from vllm_shadowkv.integration.attention.library import AttentionLibrary, DenseBatch
+from vllm_shadowkv.integration.worker.bound import Bound
+from vllm_shadowkv.integration.worker.geometry import Geometry
+from vllm_shadowkv.integration.worker.memory import Memory
+from vllm_shadowkv.integration.worker.rows import Row, read_rows
+from vllm_shadowkv.integration.worker.sealing import Sealer
+from vllm_shadowkv.integration.worker.step import DecodeBatch, PrefillRow, Step
 from vllm_shadowkv.metrics import StepCounts
-from vllm_shadowkv.state.completed import CompletedBlocks
 from vllm_shadowkv.state.decode import DecodeRows
-from vllm_shadowkv.state.seal import seal_blocks
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    from vllm_shadowkv.integration.bound import Bound
-    from vllm_shadowkv.integration.runtime import Runtime
-
-logger = logging.getLogger("vllm.shadowkv")
-
-
-class _Row:
-    """One row of the step, on the host."""
-
-    __slots__ = ("computed", "exact_start", "index", "prefilling", "seq_len", "tokens")
-
-    def __init__(self, index: int, tokens: slice, seq_len: int, prefilling: bool) -> None:
-        self.index, self.tokens, self.seq_len, self.prefilling = index, tokens, seq_len, prefilling
-        self.computed = seq_len - (tokens.stop - tokens.start)
-        self.exact_start = 0
 
 
 class Planner:
     """Makes steps out of the three groups' metadata."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Plans for the layers of `runtime`."""
-        self.runtime, self.counts = runtime, StepCounts()
+    def __init__(self, geometry: Geometry, memory: Memory, attention: AttentionLibrary, counts: StepCounts) -> None:
+        """Plans for the layers of a worker.
+
+        Args:
+            geometry: with the layers' layout.
+            memory: of the layers.
+            attention: the library that attends over their exact pages.
+            counts: added to.
+        """
+        self.counts = counts
+        self._geometry, self._memory, self._attention = geometry, memory, attention
+        self._sealer = Sealer(geometry.layout, geometry.max_drafts, counts)
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
-        self._completed = CompletedBlocks()
 
     def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
         """Takes one group's metadata.
@@ -74,24 +65,24 @@ class Planner:
         slots: CommonAttentionMetadata,
         capturing: bool,
     ) -> None:
-        bound, count = self.runtime.bind(), shadow.num_reqs
+        bound, count = self._memory.bind(), shadow.num_reqs
         step.num_tokens = exact.num_actual_tokens
         step.slot_mapping = exact.slot_mapping[: step.num_tokens]
         everything = DecodeRows(
-            block_table=shadow.block_table_tensor[:count, : self.runtime.boundary.max_sealed_blocks],  # no padding
+            block_table=shadow.block_table_tensor[:count, : self._geometry.boundary.max_sealed_blocks],  # no padding
             exact_table=exact.block_table_tensor[:count],
-            slot_table=slots.block_table_tensor[:count, : self.runtime.slot_pages_per_request],
+            slot_table=slots.block_table_tensor[:count, : self._geometry.slot_pages_per_request],
             exact_start=bound.exact_start[:count],
             seq_lens=shadow.seq_lens[:count],
         )
         bound.exact_start.zero_()
-        rows = [] if capturing else _read_rows(shadow, self.runtime.max_drafts)
+        rows = [] if capturing else read_rows(shadow, self._geometry.max_drafts)
         if not capturing:
             self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
             self.counts.steps += 1
             bound.slots.step()
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
-        attention = self.runtime.attention
+        attention = self._attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
         if not uniform or self._may_seal_or_begin(rows):
             block_table, exact_table = everything.block_table.cpu(), everything.exact_table.cpu()
@@ -99,28 +90,28 @@ class Planner:
             rows = self._drop_dummies(rows, exact_table)
             for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
                 row.exact_start = start
-            self._seal(bound, rows, block_table, exact_table)
+            self._sealer.seal(bound, rows, block_table, exact_table)
             if attention.reads_unwritten_values and not uniform:
                 self._clear_unwritten(bound, rows, exact_table)
-            self._note_open(bound, rows, block_table)
+            self._sealer.note_open(bound, rows, block_table)
             if self.counts.wants_used_blocks:
                 self._count_used(rows, block_table)
         bound.state.start_step()
-        written = step.slot_mapping.clamp_min(0) // self.runtime.layout.exact_tokens
+        written = step.slot_mapping.clamp_min(0) // self._geometry.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
         if uniform:
             step.decode = [DecodeBatch(None, everything)]
         else:
             self._sort(step, rows, everything, shadow.query_start_loc)
 
-    def _may_seal_or_begin(self, rows: list[_Row]) -> bool:
+    def _may_seal_or_begin(self, rows: list[Row]) -> bool:
         """Whether a row may have a block to seal, or begins one, in a step of single tokens."""
-        size, drafts = self.runtime.layout.block_size, self.runtime.max_drafts
-        return any(row.computed % size == 0 or self._completed.may_have(row.computed, drafts) for row in rows)
+        size = self._geometry.layout.block_size
+        return any(row.computed % size == 0 or self._sealer.may_have_work(row) for row in rows)
 
-    def _find_boundary(self, bound: Bound, rows: list[_Row], everything: DecodeRows, starts: Tensor) -> None:
+    def _find_boundary(self, bound: Bound, rows: list[Row], everything: DecodeRows, starts: Tensor) -> None:
         """Writes every row's exact boundary; 0 for dummy rows, whose table is null."""
-        device, size = starts.device, self.runtime.layout.exact_tokens
+        device, size = starts.device, self._geometry.layout.exact_tokens
         flags = torch.zeros(len(everything.seq_lens), dtype=torch.bool)
         flags[[row.index for row in rows if row.prefilling]] = True
         counts = starts.diff()
@@ -134,48 +125,20 @@ class Planner:
         )
         everything.exact_start.copy_(start.where(real, 0))
 
-    def _drop_dummies(self, rows: list[_Row], exact_table: Tensor) -> list[_Row]:
+    def _drop_dummies(self, rows: list[Row], exact_table: Tensor) -> list[Row]:
         """The rows without those whose newest token has no page."""
-        size = self.runtime.layout.exact_tokens
+        size = self._geometry.layout.exact_tokens
         return [row for row in rows if exact_table[row.index, (row.seq_len - 1) // size] > 0]
 
-    def _seal(self, bound: Bound, rows: list[_Row], block_table: Tensor, exact_table: Tensor) -> None:
-        """Seals every complete block that is not sealed, all layers."""
-        layout = self.runtime.layout
-        pages = layout.block_size // layout.exact_tokens
-        found: dict[int, tuple[Tensor, int]] = {}
-        for row in rows:
-            blocks = block_table[row.index, : row.computed // layout.block_size].long()
-            for place in bound.state.unsealed(blocks).nonzero().flatten().tolist():
-                exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
-                if not (exact_ids > 0).all():
-                    raise RuntimeError(
-                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are "
-                        "gone; this is a bug, please report it."
-                    )
-                found[int(blocks[place])] = (exact_ids, place * layout.block_size)
-        if not found:
-            return
-        device = bound.exact_start.device
-        block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
-        exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
-        first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32)
-        for memory in bound.memories.values():
-            seal_blocks(memory, block_ids, exact_ids, first_positions)
-        bound.state.seal(torch.tensor(list(found)))
-        self.counts.sealed_blocks += len(found)
-        self._completed.drop(found)
-        logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
-
-    def _clear_unwritten(self, bound: Bound, rows: list[_Row], exact_table: Tensor) -> None:
+    def _clear_unwritten(self, bound: Bound, rows: list[Row], exact_table: Tensor) -> None:
         """Zeroes the values behind rows' last tokens, in those tokens' pages.
 
         What an earlier owner left there, read as floats, may be NaN: codes of a sealed block easily are. A page is
         cleared by the step that begins it; or, where it may have been begun by a step that was planned without reading
         its number, by every step in which the library attends for the row.
         """
-        size = self.runtime.layout.exact_tokens
-        if self.runtime.attention.decodes_densely:
+        size = self._geometry.layout.exact_tokens
+        if self._attention.decodes_densely:
             rows = [row for row in rows if row.prefilling or not row.exact_start]
         else:
             rows = [row for row in rows if row.seq_len // size * size >= row.computed]
@@ -190,25 +153,14 @@ class Planner:
         for memory in bound.memories.values():
             memory.exact_views[1].transpose(1, 2)[pages, offsets] = 0
 
-    def _note_open(self, bound: Bound, rows: list[_Row], block_table: Tensor) -> None:
-        """Tells the block state into which blocks this step's forward pass will write."""
-        size = self.runtime.layout.block_size
-        for row in rows:
-            first, last = row.computed // size, (row.seq_len - 1) // size
-            blocks = block_table[row.index, first : last + 1].long()
-            bound.state.write_open(blocks)
-            self._completed.drop(blocks.tolist())
-            if row.seq_len - row.computed > 1:
-                self._completed.add(blocks[: row.seq_len // size - first].tolist(), row.seq_len)
-
-    def _count_used(self, rows: list[_Row], block_table: Tensor) -> None:
+    def _count_used(self, rows: list[Row], block_table: Tensor) -> None:
         """Counts the sealed blocks of the step's requests."""
-        size = self.runtime.layout.block_size
+        size = self._geometry.layout.block_size
         blocks = [block_table[row.index, : row.computed // size] for row in rows]
         self.counts.used_blocks = len(torch.cat(blocks).unique()) if blocks else 0
         self.counts.wants_used_blocks = False
 
-    def _sort(self, step: Step, rows: list[_Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
+    def _sort(self, step: Step, rows: list[Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
         """Puts each row where it attends."""
         dense = [row for row in rows if not row.exact_start]
         decode = [row for row in rows if row.exact_start and not row.prefilling]
@@ -232,7 +184,7 @@ class Planner:
         self.counts.sealed_prefills += len(step.prefills)
         self.counts.expanded_tokens += sum(row.exact_start for row in step.prefills)
 
-    def _decode_batch(self, rows: list[_Row], number: int, everything: DecodeRows) -> DecodeBatch:
+    def _decode_batch(self, rows: list[Row], number: int, everything: DecodeRows) -> DecodeBatch:
         """Token `number` of those rows that have so many: the first is certain, the others are drafts to verify."""
         rows = [row for row in rows if row.seq_len - row.computed > number]
         device = everything.seq_lens.device
@@ -252,7 +204,7 @@ class Planner:
             )
         return DecodeBatch(tokens, batch)
 
-    def _dense_batch(self, rows: list[_Row], all_rows: bool, of: DecodeRows, starts: Tensor) -> DenseBatch:
+    def _dense_batch(self, rows: list[Row], all_rows: bool, of: DecodeRows, starts: Tensor) -> DenseBatch:
         device = starts.device
         if all_rows:
             tokens, seq_lens, table = None, of.seq_lens, of.exact_table
@@ -270,22 +222,5 @@ class Planner:
             max_query_len=max(row.tokens.stop - row.tokens.start for row in rows),
             max_seq_len=max(row.seq_len for row in rows),
         )
-        batch.plan = self.runtime.attention.plan(batch)
+        batch.plan = self._attention.plan(batch)
         return batch
-
-
-def _read_rows(shadow: CommonAttentionMetadata, max_drafts: int) -> list[_Row]:
-    """The rows that compute tokens, from what vLLM knows on the host."""
-    starts = shadow.query_start_loc_cpu[: shadow.num_reqs + 1].tolist()
-    lengths = shadow.seq_lens_cpu_upper_bound  # exact, for drafts are not verified asynchronously (refusals.py)
-    seq_lens = (shadow.seq_lens if lengths is None else lengths)[: shadow.num_reqs].tolist()
-    flags = shadow.is_prefilling
-    prefilling = [] if flags is None else flags.tolist()
-    rows = []
-    for index, seq_len in enumerate(seq_lens):
-        count = starts[index + 1] - starts[index]
-        if 0 < count <= seq_len:
-            # More tokens than one and its drafts are a prompt's, or those of a resumed request being computed again.
-            flag = count > 1 + max_drafts or (index < len(prefilling) and prefilling[index])
-            rows.append(_Row(index, slice(starts[index], starts[index + 1]), seq_len, prefilling=flag))
-    return rows

@@ -33,8 +33,8 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 
-from vllm_shadowkv.integration import rope_transformers
-from vllm_shadowkv.integration.rope_transformers import Unsupported as _Unsupported
+from vllm_shadowkv.integration.model import rope_transformers
+from vllm_shadowkv.integration.model.rope_transformers import Unsupported as _Unsupported
 from vllm_shadowkv.rotary import Rotary
 
 _WAY_OUT = "use another --attention-backend"
