@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class Trial:
         in_process: scheduler and worker in the process of the `LLM`.
         extras: what the engine has beside the model; names in `extras.EXTRAS`.
         full_attention_only: layers with a sliding window stay with the stock backend.
+        quick: those of `scenarios` that `make test` asks; None: all. Without any the trial is left to `make test-all`.
     """
 
     name: str
@@ -69,19 +70,43 @@ class Trial:
     in_process: bool = True
     extras: tuple[str, ...] = ()
     full_attention_only: bool = False
+    quick: tuple[str, ...] | None = None
+
+    @property
+    def slow(self) -> bool:
+        """Whether `make test` leaves it out."""
+        return self.quick == ()
+
+    def in_short(self) -> Trial:
+        """What `make test` runs of it."""
+        return self if self.quick is None else replace(self, scenarios=self.quick)
 
 
-def trial_id(trial: Trial) -> str:
-    """Of a test that is parametrised with trials."""
-    return trial.name
+def each_trial(*trials: Trial | ModelTrial) -> pytest.MarkDecorator:
+    """Parametrises a test with every `trial`."""
+    cases = [pytest.param(trial, id=trial.name, marks=_marks(trial.slow)) for trial in trials]
+    return pytest.mark.parametrize("trial", cases)
 
 
 def each_scenario(trials: Iterable[Trial]) -> pytest.MarkDecorator:
     """Parametrises a test with every `trial` and `scenario`."""
-    cases = [
-        pytest.param(trial, scenario, id=f"{trial.name} {scenario}") for trial in trials for scenario in trial.scenarios
-    ]
-    return pytest.mark.parametrize(("trial", "scenario"), cases)
+    pairs = ((trial, name, trial.quick is not None and name not in trial.quick)
+             for trial in trials for name in trial.scenarios)  # fmt: skip
+    return _each_pair("scenario", pairs)
+
+
+def each_plant(trials: Iterable[Trial]) -> pytest.MarkDecorator:
+    """Parametrises a test with every `trial` and `plant`."""
+    return _each_pair("plant", ((trial, plant, trial.slow) for trial in trials for plant in trial.plants))
+
+
+def _each_pair(what: str, pairs: Iterable[tuple[Trial, str, bool]]) -> pytest.MarkDecorator:
+    cases = [pytest.param(trial, name, id=f"{trial.name} {name}", marks=_marks(slow)) for trial, name, slow in pairs]
+    return pytest.mark.parametrize(("trial", what), cases)
+
+
+def _marks(slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if slow else []
 
 
 @dataclass(frozen=True)
@@ -93,12 +118,14 @@ class ModelTrial:
         architecture: name in `architectures.CONFIGS`.
         engines: what runs; their names are those of the results.
         runner: which of vLLM's model runners.
+        slow: left to `make test-all`.
     """
 
     name: str
     architecture: str
     engines: tuple[Trial, ...]
     runner: Runner = "v1"
+    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,14 +201,21 @@ class TrialHost:
 class Trials:
     """Runs each trial once; those of the two runners side by side."""
 
-    def __init__(self, model: Path, directory: Path, device: Device = "cpu") -> None:
-        """Starts nothing yet; see `TrialHost` for the arguments."""
-        self.model, self._directory, self._device = model, directory, device
+    def __init__(self, model: Path, directory: Path, device: Device = "cpu", quick: bool = False) -> None:
+        """Starts nothing yet; see `TrialHost` for the arguments.
+
+        Args:
+            model, directory, device: see there.
+            quick: run of every trial what `make test` runs.
+        """
+        self.model, self._directory, self._device, self._quick = model, directory, device, quick
         self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
         self._results: dict[str, Future[Any]] = {}
 
     def begin(self, trial: Trial | ModelTrial) -> Future[Any]:
         """Runs a trial in the background, after those of its runner that were begun before."""
+        if self._quick and isinstance(trial, Trial):
+            trial = trial.in_short()
         if trial.name not in self._results:
             if trial.runner not in self._hosts:
                 host = TrialHost(trial.runner, self.model, self._directory, self._device)
@@ -224,13 +258,30 @@ def differences(
         tokens, expected = ours[name]["tokens"], stock[name]["tokens"]
         if len(tokens) != len(expected):
             found.append(f"{name}: {len(tokens)} tokens, stock {len(expected)}")
-        wrong = next((i for i, (one, other) in enumerate(zip(tokens, expected, strict=False)) if one != other), None)
+        wrong = first_difference(tokens, expected)
         if wrong is not None and not (undecided and stock[name]["margins"][wrong] < undecided):
             found.append(f"{name}: token {wrong} is {tokens[wrong]}, stock {expected[wrong]}")
         error = largest_error({name: ours[name]}, {name: stock[name]}, tokens=wrong)
         if not error <= tolerance:  # NaN is not
             found.append(f"{name}: log-probabilities differ by {error:.2g}")
     return sorted(found)
+
+
+def first_difference(ours: Sequence[int], stock: Sequence[int]) -> int | None:
+    """The place of the first token that is another; None where there is none."""
+    return next((i for i, (one, other) in enumerate(zip(ours, stock, strict=False)) if one != other), None)
+
+
+def noise_of(disturbed: Mapping[str, Any], quiet: Mapping[str, Any]) -> float:
+    """The largest difference of log-probabilities that a disturbance made, up to the first token that it changed."""
+    return max(
+        largest_error(
+            {name: disturbed[name]},
+            {name: quiet[name]},
+            tokens=first_difference(disturbed[name]["tokens"], quiet[name]["tokens"]),
+        )
+        for name in quiet
+    )
 
 
 def largest_error(ours: Mapping[str, Any], stock: Mapping[str, Any], tokens: int | None = None) -> float:

@@ -57,7 +57,10 @@ def tokenizer(model: Path, folder: Path) -> Options:
 
 
 def quantised(model: Path, folder: Path) -> Options:
-    """Weights in 8 bits with a scale per row, as compressed-tensors stores them; activations in 8 bits per token."""
+    """Weights in 8 bits with a scale per row, as compressed-tensors stores them; activations in 8 bits per token.
+
+    Not symmetric: for symmetric ones vLLM takes a kernel that AMX has and that computes no float32.
+    """
     write_sharp_model(folder)
     path = folder / "model.safetensors"
     weights = {}
@@ -73,7 +76,7 @@ def quantised(model: Path, folder: Path) -> Options:
     group = {
         "targets": ["Linear"],
         "weights": eight_bits | {"strategy": "channel", "dynamic": False},
-        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True, "symmetric": False},
     }
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {

@@ -8,11 +8,17 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
 from vllm_shadowkv.integration.scheduler.managers import ExactManager
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
 from vllm_shadowkv.state import seal
 from vllm_shadowkv.state.decode import DecodeRows
+
+ROUNDING = 8
+"""Units in the last place. In float32 such a change moves log-probabilities of the model by 3e-5, as ours differ."""
 
 
 @contextmanager
@@ -45,6 +51,18 @@ def wrong_key() -> Any:
         original(memory, block_ids, *args)
         if left and left.pop():
             memory.layout.view(memory.pages, "exact_keys")[int(block_ids[0]), 0, 19] = 0
+
+    return _patched(sealing, "seal_blocks", seal)
+
+
+def lost_block() -> Any:
+    """Zeroes all values of one sealed block, one layer."""
+    left = [1]
+
+    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
+        original(memory, block_ids, *args)
+        if left and left.pop():
+            memory.host_pool[int(block_ids[0])] = 0
 
     return _patched(sealing, "seal_blocks", seal)
 
@@ -82,12 +100,26 @@ def not_turned_back() -> Any:
     return _patched(seal, "undo", lambda undo, rotary, keys, positions: keys.float())
 
 
+def rounding() -> Any:
+    """Changes what the stock backend's attention gives as another order of its sums does: in the last few bits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def forward(original: Any, impl: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(impl, *args, **kwargs)
+        noise = torch.randn(output.shape, generator=generator) * ROUNDING * torch.finfo(output.dtype).eps
+        return output.mul_(1 + noise)
+
+    return _patched(CPUAttentionBackendImpl, "forward", forward)
+
+
 PLANTS: dict[str, Callable[[], Any]] = {
     "wrong value": wrong_value,
     "wrong key": wrong_key,
+    "lost block": lost_block,
     "no lag": no_lag,
     "not cleared": not_cleared,
     "not turned back": not_turned_back,
+    "rounding": rounding,
     **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},
     "nothing": nullcontext,
 }
