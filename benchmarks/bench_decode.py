@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.baselines import cpu_baselines, cuda_baselines
 from benchmarks.machine import machine
+from benchmarks.progress import track
 from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv.integration.attention.library import DenseBatch
@@ -262,7 +262,7 @@ def main() -> None:
     sizes = [(context, batch) for batch in arguments.batches for context in arguments.contexts]
     about = machine("bench_decode", arguments.device)
     title = f"{arguments.shape}, attention layer of one decode step, bf16, {about['device']}"
-    for context, batch in track(sizes, "sizes", console=console):
+    for context, batch in track(sizes, "sizes", console):
         if memory := missing_room(arguments.shape, context, batch, arguments.device):
             console.print(f"{context:,} tokens, batch {batch}: left out, they would not fit {memory} memory.")
             continue

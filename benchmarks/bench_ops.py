@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.progress import track
 from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv import ops
@@ -180,7 +180,7 @@ def main() -> None:
     sizes = [(context, batch) for context in arguments.contexts for batch in arguments.batches]
     limits = bandwidths(arguments.device)
     about = machine("bench_ops", arguments.device) | {"gigabytes_per_second": limits}
-    for context, batch in track(sizes, "sizes", console=console):
+    for context, batch in track(sizes, "sizes", console):
         for record in run(arguments.shape, context, batch, arguments.hit_rates, arguments.device, limits):
             records.append(record)
             if arguments.json:  # after every op, for the next one may be cut off

@@ -27,10 +27,10 @@ from pathlib import Path
 from random import Random
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from benchmarks.progress import Progress
 from benchmarks.server import Server, ServerError
 from benchmarks.vllm_bench import BACKENDS, BenchError, log_beside, vllm_bench, write_records
 
@@ -188,7 +188,7 @@ def main() -> int:
     failed = False
     way = measure_offline if arguments.offline else measure
     runs = [(length, backend) for length in arguments.input_lens for backend in arguments.backends]
-    with Progress(console=console) as progress:
+    with Progress(console) as progress:
         task = progress.add_task("runs", total=len(runs))
         for length, backend in runs:
             progress.update(task, description=f"{backend}, {length:,} tokens")

@@ -20,9 +20,9 @@ from itertools import product
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.progress import Progress
 from benchmarks.vllm_bench import BACKENDS, BenchError, log_beside, vllm_bench, write_records
 
 
@@ -104,7 +104,7 @@ def main() -> int:
     records: list[Record] = []
     failed = False
     runs = list(product(arguments.input_lens, arguments.num_prompts, arguments.backends))
-    with Progress(console=console) as progress:
+    with Progress(console) as progress:
         task = progress.add_task("runs", total=len(runs))
         for length, num_prompts, backend in runs:
             progress.update(task, description=f"{backend}, {num_prompts} of {length:,} tokens")

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.needle import CHECKPOINT
-from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompt
+from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompts
+from benchmarks.progress import Progress
 from benchmarks.server import Server, ServerError
 
 LENGTHS = (4608, 16384)
@@ -35,32 +35,36 @@ class Report:
     """What one backend did.
 
     Attributes:
-        right: per (length, family), how many answers were right.
+        right: per (length, family), of every answer whether it was right.
         token_seconds: per length, seconds of every decoded token.
         num_blocks, block_size: of the KV cache, as the server reports them.
         sealed_tokens: as the server's log says; 0 for the stock backend.
     """
 
-    right: dict[tuple[int, str], int] = field(default_factory=dict)
+    right: dict[tuple[int, str], list[bool]] = field(default_factory=dict)
     token_seconds: dict[int, list[float]] = field(default_factory=dict)
     num_blocks: int = 0
     block_size: int = 0
     sealed_tokens: int = 0
 
+    def right_at(self, length: int) -> list[bool]:
+        """Of every answer at a length whether it was right."""
+        return [one for (at, _), answers in self.right.items() if at == length for one in answers]
+
 
 def main() -> int:
     """Runs both servers and prints the table; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--prompts", type=int, default=5, help="prompts per task family and length")
+    parser.add_argument("--prompts", type=int, default=5, help="questions per task family and length, about one text")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the prompts")
     parser.add_argument("--kv-cache-mib", type=int, default=256, help="device bytes of the KV cache, either backend")
     arguments = parser.parse_args()
     console = Console()
     questions = [
-        (length, family, make_prompt(family, length, FIRST_SEED + i))
+        (length, family, prompt)
         for length in arguments.lengths
         for family in FAMILIES
-        for i in range(arguments.prompts)
+        for prompt in make_prompts(family, length, FIRST_SEED, arguments.prompts)
     ]
     reports = {}
     try:
@@ -90,7 +94,6 @@ def _ask(
         str(longest + 64),
         "--kv-cache-memory-bytes",
         str(cache_mib * 2**20),
-        "--no-enable-prefix-caching",
         "--enforce-eager",
         *extra,
     ]
@@ -98,14 +101,11 @@ def _ask(
         log = Path(directory) / "server.log"
         with (
             Server(CHECKPOINT, log, arguments, {"VLLM_LOGGING_LEVEL": "DEBUG"}) as server,
-            Progress(
-                TextColumn(f"{name:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-            ) as progress,
+            Progress(console) as progress,
         ):
-            for length, family, prompt in progress.track(questions):
+            for length, family, prompt in progress.track(questions, description=f"{name:9}"):
                 answer = server.complete(prompt.text, max_tokens=len(prompt.answer_ids))
-                key = (length, family)
-                report.right[key] = report.right.get(key, 0) + (answer.text == prompt.answer)
+                report.right.setdefault((length, family), []).append(answer.text == prompt.answer)
                 report.token_seconds.setdefault(length, []).extend(answer.token_seconds)
             cache = server.cache_config()
             report.num_blocks, report.block_size = int(cache["num_gpu_blocks"]), int(cache["block_size"])
@@ -115,14 +115,14 @@ def _ask(
 
 
 def _print_tables(console: Console, reports: dict[str, Report], arguments: argparse.Namespace) -> None:
-    answers = Table(title=f"Answers right, of {arguments.prompts} prompts each", title_justify="left")
+    answers = Table(title="Answers right", title_justify="left")
     answers.add_column("family")
     for length in arguments.lengths:
         for name in reports:
             answers.add_column(f"{name}\n{length} tokens", justify="right")
     for family in FAMILIES:
-        cells = [str(report.right[length, family]) for length in arguments.lengths for report in reports.values()]
-        answers.add_row(family, *cells)
+        rights = [report.right[length, family] for length in arguments.lengths for report in reports.values()]
+        answers.add_row(family, *(f"{sum(right)} of {len(right)}" for right in rights))
     console.print(answers)
 
     table = Table(title=f"Both with {arguments.kv_cache_mib} MiB of KV cache on the device", title_justify="left")
@@ -131,9 +131,8 @@ def _print_tables(console: Console, reports: dict[str, Report], arguments: argpa
         table.add_column(name, justify="right")
     cache_bytes = arguments.kv_cache_mib * 2**20
     for length in arguments.lengths:
-        rights = [sum(n for (at, _), n in report.right.items() if at == length) for report in reports.values()]
-        asked = arguments.prompts * len(FAMILIES)
-        table.add_row(f"answers right at {length} tokens", *(f"{right} of {asked}" for right in rights))
+        rights = [report.right_at(length) for report in reports.values()]
+        table.add_row(f"answers right at {length} tokens", *(f"{sum(right)} of {len(right)}" for right in rights))
     table.add_row("tokens sealed", *(f"{report.sealed_tokens:,}" for report in reports.values()))
     table.add_row(
         "device bytes per cached token",
@@ -152,7 +151,8 @@ def _print_tables(console: Console, reports: dict[str, Report], arguments: argpa
     shares = ", ".join(f"{budget / length:.0%} of {length}" for length in arguments.lengths)
     console.print(
         f"shadowkv attends to {budget} selected tokens per KV head and step ({shares}), the first and the newest "
-        "chunks, outliers, and the open block. At a length where the stock backend's answers are wrong too, it is the "
+        "chunks, outliers, and the open block. The first question about a text prefills it, the others find it in the "
+        "prefix cache. At a length where the stock backend's answers are wrong too, it is the "
         "model that cannot answer. A model this small spends its step outside "
         "attention, so its times say nothing of speed."
     )

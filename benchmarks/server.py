@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +18,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 START_SECONDS = 300
@@ -55,9 +57,17 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self._process: subprocess.Popen[bytes] | None = None
+        self._handlers = contextlib.ExitStack()
 
     def __enter__(self) -> Server:
-        """Starts the server and waits until it answers."""
+        """Starts the server and waits until it answers.
+
+        Until it is stopped, SIGTERM and SIGHUP end this process as an exception does, so that the server ends too: it
+        is in a process group of its own, which no terminal and no `make` knows.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._handlers.callback(signal.signal, number, signal.signal(number, _exit))
         command = [*VLLM, "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -165,11 +175,17 @@ class Server:
         return "\n".join(self.log_text().splitlines()[-30:])
 
     def _stop(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        with self._handlers:
+            if self._process is None or self._process.poll() is not None:
+                return
+            os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    """A signal's handler: ends the process through its `with` and `finally`, with the exit code that shells give."""
+    raise SystemExit(128 + number)

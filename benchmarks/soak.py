@@ -35,11 +35,11 @@ from typing import Any
 import aiohttp
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FAMILIES, make_prompt
+from benchmarks.progress import Progress
 from benchmarks.server import Server, ServerError
 
 LONGEST = 20_000
@@ -229,13 +229,12 @@ async def _soak(server: Server, arguments: argparse.Namespace, console: Console)
     """The load, the quiet questions, the table; returns what is wrong, in sentences."""
     load = Load(arguments.seed)
     timeout = aiohttp.ClientTimeout(total=None)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # Kept connections may be closed by the server just as they are used again.
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
         client = Client(server, http)
         memory = Memory(server.pid)
-        with Progress(*columns, console=console) as progress:
+        with Progress(console) as progress:
             await _run_load(client, load, memory, arguments.seconds, progress)
             busy = await client.wait_until_idle()
             different, undecided = await _ask_again(client, load, memory, progress)
