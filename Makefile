@@ -1,13 +1,17 @@
-# CI runs test, cuda-check, sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which scripts/install.py sets up.
+# CI runs test-all, cuda-check, sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
 # so that the engines, which take longest, are not last.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
+# ISA=avx2 or ISA=avx512 runs the tests, or the demo, as on a processor that has no more (scripts/on_isa.py).
+ISA ?=
+AS = $(if $(ISA),$(BIN)/python scripts/on_isa.py $(ISA))
+PYTEST = OMP_NUM_THREADS=1 $(AS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test cuda-check sanitize soak docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test test-all cuda-check sanitize soak docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -23,9 +27,13 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Everything that guards correctness, in about ten minutes on two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
+	$(PYTEST) --quick $(PYTEST_FLAGS)
+
+# What is marked slow too, the needle guard with all its prompts, and coverage.
+test-all: lint
+	$(PYTEST) --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
 
 # Needs the CUDA toolkit, but no GPU.
 cuda-check: install
@@ -61,7 +69,7 @@ gpu-bench: install
 
 DEMO_FLAGS ?=
 demo: install
-	$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+	$(AS) $(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info htmlcov coverage.xml .coverage .coverage.*

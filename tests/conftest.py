@@ -10,13 +10,26 @@ def runs_on_gpu() -> bool:
     return torch.cuda.is_available() and vllm_shadowkv.has_cuda()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="what `make test` runs: nothing that is marked slow, and fewer prompts for the needle guard",
+    )
+
+
 def pytest_configure() -> None:
     """With SHADOWKV_REQUIRE_GPU=1, as scripts/gpu.py sets it, nothing may be skipped for want of a GPU."""
     if os.environ.get("SHADOWKV_REQUIRE_GPU") == "1" and not runs_on_gpu():
         raise pytest.UsageError("SHADOWKV_REQUIRE_GPU=1, but there is no CUDA device, or no CUDA kernels are built.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # other files' hooks mark items
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.quick:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if runs_on_gpu():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and the CUDA kernels")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from engine import Result, Trial, Trials, differences, each_scenario, trial_id
+from engine import Result, Trial, Trials, differences, each_scenario, each_trial
 from sharp_model import write_sharp_model
 from test_life_of_a_token import LOSSLESS, NGRAM, WINDOWS
 
@@ -82,7 +82,7 @@ def test_equals_flash_attention(trials: Trials, stock: Result, trial: Trial, sce
     assert differences(ours, theirs, TOLERANCE, undecided=2 * TOLERANCE) == []
 
 
-@pytest.mark.parametrize("trial", TRIALS, ids=trial_id)
+@each_trial(*TRIALS)
 def test_blocks_are_sealed_and_read(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     assert counts["seals"] > 20
@@ -94,7 +94,7 @@ def test_blocks_are_sealed_and_read(trials: Trials, trial: Trial) -> None:
         assert counts["poisoned"] > 100
 
 
-@pytest.mark.parametrize("trial", [V1_GRAPHS, V2_GRAPHS, V2_AS_VLLM_WOULD, V2_SMALL_POOL], ids=trial_id)
+@each_trial(V1_GRAPHS, V2_GRAPHS, V2_AS_VLLM_WOULD, V2_SMALL_POOL)
 def test_graphs_are_replayed(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     assert counts["replays"] > 500

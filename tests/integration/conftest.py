@@ -10,11 +10,11 @@ from sharp_model import write_sharp_model
 
 
 @pytest.fixture(scope="session")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trials]:
+def trials(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Trials]:
     """Runs trials."""
     model = tmp_path_factory.mktemp("sharp_model")
     write_sharp_model(model)
-    trials = Trials(model, tmp_path_factory.mktemp("trials"))
+    trials = Trials(model, tmp_path_factory.mktemp("trials"), quick=pytestconfig.option.quick)
     yield trials
     trials.close()
 

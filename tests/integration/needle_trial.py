@@ -99,7 +99,7 @@ def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool
         for number, (name, plant) in enumerate(PLANTS.items()):
             plant(Runtime.latest())
             # Other haystacks each time: slots filled before the error was planted would still be right.
-            scores[name] = score(llm, haystacks // 5, questions, FIRST_SEED + 1000 * (number + 1))
+            scores[name] = score(llm, max(haystacks // 5, 2), questions, FIRST_SEED + 1000 * (number + 1))
             ops.select_chunks = select
     else:
         scores["as built"] = score(llm, haystacks, questions, FIRST_SEED)

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from engine import Result, Trial, Trials, differences, each_scenario, largest_error, trial_id
+from engine import Result, Trial, Trials, differences, each_plant, each_scenario, each_trial, largest_error
 
 from vllm_shadowkv.cli import arguments
 from vllm_shadowkv.cli.pool_plan import make
@@ -61,18 +61,24 @@ V1_WINDOWS = Trial(
 V1_SMALL_POOL = Trial(
     "v1-small-pool", EVERYWHERE, LOSSLESS | {"block_size": 256}, options={"num_gpu_blocks_override": 23}, poison=True
 )
-V1_SPAWNED = Trial("v1-spawned", ("short", "prefixes"), LOSSLESS | {"block_size": 256}, in_process=False)
+V1_SPAWNED = Trial("v1-spawned", ("short", "prefixes"), LOSSLESS | {"block_size": 256}, in_process=False, quick=())
 V1_TWO_RANKS = Trial(
     "v1-two-ranks",
     ("short", "prefixes"),
     LOSSLESS | {"block_size": 256},
     options={"tensor_parallel_size": 2},
     in_process=False,
+    quick=(),
 )
 V1_COMPILED = Trial(
-    "v1-compiled", ("short", "eight"), LOSSLESS | {"block_size": 256}, options={"enforce_eager": False}, poison=True
+    "v1-compiled",
+    ("short", "eight"),
+    LOSSLESS | {"block_size": 256},
+    options={"enforce_eager": False},
+    poison=True,
+    quick=(),
 )
-V2 = Trial("v2", EVERYWHERE, LOSSLESS | {"block_size": 256}, runner="v2", poison=True)
+V2 = Trial("v2", EVERYWHERE, LOSSLESS | {"block_size": 256}, runner="v2", poison=True, quick=())
 # One exact page more than above: two steps are in flight.
 V2_GRAPHS = Trial(
     "v2-graphs",
@@ -108,6 +114,7 @@ CUDA_V1 = Trial(
     options=HALF,
     emulated_cuda="flash_attention",
     poison=True,
+    quick=(),
 )
 CUDA_XFORMERS = replace(CUDA_V1, name="cuda-xformers", emulated_cuda="xformers")
 CUDA_V2_GRAPHS = Trial(
@@ -120,6 +127,7 @@ CUDA_V2_GRAPHS = Trial(
     graphs=True,
     emulated_cuda="flash_attention",
     poison=True,
+    quick=("prefixes", "short"),
 )
 CUDA_TRIALS = (CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS)
 
@@ -137,7 +145,7 @@ def stock(trials: Trials) -> Result:
 
 
 # First, so that the stock engine is the first to run.
-@pytest.mark.parametrize("trial", [STOCK], ids=trial_id)
+@each_trial(STOCK)
 def test_stock_is_decisive(trials: Trials, trial: Trial) -> None:
     """No greedy choice is so close that noise could turn it; else choose another seed for the model or the prompts."""
     greedy = {name: found for name, found in trials(trial).sequences.items() if name != "seeded"}
@@ -158,7 +166,7 @@ def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str)
     assert differences(ours, theirs, HALF_TOLERANCE, undecided=2 * HALF_TOLERANCE) == []
 
 
-@pytest.mark.parametrize("trial", CUDA_TRIALS, ids=trial_id)
+@each_trial(*CUDA_TRIALS)
 def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) -> None:
     """The trials are shorter, so the numbers are lower."""
     counts = trials(trial).counts
@@ -169,7 +177,7 @@ def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) ->
         assert counts["asynchronous steps"] > 50
 
 
-@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS], ids=trial_id)
+@each_trial(V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS)
 def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     assert counts["seals"] > 100
@@ -177,12 +185,12 @@ def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial
     assert counts["host pools at start-up"] > 0, "the first request pays for them"
 
 
-@pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
+@each_trial(V1_SMALL_POOL, V2_GRAPHS)
 def test_a_small_pool_preempts(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["preemptions"] > 0
 
 
-@pytest.mark.parametrize("trial", [V1, V1_WINDOWS, COMPRESSED], ids=trial_id)
+@each_trial(V1, V1_WINDOWS, COMPRESSED)
 def test_the_pool_is_what_plan_says(trials: Trials, trial: Trial) -> None:
     """`vllm-shadowkv plan` and the engine, from the same flags; tests/integration/test_capacity.py has the requests."""
     counts = trials(trial).counts
@@ -198,12 +206,12 @@ def test_the_pool_is_what_plan_says(trials: Trials, trial: Trial) -> None:
     assert plan.min_blocks - 1 == counts["blocks of the longest request"], "the null block is not counted there"
 
 
-@pytest.mark.parametrize("trial", [V1, V2, CUDA_V1], ids=trial_id)
+@each_trial(V1, V2, CUDA_V1)
 def test_an_llm_that_is_deleted_gives_its_host_pool_back(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["host pools left"] == 0
 
 
-@pytest.mark.parametrize("trial", [*LOSSLESS_TRIALS, *CUDA_TRIALS, COMPRESSED], ids=trial_id)
+@each_trial(*LOSSLESS_TRIALS, *CUDA_TRIALS, COMPRESSED)
 def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     metrics = {name.removeprefix("vllm:shadowkv_"): count for name, count in counts.items() if "shadowkv" in name}
@@ -222,6 +230,7 @@ def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
         )
 
 
+@pytest.mark.slow
 def test_metrics_of_ranks_add_up(trials: Trials) -> None:
     one, two = (trials(trial).counts for trial in (V1_SPAWNED, V1_TWO_RANKS))
     assert one.keys() == two.keys()
@@ -235,19 +244,19 @@ def test_the_stock_backend_has_no_metrics_of_ours(stock: Result) -> None:
     assert not any("shadowkv" in name for name in stock.counts)
 
 
-@pytest.mark.parametrize("trial", [V1_DRAFTS], ids=trial_id)
+@each_trial(V1_DRAFTS)
 def test_drafts_were_accepted(trials: Trials, trial: Trial) -> None:
     assert trials(trial).counts["accepted drafts"] > 200
 
 
-@pytest.mark.parametrize("trial", [V2_GRAPHS], ids=trial_id)
+@each_trial(V2_GRAPHS)
 def test_graphs_and_asynchronous_steps_were_used(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     assert counts["replays"] > 1000
     assert counts["asynchronous steps"] > 1000
 
 
-@pytest.mark.parametrize("trial", [V1, V1_SMALL_POOL, V1_WINDOWS, V1_SPAWNED, V2, V2_GRAPHS, COMPRESSED], ids=trial_id)
+@each_trial(V1, V1_SMALL_POOL, V1_WINDOWS, V1_SPAWNED, V2, V2_GRAPHS, COMPRESSED)
 def test_prefixes_are_hit(trials: Trials, trial: Trial) -> None:
     """Whole blocks of prompts and of generated tokens; the prompt has 740 tokens, the next turn 789."""
     cached = {name: sequence["cached"] for name, sequence in trials(trial).sequences["prefixes"].items()}
@@ -259,7 +268,7 @@ def test_prefixes_are_hit(trials: Trials, trial: Trial) -> None:
     assert cached["next turn"] >= 768, "blocks that end in generated tokens were not shared"
 
 
-@pytest.mark.parametrize("trial", [V1_SMALL_POOL, V2_GRAPHS], ids=trial_id)
+@each_trial(V1_SMALL_POOL, V2_GRAPHS)
 def test_after_a_reset_nothing_is_hit(trials: Trials, trial: Trial) -> None:
     """Until someone has computed it again: 700 tokens, blocks of 256."""
     cached = {name: sequence["cached"] for name, sequence in trials(trial).sequences["reset"].items()}
@@ -267,14 +276,14 @@ def test_after_a_reset_nothing_is_hit(trials: Trials, trial: Trial) -> None:
     assert cached["known"] == 512
 
 
-@pytest.mark.parametrize("trial", [V1, V1_WINDOWS, V2, COMPRESSED], ids=trial_id)
+@each_trial(V1, V1_WINDOWS, V2, COMPRESSED)
 def test_company_changes_nothing(trials: Trials, trial: Trial) -> None:
     """Compressed keys too: which chunks are read depends on the request alone."""
     found = trials(trial).sequences
     assert differences(found["eight"], found["alone"], TOLERANCE) == []
 
 
-@pytest.mark.parametrize("trial", [COMPRESSED], ids=trial_id)
+@each_trial(COMPRESSED)
 class TestCompressed:
     """Compressed keys, of which random ones keep little: what must be exact is, and the rest is sane."""
 
@@ -334,10 +343,7 @@ GRAPHS = Trial(
 )
 
 
-@pytest.mark.parametrize(
-    ("trial", "plant"),
-    [pytest.param(trial, plant, id=f"{trial.name} {plant}") for trial in (EAGER, GRAPHS) for plant in trial.plants],
-)
+@each_plant((EAGER, GRAPHS))
 def test_a_planted_error_is_noticed(trials: Trials, trial: Trial, plant: str) -> None:
     planted, stock = trials(trial).planted[plant], trials(STOCK).sequences["short"]
     found = differences(planted, stock, TOLERANCE)
@@ -348,6 +354,6 @@ def test_a_planted_error_is_noticed(trials: Trials, trial: Trial, plant: str) ->
         assert not largest_error(planted, stock) < 100 * TOLERANCE, "it is hardly more than noise"
 
 
-@pytest.mark.parametrize("trial", [EAGER, GRAPHS], ids=trial_id)
+@each_trial(EAGER, GRAPHS)
 def test_without_a_plant_nothing_is_noticed(trials: Trials, trial: Trial) -> None:
     assert differences(trials(trial).sequences["short"], trials(STOCK).sequences["short"], TOLERANCE) == []

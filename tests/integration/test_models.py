@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from architectures import NAMES
-from engine import ModelTrial, Result, Trial, Trials, differences
+from engine import ModelTrial, Result, Trial, Trials, differences, each_trial
 
 pytest.importorskip("vllm")
 
@@ -29,13 +29,11 @@ ORDINARY = Trial(
 LOSSLESS = Trial("lossless", ("short", "scored"), SMALL | {"key_codec": "none"}, options=POOL, poison=True)
 
 MIXED = "gemma-3"  # the only one with sliding windows
-MODELS = [ModelTrial(name, name, (STOCK, REBUILT, LOSSLESS)) for name in NAMES if name != MIXED]
+QUICK = {"llama-3.1", "phi-4-mini", "smollm3"}
+"""Scaled, partial, and by Transformers with layers that do not rotate; tests of rotations are elsewhere."""
+MODELS = [ModelTrial(name, name, (STOCK, REBUILT, LOSSLESS), slow=name not in QUICK) for name in NAMES if name != MIXED]
 # Eight KV heads of 64 in the first, one of 256 in the second.
-LONG_MODELS = [ModelTrial(f"{name}, ordinary", name, (ORDINARY,)) for name in ("llama-3.1", "gemma")]
-
-
-def model_id(model: ModelTrial) -> str:
-    return model.name
+LONG_MODELS = [ModelTrial(f"{name}, ordinary", name, (ORDINARY,), slow=True) for name in ("llama-3.1", "gemma")]
 
 
 def check_choices(stock: Result, scenario: str) -> None:
@@ -45,9 +43,9 @@ def check_choices(stock: Result, scenario: str) -> None:
     assert len({token for found in sequences for token in found["tokens"]}) > 20
 
 
-@pytest.mark.parametrize("model", MODELS, ids=model_id)
-def test_equals_stock(trials: Trials, model: ModelTrial) -> None:
-    stock, ours = (trials(model)[engine] for engine in ("stock", "lossless"))
+@each_trial(*MODELS)
+def test_equals_stock(trials: Trials, trial: ModelTrial) -> None:
+    stock, ours = (trials(trial)[engine] for engine in ("stock", "lossless"))
     check_choices(stock, "short")
     for scenario in ("short", "scored"):
         assert differences(ours.sequences[scenario], stock.sequences[scenario], TOLERANCE) == []
@@ -58,10 +56,10 @@ def test_equals_stock(trials: Trials, model: ModelTrial) -> None:
     assert ours.counts["poisoned"] > 20
 
 
-@pytest.mark.parametrize("model", MODELS, ids=model_id)
-def test_keys_are_rebuilt_as_the_model_turned_them(trials: Trials, model: ModelTrial) -> None:
+@each_trial(*MODELS)
+def test_keys_are_rebuilt_as_the_model_turned_them(trials: Trials, trial: ModelTrial) -> None:
     """Measured: up to 0.015 in the prompts and 0.09 in decode; 0.26 to 0.43 where keys are not turned back."""
-    ours, stock = trials(model)["rebuilt"], trials(model)["stock"].sequences["scored"]
+    ours, stock = trials(trial)["rebuilt"], trials(trial)["stock"].sequences["scored"]
     assert _prompt_error(ours.sequences["scored"], stock) < 0.03
     assert _decode_error(ours.sequences["scored"], stock) < 0.2
     assert _prompt_error(ours.planted["not turned back"], stock) > 0.15
@@ -89,9 +87,9 @@ def _decode_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
     return sum(errors) / len(errors)
 
 
-@pytest.mark.parametrize("model", LONG_MODELS, ids=model_id)
-def test_ordinary_settings(trials: Trials, model: ModelTrial) -> None:
-    found = trials(model)["ordinary"]
+@each_trial(*LONG_MODELS)
+def test_ordinary_settings(trials: Trials, trial: ModelTrial) -> None:
+    found = trials(trial)["ordinary"]
     for sequence in found.sequences["long"].values():
         assert len(sequence["tokens"]) == 8
         assert all(map(math.isfinite, sequence["logprobs"]))
@@ -124,10 +122,11 @@ WINDOWS = ModelTrial(
             full_attention_only=True,
         ),
     ),
+    slow=True,
 )
 
 
-@pytest.mark.parametrize("trial", [WINDOWS], ids=["windows"])
+@each_trial(WINDOWS)
 def test_layers_with_sliding_windows_stay_with_the_stock_backend(trials: Trials, trial: ModelTrial) -> None:
     """They share one pool of pages: vLLM zeroes what they get of ours (`other_layers.spec_dtype`)."""
     ours, stock = trials(trial)["full layers"], trials(trial)["stock"]

@@ -212,6 +212,7 @@ def test_nothing_is_left_after_sigterm(server: Server, directory: Path) -> None:
     end(server, directory, "SIGTERM")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "a crash of the engine"])
 def test_nothing_is_left_after(how: str) -> None:
     with new_directory() as directory, new_server(directory) as server:
@@ -221,6 +222,7 @@ def test_nothing_is_left_after(how: str) -> None:
 # -- Several engines -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_engines_share_the_work_and_the_host() -> None:
     prompts = [make_prompt("multi_value", PROMPT_TOKENS, seed) for seed in (9, 10)]
     with new_directory() as directory, new_server(directory, "--data-parallel-size", "2") as server:
