@@ -62,6 +62,16 @@ def test_isa_can_be_forced_where_supported(isa: str) -> None:
         assert f"SHADOWKV_CPU_ISA={isa}, but this CPU lacks it" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [isa for isa in ("avx2", "avx512") if isa in SUPPORTED])
+def test_a_command_runs_as_on_a_lesser_processor(isa: str) -> None:
+    """The script looks by itself at what torch, vLLM and our kernels have chosen."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.cpu._is_amx_tile_supported())"
+    command = [sys.executable, "scripts/on_isa.py", isa, sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == [isa.upper(), "False"], result.stderr
+
+
 @pytest.mark.parametrize("isa", ["AVX2", "sse", ""])
 def test_unknown_isa_is_refused(isa: str) -> None:
     result = cpu_isa(SHADOWKV_CPU_ISA=isa)

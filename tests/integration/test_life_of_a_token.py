@@ -59,7 +59,12 @@ V1_WINDOWS = Trial(
 )
 # The least that vLLM accepts for one request of 2048 tokens: 8 blocks, 4 exact pages, 10 slot pages and the null block.
 V1_SMALL_POOL = Trial(
-    "v1-small-pool", EVERYWHERE, LOSSLESS | {"block_size": 256}, options={"num_gpu_blocks_override": 23}, poison=True
+    "v1-small-pool",
+    EVERYWHERE,
+    LOSSLESS | {"block_size": 256},
+    options={"num_gpu_blocks_override": 23},
+    poison=True,
+    quick=("preemption", "prefixes", "longest", "reset", "storm"),
 )
 V1_SPAWNED = Trial("v1-spawned", ("short", "prefixes"), LOSSLESS | {"block_size": 256}, in_process=False, quick=())
 V1_TWO_RANKS = Trial(
@@ -89,6 +94,7 @@ V2_GRAPHS = Trial(
     asynchronous=True,
     graphs=True,
     poison=True,
+    quick=("edges", "preemption", "prefixes", "reset", "storm", "short"),
 )
 # Drafts are mostly right, and cross the edges of blocks (`trial.py`). Without "branches": vLLM 0.32 on the CPU does
 # not survive top-k sampling in a step without drafts.
@@ -99,6 +105,7 @@ V1_DRAFTS = Trial(
     LOSSLESS | {"block_size": 256},
     options={"speculative_config": NGRAM},
     poison=True,
+    quick=("edges", "preemption", "prefixes", "twice"),
 )
 LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2, V2_GRAPHS)
 
