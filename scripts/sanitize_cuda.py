@@ -1,8 +1,9 @@
 """`make cuda-sanitize`: the tests of the CUDA ops on emulated threads, looking for what right results do not show.
 
-- Under the race detector (tests/cuda_emulation/race), op by op.
-- Again without each barrier of the kernels in turn, as the detector sees it: if no race is reported then, the barrier
-  is not needed, or the detector or the tests do not see what it is for. Those of NOT_SEEN are known.
+- Under a race detector (tests/cuda_emulation/race), op by op. One that sees no access is a failure.
+- Under it again, without one barrier of the kernels, each in its turn: the detector takes no notice of it
+  (EMU_WITHOUT). If no race is found then, the barrier is not needed, or the tests or the detector are blind to what it
+  is for. Those of NOT_SEEN are known.
 - With threads and CTAs in three other orders.
 - With AddressSanitizer and UndefinedBehaviorSanitizer.
 
@@ -12,7 +13,6 @@ Needs no GPU and no CUDA toolkit. This file is also the pytest plugin of these r
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +31,12 @@ ORDERS = ("greedy:1", "reverse", "random:2")
 BARRIER = re.compile(r"^[^/]*\bsync_(?:threads|threads_count|warp)\(")
 
 # Barriers without which no race is found, by their file and a text that stands only in their line or the one above.
-NOT_SEEN: dict[tuple[str, str], str] = {}
+NOT_SEEN = {
+    # It brings lanes together and orders no memory.
+    ("select_logits.cuh", "tensor cores want all lanes together"),
+    # It makes the sort safe to call at once after the keys are written. Its one caller has a prefix sum in between.
+    ("block.cuh", "void bitonic_sort("),
+}
 
 
 @functools.cache
@@ -72,9 +77,9 @@ def main() -> int:
 
     race, ordinary, sanitized = (cuda_emulation.build(kind) for kind in ("race", "ordinary", "sanitized"))
     jobs: dict[str, Callable[[], Outcome]] = {}
-    jobs["AddressSanitizer and UndefinedBehaviorSanitizer"] = lambda: _test(sanitized, **sanitizers())
     for op in _ops():
         jobs[f"races, {op}"] = lambda op=op: _look_for_races(race, op)
+    jobs["AddressSanitizer and UndefinedBehaviorSanitizer"] = lambda: _test(sanitized, **sanitizers())
     for order in ORDERS:
         jobs[f"order {order}"] = lambda order=order: _test(ordinary, EMU_ORDER=order)
     for barrier, ops in _barriers().items():
@@ -103,10 +108,9 @@ def _look_for_races(library: Path, op: str) -> Outcome:
 
 
 def _miss(library: Path, barrier: str, ops: tuple[str, ...]) -> Outcome:
-    """Runs the tests of ops without a barrier: well is where they fail of a race at its file."""
+    """Runs the tests of ops without a barrier: all is well where a race is then found in a kernel of theirs."""
     well, output = _run(library, ops, EMU_WITHOUT=barrier)
-    file = barrier.split(":")[0]
-    races = [line for line in output.splitlines() if ": race in " in line and file in line]
+    races = [line for line in output.splitlines() if line.startswith(ops) and ": race in " in line]
     if races:
         return True, races[0]
     if well:

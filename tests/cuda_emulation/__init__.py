@@ -63,22 +63,20 @@ def library() -> Path:
     return Path(path) if path else build("ordinary")
 
 
-def build(
-    kind: str, name: str = "", sources: Sequence[Path] = (HERE / "bindings.cpp", *OPS), include: Path | None = None
-) -> Path:
-    """Builds what has changed of a library of one of KINDS, in a folder `name`; headers in `include` come first."""
+def build(kind: str, name: str = "", sources: Sequence[Path] = (HERE / "bindings.cpp", *OPS)) -> Path:
+    """Builds what has changed of a library of one of KINDS, in a folder `name`, by default that of the ops."""
     folder = BUILD / (name or kind)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes start together
-        (folder / "build.ninja").write_text("\n".join(_rules(KINDS[kind], sources, include)) + "\n")
+        (folder / "build.ninja").write_text("\n".join(_rules(KINDS[kind], sources)) + "\n")
         result = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     return folder / "emulated.so"
 
 
-def _rules(kind: Kind, sources: Sequence[Path], include: Path | None) -> list[str]:
-    includes = [f"-I{path}" for path in (HERE, include, ROOT / "csrc") if path]
+def _rules(kind: Kind, sources: Sequence[Path]) -> list[str]:
+    includes = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     includes += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     torch_lib = Path(torch.__file__).parent / "lib"
     lines = [

@@ -30,11 +30,12 @@ class Races:
 
     def take(self) -> list[str]:
         """Races found since the last call, in a line each with the source lines of both accesses."""
-        lines = self._library.emulation_race_reports().decode().splitlines()
-        return [re.sub(r"\+0x[0-9a-f]+", lambda address: self._source(address[0]), line) for line in lines]
+        reports = self._library.emulation_race_reports().decode()
+        lines = re.sub(r"\+0x[0-9a-f]+", lambda address: self._source(address[0]), reports).splitlines()
+        return list(dict.fromkeys(lines))  # one line of source may be several accesses
 
     def _source(self, address: str) -> str:
         # An access is reported by the address that a call returns to, the one after it.
         command = ["addr2line", "--inlines", "--exe", str(self._path), hex(int(address, 16) - 1)]
         lines = subprocess.check_output(command, text=True).splitlines()
-        return " < ".join(Path(line.split(" ")[0]).name for line in lines)
+        return " < ".join(Path(line.split(" ")[0]).name for line in lines if not line.startswith("/usr/"))

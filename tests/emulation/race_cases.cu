@@ -52,6 +52,25 @@ CASE(no_barrier_in_dynamic_memory, 1) {
   own(global) = memory[kThreads - 1 - t];  // race
 }
 
+// What functions give and take as a whole.
+CASE(a_struct_that_a_function_returns, 1) {
+  __shared__ Half memory[kThreads];
+  memory[t] = from_float<Half>(static_cast<float>(t));  // race
+  own(global) = memory[kThreads - 1 - t].bits;          // race
+}
+
+// In one line, as GCC says that an argument is copied in the line before.
+CASE(a_struct_that_a_function_is_given, 1) {
+  __shared__ Half memory[kThreads];
+  memory[t].bits = 1, own(global) = to_float(memory[t ^ 1]) > 0;  // race
+}
+
+CASE(sixteen_bytes, 1) {
+  __shared__ uint4 memory[kThreads];
+  memory[t] = load_streaming(reinterpret_cast<const uint4*>(global));  // race
+  own(global) = static_cast<int>(memory[t ^ 1].w);                     // race
+}
+
 CASE(counting_barrier, 1) {
   __shared__ int memory[kThreads];
   memory[t] = 1;

@@ -25,24 +25,26 @@ struct BFloat16 {
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
 
-inline float to_float(Half x) {
+__forceinline__ float to_float(Half x) {
   _Float16 half;
   std::memcpy(&half, &x, sizeof half);
   return static_cast<float>(half);
 }
-inline float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+__forceinline__ float to_float(BFloat16 x) {
+  return bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 template <typename T>
-T from_float(float x);
+__forceinline__ T from_float(float x);
 template <>
-inline Half from_float<Half>(float x) {
+__forceinline__ Half from_float<Half>(float x) {
   const _Float16 half = static_cast<_Float16>(x);
   Half result;
   std::memcpy(&result, &half, sizeof half);
   return result;
 }
 template <>
-inline BFloat16 from_float<BFloat16>(float x) {
+__forceinline__ BFloat16 from_float<BFloat16>(float x) {
   if (x != x) return {0x7fff};
   const uint32_t bits = float_bits(x);
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
@@ -162,10 +164,10 @@ inline int sync_threads_count(bool value, At at = At::current()) {
 }
 
 template <typename T>
-T load_constant(const T* from) {
+__forceinline__ T load_constant(const T* from) {
   return *from;
 }
-inline uint4 load_streaming(const uint4* from) { return *from; }
+__forceinline__ uint4 load_streaming(const uint4* from) { return *from; }
 inline void copy_async(void* shared, const void* global) {
   emulation::copy_async(shared, global, 16);
 }
