@@ -51,10 +51,12 @@ def _races() -> Races | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """A race fails the test that it is found in."""
-    yield
-    if (races := _races()) and (found := races.take()):
-        pytest.fail("\n".join(found), pytrace=False)
+    """A race fails the test that it is found in, in place of what else fails it: that may come of the race."""
+    try:
+        yield
+    finally:
+        if (races := _races()) and (found := races.take()):
+            pytest.fail("\n".join(found), pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
