@@ -1,4 +1,5 @@
-# CI runs test-all, cuda-check, sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which scripts/install.py sets up.
+# CI runs test-all, cuda-check, sanitize, cuda-sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which
+# scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
 # As many test processes as cores, with one thread each: more of either fight over the cores. In the order of collection,
@@ -9,9 +10,9 @@ PYTEST_FLAGS ?=
 ISA ?=
 AS = $(if $(ISA),$(BIN)/python scripts/on_isa.py $(ISA))
 PYTEST = OMP_NUM_THREADS=1 $(AS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test test-all cuda-check sanitize soak docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test test-all cuda-check sanitize cuda-sanitize soak docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -42,6 +43,10 @@ cuda-check: install
 # The tests of the CPU ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
 	$(BIN)/python scripts/sanitize.py
+
+# The tests of the CUDA ops on emulated threads: races, other orders, AddressSanitizer and UndefinedBehaviorSanitizer.
+cuda-sanitize: install
+	$(BIN)/python scripts/sanitize_cuda.py
 
 # A server under load, aborts and shared prefixes, then the same questions again in quiet.
 SECONDS ?= 120

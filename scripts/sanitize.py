@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ LIBRARY = BUILD / "vllm_shadowkv" / "_C.abi3.so"
 
 # Python frees little of what it allocates at exit, so leaks are not looked for. Reports name the lines of our sources.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:strict_init_order=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+# Whether all is well, and what there is to say: a line if it is.
+Outcome = tuple[bool, str]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -34,10 +38,12 @@ def pytest_load_initial_conftests() -> None:
 
 def pytest_collection_finish() -> None:
     """Makes sure of it: tests of another library would find nothing."""
-    libraries = {
-        Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "_C.abi3" in line
-    }
-    assert libraries == {LIBRARY}, f"the tests run on {libraries}"
+    assert loaded("_C.abi3") == {LIBRARY}, f"the tests run on {loaded('_C.abi3')}"
+
+
+def loaded(name: str) -> set[Path]:
+    """The files of this process's libraries with `name` in their path."""
+    return {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if name in line}
 
 
 def main() -> int:
@@ -54,30 +60,46 @@ def main() -> int:
     if result.returncode:
         print(result.stdout, result.stderr)
         return result.returncode
-    # Before everything else: an allocation that the runtime has not seen cannot be checked. It looks up the C++
-    # library's throw when it starts, so that one has to be there too.
-    libraries = " ".join(_path_of(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
-    environment = (
-        os.environ
-        | OPTIONS
-        | {"OMP_NUM_THREADS": "1", "LD_PRELOAD": libraries, "PYTHONPATH": str(Path(__file__).parent)}
-    )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {isa: pool.submit(_test, environment | {"SHADOWKV_CPU_ISA": isa}) for isa in _instruction_sets()}
-    for isa, run in runs.items():
-        code, output = run.result()
-        print(f"{isa}: {output.splitlines()[-1] if not code else output}")
-    return max(run.result()[0] for run in runs.values())
+
+    def test(isa: str) -> Outcome:
+        code, output = run_tests("sanitize", "not emulated", ["tests/ops"], sanitizers() | {"SHADOWKV_CPU_ISA": isa})
+        return code == 0, output if code else output.splitlines()[-1]
+
+    return side_by_side({isa: lambda isa=isa: test(isa) for isa in _instruction_sets()})
 
 
-def _test(environment: dict[str, str]) -> tuple[int, str]:
-    """Runs the tests of the CPU kernels; returns the exit code and the output."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "sanitize", "-p", "no:cacheprovider"]
-    command += ["-k", "not emulated", "tests/ops"]
+def run_tests(plugin: str, keyword: str, paths: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Runs tests with a plugin of this folder; returns the exit code, not 0 where none is selected, and the output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", plugin, "-p", "no:cacheprovider", "-k", keyword]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *paths],
+        cwd=ROOT,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return result.returncode, result.stdout
+
+
+def side_by_side(jobs: Mapping[str, Callable[[], Outcome]]) -> int:
+    """Runs as many jobs at once as there are cores, prints what each has to say as it ends; returns the exit code."""
+    all_well = True
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        names = {pool.submit(job): name for name, job in jobs.items()}
+        for job in as_completed(names):
+            well, text = job.result()
+            print(f"{names[job]}: {text}", flush=True)
+            all_well &= well
+    return 0 if all_well else 1
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment of a process that loads a library with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    # Before everything else: an allocation that the runtime has not seen cannot be checked. It looks up the C++
+    # library's throw when it starts, so that one has to be there too.
+    libraries = (_path_of(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
+    return OPTIONS | {"LD_PRELOAD": " ".join(libraries)}
 
 
 def _path_of(library: str) -> str:

@@ -3,10 +3,13 @@
 
 #include <math.h>
 
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <source_location>
+#include <type_traits>
 
 #include "emulation.h"
 
@@ -22,24 +25,26 @@ struct BFloat16 {
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
 
-inline float to_float(Half x) {
+__forceinline__ float to_float(Half x) {
   _Float16 half;
   std::memcpy(&half, &x, sizeof half);
   return static_cast<float>(half);
 }
-inline float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+__forceinline__ float to_float(BFloat16 x) {
+  return bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 template <typename T>
-T from_float(float x);
+__forceinline__ T from_float(float x);
 template <>
-inline Half from_float<Half>(float x) {
+__forceinline__ Half from_float<Half>(float x) {
   const _Float16 half = static_cast<_Float16>(x);
   Half result;
   std::memcpy(&result, &half, sizeof half);
   return result;
 }
 template <>
-inline BFloat16 from_float<BFloat16>(float x) {
+__forceinline__ BFloat16 from_float<BFloat16>(float x) {
   if (x != x) return {0x7fff};
   const uint32_t bits = float_bits(x);
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
@@ -82,7 +87,7 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
     mine[2 * i + 1] = to_float(T{static_cast<uint16_t>(two >> 16)});
   }
   std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
-  emulation::sync_warp();
+  emulation::meet_warp();
   const auto value = [](int lane, int reg, int half) {
     float result;
     const auto* memory = reinterpret_cast<const char*>(emulation::lane_memory(lane));
@@ -100,13 +105,13 @@ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
     for (int i = 0; i < 4; ++i) sum[i] += rows[i / 2] * columns[i % 2];
   }
   for (int i = 0; i < 4; ++i) c[i] += sum[i];
-  emulation::sync_warp();
+  emulation::meet_warp();
 }
 
 inline void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2], uint32_t b) {
   const uint32_t mine[3] = {a[0], a[1], b};
   std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
-  emulation::sync_warp();
+  emulation::meet_warp();
   const auto value = [](int lane, int reg, int byte) {
     int8_t result;
     std::memcpy(&result,
@@ -120,17 +125,17 @@ inline void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2], uint32_t b) {
                             value(8 * pair + 4 + k / 4, 2, k % 4)};
     for (int i = 0; i < 4; ++i) c[i] += rows[i / 2] * columns[i % 2];
   }
-  emulation::sync_warp();
+  emulation::meet_warp();
 }
 
 template <typename T>
 T shuffle(T value, int lane) {
   static_assert(sizeof(T) <= 8);
   std::memcpy(emulation::lane_memory(emulation::lane()), &value, sizeof value);
-  emulation::sync_warp();
+  emulation::meet_warp();
   T result;
   std::memcpy(&result, emulation::lane_memory(lane % kWarp), sizeof result);
-  emulation::sync_warp();
+  emulation::meet_warp();
   return result;
 }
 template <typename T>
@@ -144,22 +149,25 @@ T shuffle_up(T value, int delta) {
 }
 inline uint32_t ballot(bool value) {
   *emulation::lane_memory(emulation::lane()) = value;
-  emulation::sync_warp();
+  emulation::meet_warp();
   uint32_t result = 0;
   for (int i = 0; i < kWarp; ++i) result |= (*emulation::lane_memory(i) & 1) << i;
-  emulation::sync_warp();
+  emulation::meet_warp();
   return result;
 }
 inline int count_bits(uint32_t x) { return std::popcount(x); }
-inline void sync_warp() { emulation::sync_warp(); }
-inline void sync_threads() { emulation::sync_threads(); }
-inline int sync_threads_count(bool value) { return emulation::sync_threads(value); }
+using At = std::source_location;
+inline void sync_warp(At at = At::current()) { emulation::sync_warp(at); }
+inline void sync_threads(At at = At::current()) { emulation::sync_threads(false, at); }
+inline int sync_threads_count(bool value, At at = At::current()) {
+  return emulation::sync_threads(value, at);
+}
 
 template <typename T>
-T load_constant(const T* from) {
+__forceinline__ T load_constant(const T* from) {
   return *from;
 }
-inline uint4 load_streaming(const uint4* from) { return *from; }
+__forceinline__ uint4 load_streaming(const uint4* from) { return *from; }
 inline void copy_async(void* shared, const void* global) {
   emulation::copy_async(shared, global, 16);
 }
@@ -169,28 +177,26 @@ void wait_copies() {
   emulation::wait_copies(kPending);
 }
 
+// By std::atomic_ref, so that a race detector knows them.
 inline int atomic_add(int* to, int value) {
-  const int old = *to;
-  *to += value;
-  return old;
+  return std::atomic_ref(*to).fetch_add(value, std::memory_order_relaxed);
 }
-inline void atomic_add(int64_t* to, int64_t value) { *to += value; }
-inline uint64_t atomic_cas(uint64_t* at, uint64_t expected, uint64_t value) {
-  const uint64_t old = *at;
-  if (old == expected) *at = value;
-  return old;
+inline void atomic_add(int64_t* to, int64_t value) {
+  std::atomic_ref(*to).fetch_add(value, std::memory_order_relaxed);
 }
-inline int atomic_cas(int* at, int expected, int value) {
-  const int old = *at;
-  if (old == expected) *at = value;
-  return old;
+template <typename T>
+T atomic_cas(T* at, T expected, std::type_identity_t<T> value) {
+  std::atomic_ref(*at).compare_exchange_strong(expected, value, std::memory_order_relaxed);
+  return expected;  // what was there, exchanged or not
 }
 inline int atomic_min(int* to, int value) {
-  const int old = *to;
-  if (value < old) *to = value;
+  const std::atomic_ref at(*to);
+  int old = at.load(std::memory_order_relaxed);
+  while (value < old && !at.compare_exchange_strong(old, value, std::memory_order_relaxed)) {
+  }
   return old;
 }
 
-inline uint8_t* dynamic_shared_memory() { return emulation::shared_memory; }
+inline uint8_t* dynamic_shared_memory() { return emulation::context.shared_memory; }
 
 }  // namespace shadowkv::cuda

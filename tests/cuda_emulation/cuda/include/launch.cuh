@@ -29,7 +29,7 @@ class Launcher {
     SHADOWKV_CHECK(threads > 0 && threads <= 1024 && grid.y <= 65535 && grid.z <= 65535, name,
                    ": launched with ", threads, " threads, grid ", grid.x, " ", grid.y, " ",
                    grid.z);
-    emulation::run(grid, threads, shared_bytes, [&] { kernel(argument); });
+    emulation::run(name, grid, threads, shared_bytes, [&] { kernel(argument); });
   }
 };
 
