@@ -208,7 +208,9 @@ def layer(request: pytest.FixtureRequest) -> Iterator[Layer]:
     return Layer(config)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "large" in name else []) for name in SHAPES]
+)
 def test_equals_full_attention(layer: Layer, name: str) -> None:
     shape, generator = SHAPES[name], generators.make_generator(name, "queries")
     rows = layer.allocate(shape, name)

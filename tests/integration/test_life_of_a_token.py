@@ -134,7 +134,7 @@ CUDA_V2_GRAPHS = Trial(
     graphs=True,
     emulated_cuda="flash_attention",
     poison=True,
-    quick=("prefixes", "short"),
+    quick=("eight", "prefixes"),
 )
 CUDA_TRIALS = (CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS)
 
