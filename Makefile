@@ -12,7 +12,7 @@ AS = $(if $(ISA),$(BIN)/python scripts/on_isa.py $(ISA))
 PYTEST = OMP_NUM_THREADS=1 $(AS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test test-all cuda-check sanitize cuda-sanitize soak docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test test-all coverage cuda-check sanitize cuda-sanitize soak docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -32,8 +32,12 @@ format: install
 test: lint
 	$(PYTEST) --quick $(PYTEST_FLAGS)
 
-# What is marked slow too, the needle guard with all its prompts, and coverage.
+# What is marked slow too, and the needle guard with all its prompts.
 test-all: lint
+	$(PYTEST) $(PYTEST_FLAGS)
+
+# The same, slower, with a report of what was run.
+coverage: lint
 	$(PYTEST) --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
 
 # Needs the CUDA toolkit, but no GPU.

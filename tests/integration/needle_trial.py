@@ -1,6 +1,6 @@
 """Asks one backend the needle model's questions and writes how right its answers were; test_needle_accuracy.py runs it.
 
-usage: needle_trial.py {stock|shadowkv|planted} RESULT_JSON HAYSTACKS QUESTIONS [graphs]
+usage: needle_trial.py {stock|shadowkv|planted} RESULT_JSON HAYSTACKS QUESTIONS [graphs] [brief]
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ def ask(llm: LLM, family: str, prompts: list[Prompt]) -> list[float]:
     return scores
 
 
-def score(llm: LLM, haystacks: int, questions: int, first_seed: int) -> dict[str, list[float]]:
+def score(llm: LLM, haystacks: int, questions: int, first_seed: int, brief: bool) -> dict[str, list[float]]:
     """Scores by family: `haystacks * questions` prompts each.
 
     The first question about a haystack is prefilled exactly. The others hit its blocks in the prefix cache, so their
-    prefill reads sealed context too. A haystack of the family `single` holds one fact, so there all are firsts.
+    prefill reads sealed context too. A haystack of the family `single` holds one fact, so there all are firsts, which
+    takes most of the time: if it is to be brief, there are twice as many haystacks of it as of others, and no more.
     """
+    most = 2 * haystacks if brief else haystacks * questions
     right = {}
     for family in FAMILIES:
         groups: list[list[Prompt]] = []
-        while sum(map(len, groups)) < haystacks * questions:
+        while sum(map(len, groups)) < haystacks * questions and len(groups) < most:
             groups.append(make_prompts(family, LENGTH, first_seed + len(groups), questions))
         first = ask(llm, family, [group[0] for group in groups])
         later = [prompt for group in groups for prompt in group[1:]]
@@ -77,7 +79,7 @@ def flipped_rotation(runtime: Any) -> None:
 PLANTS: dict[str, Callable[[Any], None]] = {"random selection": random_selection, "flipped rotation": flipped_rotation}
 
 
-def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool) -> None:
+def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool, brief: bool) -> None:
     # On a GPU vLLM would take most of it, and we pin as much of the host's memory as backs that.
     options: dict[str, Any] = {"kv_cache_memory_bytes": 2 << 30} if torch.cuda.is_available() else {}
     if backend != "stock":
@@ -99,12 +101,13 @@ def main(backend: str, result: str, haystacks: int, questions: int, graphs: bool
         for number, (name, plant) in enumerate(PLANTS.items()):
             plant(Runtime.latest())
             # Other haystacks each time: slots filled before the error was planted would still be right.
-            scores[name] = score(llm, max(haystacks // 5, 2), questions, FIRST_SEED + 1000 * (number + 1))
+            scores[name] = score(llm, max(haystacks // 5, 2), questions, FIRST_SEED + 1000 * (number + 1), brief)
             ops.select_chunks = select
     else:
-        scores["as built"] = score(llm, haystacks, questions, FIRST_SEED)
+        scores["as built"] = score(llm, haystacks, questions, FIRST_SEED, brief)
     Path(result).write_text(json.dumps(scores))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), "graphs" in sys.argv[5:])
+    flags = ("graphs" in sys.argv[5:], "brief" in sys.argv[5:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *flags)
