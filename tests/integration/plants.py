@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_shadowkv.integration.scheduler.managers import ExactManager
 from vllm_shadowkv.integration.worker import sealing
@@ -31,40 +30,43 @@ def _patched(owner: Any, name: str, planted: Callable[..., Any]) -> Iterator[Non
         setattr(owner, name, original)
 
 
-def wrong_value() -> Any:
-    """Zeroes the value of one token of one sealed block, one layer, one head."""
+def _once(spoil: Callable[[Any, int], None]) -> Any:
+    """Spoils the first block that is sealed, in one layer: `spoil` gets the layer's memory and the block's id."""
     left = [1]
 
     def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
         original(memory, block_ids, *args)
         if left and left.pop():
-            memory.layout.value_views(memory.host_pool)[0][int(block_ids[0]), 0, 2, 3] = 0
+            spoil(memory, int(block_ids[0]))
 
     return _patched(sealing, "seal_blocks", seal)
+
+
+def wrong_value() -> Any:
+    """Zeroes the value of one token of one sealed block, one layer, one head."""
+
+    def spoil(memory: Any, block: int) -> None:
+        memory.layout.value_views(memory.host_pool)[0][block, 0, 2, 3] = 0
+
+    return _once(spoil)
 
 
 def wrong_key() -> Any:
     """Zeroes the key of one token of one sealed block, one layer, one head; for `key_codec` none."""
-    left = [1]
 
-    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
-        original(memory, block_ids, *args)
-        if left and left.pop():
-            memory.layout.view(memory.pages, "exact_keys")[int(block_ids[0]), 0, 19] = 0
+    def spoil(memory: Any, block: int) -> None:
+        memory.layout.view(memory.pages, "exact_keys")[block, 0, 19] = 0
 
-    return _patched(sealing, "seal_blocks", seal)
+    return _once(spoil)
 
 
 def lost_block() -> Any:
     """Zeroes all values of one sealed block, one layer."""
-    left = [1]
 
-    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
-        original(memory, block_ids, *args)
-        if left and left.pop():
-            memory.host_pool[int(block_ids[0])] = 0
+    def spoil(memory: Any, block: int) -> None:
+        memory.host_pool[block] = 0
 
-    return _patched(sealing, "seal_blocks", seal)
+    return _once(spoil)
 
 
 def no_lag() -> Any:
@@ -102,6 +104,8 @@ def not_turned_back() -> Any:
 
 def rounding() -> Any:
     """Changes what the stock backend's attention gives as another order of its sums does: in the last few bits."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
     generator = torch.Generator().manual_seed(0)
 
     def forward(original: Any, impl: Any, *args: Any, **kwargs: Any) -> Any:
