@@ -11,6 +11,9 @@ from typing import Any
 
 NAME = "SHADOWKV"
 BACKEND = "vllm_shadowkv.integration.backend.ShadowKVBackend"
+OF_CPU = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
+IN_PLACE_OF_OURS = (*OF_CPU, "FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV")
+"""Backends that vLLM's CPU platform, or a model, chooses by itself; see `integration/platform.py`."""
 
 
 def register() -> None:
@@ -26,12 +29,21 @@ def register() -> None:
     # A spawned process unpickles the engine's configuration before it loads plugins, and an enum member pickles by a
     # value that the process does not know yet. So our member says how to get itself.
     AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_member, ())
-    # vLLM's CPU platform takes no backend but its own; it does honour an override of them.
-    for cpu_backend in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):
-        member = AttentionBackendEnum.__members__.get(cpu_backend)
+    # What vLLM takes whatever was asked for; it does honour an override of it.
+    for name in IN_PLACE_OF_OURS:
+        member = AttentionBackendEnum.__members__.get(name)
         if member is not None and not member.is_overridden():
-            register_backend(member, f"vllm_shadowkv.integration.platform.{cpu_backend}")
+            register_backend(member, f"vllm_shadowkv.integration.platform.{name}")
     REGISTRY.register(Collector())  # what `/metrics` and `LLM.get_metrics` read
+
+
+def platform() -> None:
+    """No platform (`vllm.platform_plugins`): vLLM asks for one before it reads any configuration.
+
+    General plugins come too late for `LLM(attention_config={"backend": "SHADOWKV"})`, which vLLM validates before it
+    loads them. With VLLM_TARGET_DEVICE=cpu it does not ask.
+    """
+    register()
 
 
 def _member() -> Any:

@@ -68,6 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 384,
         "head_dim": 96,
         "num_key_value_heads": 4,
+        "sliding_window": 262_144,  # as shipped: more than a request can have
         **_longrope(96),
     },
     "phi-4-mini": {
@@ -75,6 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 512,
         "head_dim": 128,
         "tie_word_embeddings": True,
+        "sliding_window": 262_144,
         **_longrope(96, partial_rotary_factor=0.75),
     },
     "phi-4": {"model_type": "phi3", "hidden_size": 512, "head_dim": 128, "rope_theta": 250_000.0},

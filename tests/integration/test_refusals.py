@@ -95,7 +95,7 @@ def test_cuda_without_cuda_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gpu_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for capability in (None, DeviceCapability(7, 5), DeviceCapability(8, 9), DeviceCapability(9, 0)):
+    for capability in (None, DeviceCapability(8, 9), DeviceCapability(9, 0)):
         on(monkeypatch, "cuda", built_with_cuda=True, capability=capability)
         check_process()
     on(monkeypatch, "cuda", built_with_cuda=True, capability=DeviceCapability(12, 0))
@@ -124,6 +124,13 @@ def test_architectures_that_run(architectures: str, capability: tuple[int, int],
     assert extension.runs_on(capability, architectures) == runs
 
 
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "cuda", built_with_cuda=True, capability=DeviceCapability(7, 5))
+    sentence = r"needs a GPU of compute capability 8\.0 or later, this one has 7\.5; use another --attention-backend"
+    with pytest.raises(RuntimeError, match=sentence):
+        check_process()
+
+
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "xpu", built_with_cuda=True)
     with pytest.raises(RuntimeError, match="runs on CUDA and on the CPU, not on xpu; use another --attention-backend"):
@@ -149,6 +156,7 @@ def engine(**changes: Any) -> Any:
         "parallel_config",
         "cache_config",
         "scheduler_config",
+        "attention_config",
         "model_config",
     )
     config = SimpleNamespace(**{name: copy.copy(getattr(real, name)) for name in names})
@@ -163,22 +171,28 @@ def engine(**changes: Any) -> Any:
     return config
 
 
-def hybrid() -> Any:
-    return SimpleNamespace(is_hybrid=True, dtype=torch.bfloat16)
+def model(**changes: Any) -> Any:
+    """What the checks read of a model's configuration."""
+    usual = {"is_hybrid": False, "is_mm_prefix_lm": False, "rswa_window": None, "dtype": torch.bfloat16}
+    return SimpleNamespace(**(usual | changes))
+
+
+def drafts(method: str, adaptive: bool = False) -> Any:
+    return SimpleNamespace(method=method, enable_adaptive_verification=adaptive)
 
 
 ENGINES: list[tuple[dict[str, Any], str]] = [
     ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
     (
-        {"speculative_config": SimpleNamespace(method="eagle3")},
+        {"speculative_config": drafts("eagle3")},
         "of ngram, suffix, draft_model, not of eagle3, .*; use one of",
     ),
     (
-        {"speculative_config": SimpleNamespace(method="draft_model"), "use_v2_model_runner": True},
+        {"speculative_config": drafts("draft_model"), "use_v2_model_runner": True},
         "from vLLM's V1 runner only, .*; set VLLM_USE_V2_MODEL_RUNNER=0, or use drafts of ngram",
     ),
     (
-        {"speculative_config": SimpleNamespace(method="ngram"), "scheduler_config__async_scheduling": True},
+        {"speculative_config": drafts("ngram"), "scheduler_config__async_scheduling": True},
         "before it seals; add --no-async-scheduling to --speculative-config",
     ),
     ({"parallel_config__decode_context_parallel_size": 2}, "drop --decode-context-parallel-size"),
@@ -188,13 +202,34 @@ ENGINES: list[tuple[dict[str, Any], str]] = [
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},
         "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
     ),
-    ({"model_config": hybrid()}, "models with Mamba layers; use another --attention-backend"),
+    ({"model_config": model(is_hybrid=True)}, "models with Mamba layers; use another --attention-backend"),
+    (
+        {"model_config": model(is_mm_prefix_lm=True)},
+        r"image tokens that see each other both ways \(is_mm_prefix_lm\); use another --attention-backend",
+    ),
+    (
+        {"model_config": model(rswa_window=64)},
+        r"over generated tokens \(R-SWA, 64 tokens\); use another --attention-backend",
+    ),
+    ({"attention_config__use_non_causal": True}, "computes causal attention only, .*; use another --attention-backend"),
+    (
+        {"speculative_config": drafts("ngram", adaptive=True), "scheduler_config__async_scheduling": False},
+        "drop enable_adaptive_verification from --speculative-config",
+    ),
     (
         {"cache_config__user_specified_block_size": True, "cache_config__block_size": 16},
         r"not from --block-size 16; drop --block-size, or set shadowkv.block_size in --additional-config \(now 1024\)",
     ),
-    ({"cache_config__cache_dtype": "fp8"}, "not as --kv-cache-dtype fp8; drop --kv-cache-dtype"),
-    ({"cache_config__cache_dtype": "fp8_e5m2"}, "not as --kv-cache-dtype fp8_e5m2; drop --kv-cache-dtype"),
+    (
+        {"cache_config__cache_dtype": "fp8"},
+        "in the model's dtype, bfloat16, not as fp8, .* or the checkpoint asks for; use --kv-cache-dtype bfloat16",
+    ),
+    ({"cache_config__cache_dtype": "fp8_e5m2"}, "not as fp8_e5m2, .*; use --kv-cache-dtype bfloat16"),
+    ({"cache_config__cache_dtype": "float16"}, "not as float16, .*; use --kv-cache-dtype bfloat16"),
+    (
+        {"cache_config__cache_dtype": "fp8", "model_config": model(dtype=torch.float32)},
+        "dtype, float32, not as fp8, .*; use --dtype bfloat16 --kv-cache-dtype bfloat16",
+    ),
     ({"model_config__dtype": torch.float64}, "not --dtype torch.float64; use another --dtype"),
 ]
 
@@ -217,16 +252,22 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
         {"parallel_config__tensor_parallel_size": 2},
         {"model_config__dtype": torch.float32},
         {
-            "speculative_config": SimpleNamespace(method="ngram"),
+            "speculative_config": drafts("ngram"),
             "scheduler_config__async_scheduling": False,
             "use_v2_model_runner": True,
         },
-        {"speculative_config": SimpleNamespace(method="draft_model"), "scheduler_config__async_scheduling": False},
+        {"speculative_config": drafts("draft_model"), "scheduler_config__async_scheduling": False},
     ],
     ids=lambda changes: ", ".join(changes) or "defaults",
 )
 def test_an_engine_that_works_is_accepted(changes: dict[str, Any]) -> None:
     check_engine(engine(**changes), ShadowKVConfig())
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=r"^shadowkv is not batch invariant; unset VLLM_BATCH_INVARIANT\.$"):
+        check_engine(engine(), ShadowKVConfig())
 
 
 def test_float32_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +307,7 @@ PLAIN: dict[str, Any] = {
     "logits_soft_cap": None,
     "kv_sharing_target_layer_name": None,
     "sinks": None,
+    "max_model_len": 8192,
 }
 
 
@@ -286,16 +328,30 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(changes: dict[str,
         check_layer(**(PLAIN | changes))
 
 
-def test_a_sliding_window_is_refused_with_its_way_out() -> None:
+@pytest.mark.parametrize(
+    ("device", "way_out"),
+    [
+        ("cpu", "use another --attention-backend"),
+        (
+            "cuda",
+            r"if the model has others too, give it those, with --attention-config\.backend_per_kind "
+            r"""'{"full_attention": "SHADOWKV"}' in place of --attention-backend""",
+        ),
+    ],
+)
+def test_a_sliding_window_is_refused_with_its_way_out(
+    device: str, way_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, device, built_with_cuda=True)
     sentence = (
-        r"^shadowkv does not support layers with a sliding window \(4096 tokens\); if the model has others too, give "
-        r"""it those, with --attention-config\.backend_per_kind '{"full_attention": "SHADOWKV"}' in place of"""
+        rf"^shadowkv does not support layers with a sliding window \(8191 tokens\); {way_out}, or lower "
+        r"--max-model-len to the window\.$"
     )
     with pytest.raises(ValueError, match=sentence):
-        check_layer(**(PLAIN | {"sliding_window": 4096}))
+        check_layer(**(PLAIN | {"sliding_window": 8191}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}])
+@pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}, {"sliding_window": 8192}])
 def test_plain_attention_is_accepted(changes: dict[str, Any]) -> None:
     check_layer(**(PLAIN | changes))
 
@@ -370,7 +426,8 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
     config.additional_config = {"shadowkv": settings}
     config.scheduler_config.async_scheduling = False
     config.scheduler_config.max_num_batched_tokens = 2048
-    config.model_config.max_model_len = 65_536
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.max_model_len = config.model_config.original_max_model_len = 65_536
     made = Runtime(config)
     made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     made.layers.by_name = dict.fromkeys(["layers.0", "layers.1"])  # type: ignore[arg-type]
@@ -525,10 +582,20 @@ def test_an_override_beyond_what_the_host_can_back_is_refused_at_start_up(
 def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=1)
     alone = made.memory.bound_bytes(1 << 50)
-    made.geometry.vllm_config.parallel_config = SimpleNamespace(
-        local_world_size=2, data_parallel_size=2, data_parallel_size_local=2
-    )
-    assert alone // 4 - made.geometry.layout.page_bytes * 2 <= made.memory.bound_bytes(1 << 50) <= alone // 4
+    page = made.geometry.layout.page_bytes * 2
+    parallel: Any = {"data_parallel_size": 2, "data_parallel_size_local": 2, "local_world_size": 2}
+    for devices, use_ray, ranks in (
+        (None, False, 2),
+        ([0], False, 2),  # a user's choice of devices
+        (None, True, 2),
+        ([3], True, 1),  # two machines of Ray: local_world_size counts both
+        ([1, 3], True, 2),
+    ):
+        made.geometry.vllm_config.parallel_config = SimpleNamespace(
+            **parallel, use_ray=use_ray, assigned_physical_gpu_ids=devices
+        )
+        share = alone // (2 * ranks)
+        assert share - page <= made.memory.bound_bytes(1 << 50) <= share
 
 
 def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[..., Runtime]) -> None:
@@ -537,10 +604,24 @@ def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[...,
     assert needed > 64 + made.geometry.slot_pages_per_request
     sentence = (
         rf"shadowkv: host memory backs 40 KV cache blocks \(shadowkv.host_memory_gib 0\.01\), one request of 65536 "
-        rf"tokens needs {needed} \(0\.\d+ GiB\); raise shadowkv\.host_memory_gib, or lower --max-model-len\."
+        rf"token\(s\) needs {needed} \(0\.\d+ GiB\); raise shadowkv\.host_memory_gib, or lower --max-model-len\."
     )
     with pytest.raises(ValueError, match=sentence):
         made.memory.bound_bytes(1 << 50)
+
+
+def test_a_length_that_vllm_fits_is_not_refused(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime(host_memory_gib=0.01)
+    made.geometry.vllm_config.model_config.original_max_model_len = -1
+    page = made.geometry.layout.page_bytes * 2
+    assert made.memory.bound_bytes(1 << 50) == 40 * page
+    fitted = made.geometry.boundary.fit(40)
+    assert 0 < fitted.max_model_len < 65_536
+    tight = make_runtime(host_memory_gib=0.001)
+    tight.geometry.vllm_config.model_config.original_max_model_len = -1
+    sentence = r"one request of 1 token\(s\) needs \d+ \(0\.0\d+ GiB\); raise shadowkv\.host_memory_gib\.$"
+    with pytest.raises(ValueError, match=sentence):
+        tight.memory.bound_bytes(1 << 50)
 
 
 def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> None:
@@ -549,6 +630,13 @@ def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> N
     assert ours == made.memory.bound_bytes(1 << 50) < 1 << 50
     other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
     assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
+
+
+def test_requests_beyond_the_rotary_table_are_refused_at_start_up() -> None:
+    refusals.check_positions(4096, 4096)
+    sentence = r"has 4096 positions, fewer than --max-model-len 8192; lower it to 4096, or give the model a scaled RoPE"
+    with pytest.raises(ValueError, match=sentence):
+        refusals.check_positions(4096, 8192)
 
 
 def test_layers_must_be_equal(make_runtime: Callable[..., Runtime]) -> None:

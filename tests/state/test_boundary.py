@@ -148,7 +148,24 @@ def test_an_open_window_resolves_to_at_most_half_of_the_pool(num_blocks: int, st
     assert 0 <= window <= max_len
     if window:
         assert boundary.max_exact_pages <= max(num_blocks // 2, unresolved.max_exact_pages)
-    assert boundary.resolve(1) == boundary, "resolved once"
+    assert boundary.resolve(num_blocks) == boundary, "resolved once"
+
+
+@quick
+@given(boundary=RULES, beside=st.integers(0, 20), num_blocks=st.integers(1, 500))
+def test_a_pool_that_is_too_small_fits_the_longest_request(
+    boundary: ExactBoundary, beside: int, num_blocks: int
+) -> None:
+    """As vLLM does for --max-model-len auto: the longest that fits, and not one token more."""
+    boundary = boundary.beside(beside)
+    fitted = boundary.fit(num_blocks)
+    assert boundary.of_length(boundary.max_model_len) == boundary
+    if boundary.min_blocks <= num_blocks:
+        assert fitted == boundary
+        return
+    assert fitted == boundary.of_length(fitted.max_model_len)
+    assert fitted.min_blocks <= num_blocks or fitted.max_model_len == 1
+    assert boundary.of_length(fitted.max_model_len + 1).min_blocks > num_blocks
 
 
 def test_a_large_pool_keeps_whole_prompts_exact() -> None:
@@ -157,7 +174,7 @@ def test_a_large_pool_keeps_whole_prompts_exact() -> None:
 
 
 def test_a_window_that_is_set_does_not_depend_on_the_pool() -> None:
-    assert rule(prefill=77).resolve(3) == rule(prefill=77)
+    assert rule(prefill=77).resolve(30) == rule(prefill=77).resolve(300) == rule(prefill=77)
 
 
 @quick

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_shadowkv import extension
-from vllm_shadowkv.page import DTYPES, HEAD_SIZES
+from vllm_shadowkv.integration.refusals import MLA
 from vllm_shadowkv.plugin import NAME
-
-if TYPE_CHECKING:
-    from vllm.config.cache import CacheDType
 
 
 class GroupBackend(AttentionBackend):
@@ -21,8 +16,6 @@ class GroupBackend(AttentionBackend):
 
     # Exact pages have another slot mapping than the layer's own group, so the layer writes them itself.
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
@@ -40,25 +33,20 @@ class GroupBackend(AttentionBackend):
         return [MultipleOf(1)]
 
     @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
-
-    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Each layer's pages lie one after the other."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """No: a connector would move device pages without their values in the host pool."""
-        return False
+    def validate_configuration(cls, *, use_mla: bool, use_sparse: bool, **others: Any) -> list[str]:
+        """What vLLM's selector asks before it takes a backend; on CUDA, for its CPU platform asks nobody.
 
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """No: the builder plans a step from host lengths."""
-        return False
+        So only what never reaches a layer of ours is refused here. All else is refused by `check_process`,
+        `check_engine` and `check_layer`, on every platform and in the same words.
 
-    @classmethod
-    def supports_compute_capability(cls, capability: Any) -> bool:
-        """Ampere and later."""
-        return tuple(capability) >= extension.LEAST_CAPABILITY
+        Raises:
+            ValueError: an MLA model.
+        """
+        if use_mla or use_sparse:
+            raise ValueError(MLA)
+        return []

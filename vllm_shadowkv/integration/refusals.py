@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_shadowkv import extension
@@ -15,6 +16,11 @@ from vllm_shadowkv.page import DTYPES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+MLA = f"shadowkv does not support MLA models, whose keys are compressed already; {OTHER_BACKEND}."
+OWN_BACKEND = (
+    "shadowkv does not support models whose values are of another head size than their keys, for which vLLM takes a "
+    "backend of its own; drop --attention-backend."
+)
 DRAFT_METHODS = ("ngram", "suffix", "draft_model")
 MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
 
@@ -42,11 +48,15 @@ def check_process() -> None:
     # A worker knows its GPU; before there is one, vLLM asks the driver for the first.
     capability = torch.cuda.get_device_capability() if torch.cuda.is_initialized() else None
     capability = capability or current_platform.get_device_capability()
-    architectures = compiled.cuda_architectures()
-    if capability is None or tuple(capability) < extension.LEAST_CAPABILITY:
-        return  # vLLM refuses an older one by what the backend says of it, and no build would help
+    if capability is None:
+        return
+    architectures, name = compiled.cuda_architectures(), f"{capability[0]}.{capability[1]}"
+    if tuple(capability) < extension.LEAST_CAPABILITY:
+        least = ".".join(map(str, extension.LEAST_CAPABILITY))
+        raise RuntimeError(
+            f"shadowkv needs a GPU of compute capability {least} or later, this one has {name}; {OTHER_BACKEND}."
+        )
     if not extension.runs_on(tuple(capability), architectures):
-        name = f"{capability[0]}.{capability[1]}"
         raise RuntimeError(
             f"shadowkv's CUDA kernels were built for {architectures}, this GPU has {name}; build them with "
             f"TORCH_CUDA_ARCH_LIST={name} (`pip install --no-build-isolation .`), or use another --attention-backend."
@@ -59,8 +69,12 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
     Raises:
         ValueError: the sentence names the setting and the way out.
     """
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
     speculative = vllm_config.speculative_config
+    own = str(model.dtype).removeprefix("torch.")
+    # vLLM knows no KV cache of float32 by name.
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    dtype_flags = f"--kv-cache-dtype {own}" if half else "--dtype bfloat16 --kv-cache-dtype bfloat16"
     refusals: list[tuple[Any, str]] = [
         (
             vllm_config.kv_transfer_config is not None,
@@ -95,27 +109,45 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
             "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
         ),
-        (vllm_config.model_config.is_hybrid, f"does not support models with Mamba layers; {OTHER_BACKEND}"),
+        (model.is_hybrid, f"does not support models with Mamba layers; {OTHER_BACKEND}"),
+        (
+            model.is_mm_prefix_lm,
+            "computes causal attention, and not that of image tokens that see each other both ways (is_mm_prefix_lm); "
+            f"{OTHER_BACKEND}",
+        ),
+        (
+            vllm_config.attention_config.use_non_causal,
+            f"computes causal attention only, and use_non_causal is set; {OTHER_BACKEND}",
+        ),
+        (
+            model.rswa_window is not None,
+            f"does not support a window over generated tokens (R-SWA, {model.rswa_window} tokens); {OTHER_BACKEND}",
+        ),
+        (
+            speculative is not None and speculative.enable_adaptive_verification,
+            "plans a step from the query lengths that the host knows; drop enable_adaptive_verification from "
+            "--speculative-config",
+        ),
+        (envs.VLLM_BATCH_INVARIANT, "is not batch invariant; unset VLLM_BATCH_INVARIANT"),
         (
             cache.user_specified_block_size and cache.block_size != config.block_size,
             f"takes its block size from its own settings, not from --block-size {cache.block_size}; drop --block-size, "
             f"or set shadowkv.block_size in --additional-config (now {config.block_size})",
         ),
         (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
-            f"stores keys and values in the model's dtype, not as --kv-cache-dtype {cache.cache_dtype}; drop "
-            "--kv-cache-dtype",
+            model.dtype not in DTYPES,
+            f"supports float32, float16 and bfloat16, not --dtype {model.dtype}; use another --dtype",
         ),
         (
-            vllm_config.model_config.dtype not in DTYPES,
-            f"supports float32, float16 and bfloat16, not --dtype {vllm_config.model_config.dtype}; use another "
-            "--dtype",
+            cache.cache_dtype not in ("auto", own),
+            f"stores keys and values in the model's dtype, {own}, not as {cache.cache_dtype}, which --kv-cache-dtype "
+            f"or the checkpoint asks for; use {dtype_flags}",
         ),
     ]
     if current_platform.is_cuda():
         refusals += [
             (
-                vllm_config.model_config.dtype == torch.float32,
+                model.dtype == torch.float32,
                 "computes in float16 or bfloat16 on CUDA, not in float32; use --dtype bfloat16",
             ),
             (
@@ -158,17 +190,23 @@ def check_layer(
     logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
     sinks: torch.Tensor | None,
+    max_model_len: int,
 ) -> None:
     """Refuses attention that the kernels do not compute.
+
+    A window that no request can exceed is full attention.
 
     Raises:
         ValueError: the sentence names the feature and the way out.
     """
-    if sliding_window is not None:
+    if sliding_window is not None and sliding_window < max_model_len:
+        cure = (
+            "if the model has others too, give it those, with --attention-config.backend_per_kind "
+            """'{"full_attention": "SHADOWKV"}' in place of --attention-backend"""
+        )
         raise ValueError(
-            f"shadowkv does not support layers with a sliding window ({sliding_window} tokens); if the model has "
-            "others too, give it those, with --attention-config.backend_per_kind "
-            """'{"full_attention": "SHADOWKV"}' in place of --attention-backend."""
+            f"shadowkv does not support layers with a sliding window ({sliding_window} tokens); "
+            f"{OTHER_BACKEND if current_platform.is_cpu() else cure}, or lower --max-model-len to the window."
         )
     for wrong, what in (
         (attn_type != "decoder", f"{str.__str__(attn_type)} attention"),
@@ -179,3 +217,19 @@ def check_layer(
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support layers with {what}; {OTHER_BACKEND} for this model.")
+
+
+def check_positions(num_positions: int, max_model_len: int) -> None:
+    """Refuses requests longer than the model's rotary table, which VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 lets vLLM accept.
+
+    Sealing a block beyond the table would end the engine.
+
+    Raises:
+        ValueError: the sentence names both lengths.
+    """
+    if num_positions < max_model_len:
+        raise ValueError(
+            f"shadowkv turns keys by the model's rotary table, which has {num_positions} positions, fewer than "
+            f"--max-model-len {max_model_len}; lower it to {num_positions}, or give the model a scaled RoPE with "
+            "--hf-overrides."
+        )

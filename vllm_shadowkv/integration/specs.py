@@ -66,7 +66,9 @@ class ExactSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that the longest request may need at least; the prefill window grows into what is free."""
-        return self.boundary.max_exact_pages * self.page_size_bytes
+        # Of this length and not of the boundary's: vLLM tries several for --max-model-len auto.
+        boundary = self.boundary.of_length(vllm_config.model_config.max_model_len)
+        return boundary.max_exact_pages * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:

@@ -6,6 +6,7 @@ the same answer from what each of them knows, so it is one function.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,8 +70,21 @@ class ExactBoundary:
         """
         return replace(self, other_pages=self.max_sealed_blocks + slot_pages + foreign_pages + 1)
 
+    def of_length(self, max_model_len: int) -> ExactBoundary:
+        """The rule where requests are at most so long; what is beside their exact pages shrinks by sealed blocks."""
+        shorter = replace(self, max_model_len=max_model_len, max_step_tokens=min(self.max_step_tokens, max_model_len))
+        return replace(shorter, other_pages=self.other_pages - self.max_sealed_blocks + shorter.max_sealed_blocks)
+
+    def fit(self, num_blocks: int) -> ExactBoundary:
+        """The rule for the longest requests that a pool of this size holds, which --max-model-len auto asks for."""
+        if self.min_blocks <= num_blocks:
+            return self
+        lengths = range(1, self.max_model_len)
+        longest = bisect.bisect_right(lengths, num_blocks, key=lambda length: self.of_length(length).min_blocks)
+        return self.of_length(max(longest, 1))
+
     def resolve(self, num_blocks: int) -> ExactBoundary:
-        """Sets a prefill window that was left open.
+        """Fits the longest request, and sets a prefill window that was left open.
 
         It is `MOST_DEFAULT_PREFILL_TOKENS`, or less where half of the pool or what the longest request leaves is less.
 
@@ -80,11 +94,12 @@ class ExactBoundary:
         Returns:
             The rule with `prefill_exact_tokens` set.
         """
-        if self.prefill_exact_tokens is not None:
-            return self
-        tokens = min(num_blocks // 2, num_blocks - self.other_pages) * self.exact_tokens - self._slack
-        window = min(max(tokens, 0), self.max_model_len, MOST_DEFAULT_PREFILL_TOKENS)
-        return replace(self, prefill_exact_tokens=window // self.block_size * self.block_size)
+        rule = self.fit(num_blocks)
+        if rule.prefill_exact_tokens is not None:
+            return rule
+        tokens = min(num_blocks // 2, num_blocks - rule.other_pages) * rule.exact_tokens - rule._slack
+        window = min(max(tokens, 0), rule.max_model_len, MOST_DEFAULT_PREFILL_TOKENS)
+        return replace(rule, prefill_exact_tokens=window // rule.block_size * rule.block_size)
 
     def exact_start(self, computed: int, prefilling: bool, hit: int = 0) -> int:
         """First exact token of a request.
@@ -126,6 +141,11 @@ class ExactBoundary:
     def reads_sealed(self, num_tokens: int, hit: int) -> bool:
         """Whether a request may attend to sealed blocks in a step that ends at `num_tokens`."""
         return hit > 0 or num_tokens > max(self.dense_threshold, self.block_size)
+
+    @property
+    def min_blocks(self) -> int:
+        """Blocks without which the longest request cannot be served, the null block included."""
+        return self.max_exact_pages + self.other_pages
 
     @property
     def max_sealed_blocks(self) -> int:

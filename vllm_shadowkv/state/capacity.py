@@ -49,23 +49,29 @@ class Capacity:
     @property
     def min_blocks(self) -> int:
         """Blocks without which the longest request cannot be served, the null block included."""
-        return self.boundary.max_exact_pages + self.boundary.other_pages
+        return self.boundary.min_blocks
 
-    def backing(self, host_memory_gib: float | None, pages_on_host: bool, ranks: int, free: int) -> Backing:
-        """How many blocks the host can back; arguments as of `host_pool.max_blocks`.
+    def backing(
+        self, host_memory_gib: float | None, pages_on_host: bool, ranks: int, free: int, fit: bool = False
+    ) -> Backing:
+        """How many blocks the host can back; arguments as of `host_pool.max_blocks`, and one more.
+
+        Args:
+            fit: vLLM will fit the longest request to the pool (--max-model-len auto).
 
         Raises:
-            ValueError: the host cannot back the longest request; the sentence names the flags.
+            ValueError: the host cannot back the longest request, or any; the sentence names the flags.
         """
         backing = host_pool.max_blocks(
             host_memory_gib, self.host_bytes, self.block_bytes, pages_on_host=pages_on_host, ranks=ranks, free=free
         )
-        if backing.blocks < self.min_blocks:
-            gib = ranks * self.min_blocks * self.host_bytes / GIB
+        least = self.boundary.of_length(1) if fit else self.boundary
+        if backing.blocks < least.min_blocks:
+            gib = ranks * least.min_blocks * self.host_bytes / GIB
             raise ValueError(
                 f"shadowkv: host memory backs {backing.blocks} KV cache blocks ({backing.reason}), one request of "
-                f"{self.boundary.max_model_len} tokens needs {self.min_blocks} ({gib:.3g} GiB); {backing.way_out}, or "
-                "lower --max-model-len."
+                f"{least.max_model_len} token(s) needs {least.min_blocks} ({gib:.3g} GiB); {backing.way_out}"
+                f"{'' if fit else ', or lower --max-model-len'}."
             )
         return backing
 

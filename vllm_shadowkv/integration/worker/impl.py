@@ -38,12 +38,20 @@ class ShadowKVImpl(AttentionImpl[Step]):
         Raises:
             ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.
         """
-        check_layer(attn_type, sliding_window, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, sinks)
+        vllm_config = get_current_vllm_config()
+        check_layer(
+            attn_type,
+            sliding_window,
+            alibi_slopes,
+            logits_soft_cap,
+            kv_sharing_target_layer_name,
+            sinks,
+            vllm_config.model_config.max_model_len,
+        )
         if unknown:
             raise ValueError(
                 f"shadowkv does not support layers with {', '.join(unknown)}; use another --attention-backend."
             )
-        vllm_config = get_current_vllm_config()
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_shadowkv.integration.model.other_layers import foreign_pages, spec_dtype
 from vllm_shadowkv.integration.model.rope import rotary_of
+from vllm_shadowkv.integration.refusals import check_positions
 from vllm_shadowkv.integration.specs import ShadowSpec
 from vllm_shadowkv.integration.worker.geometry import Geometry
 from vllm_shadowkv.rotary import Rotary
@@ -82,6 +83,8 @@ class Layers:
         geometry = self._geometry
         layer.rotary = rotary_of(parent, name, geometry.layout.head_size, device, geometry.boundary.max_model_len)
         table = layer.rotary.cos_sin
+        if table is not None:
+            check_positions(len(table), geometry.boundary.max_model_len)
         if table is not None and not layer.cos_sin.numel():
             known = (other.cos_sin for other in self.by_name.values() if other.rotary.cos_sin is table)
             same = next((other for other in known if other.numel()), None)

@@ -36,10 +36,11 @@ def bound_bytes(available: int, capacity: Capacity, host_memory_gib: float | Non
     parallel = vllm_config.parallel_config
     room: dict[str, Any] = {
         "pages_on_host": current_platform.is_cpu(),
-        "ranks": parallel.local_world_size * _engines(parallel),
+        "ranks": _ranks(parallel) * _engines(parallel),
         "free": free_bytes(),
     }
-    backing = capacity.backing(host_memory_gib, **room)
+    fit = vllm_config.model_config.original_max_model_len == -1
+    backing = capacity.backing(host_memory_gib, **room, fit=fit)
     blocks = available // capacity.block_bytes
     override = vllm_config.cache_config.num_gpu_blocks_override
     if override is not None:
@@ -55,6 +56,12 @@ def bound_bytes(available: int, capacity: Capacity, host_memory_gib: float | Non
             backing.way_out,
         )
     return min(available, backing.blocks * capacity.block_bytes)
+
+
+def _ranks(parallel: ParallelConfig) -> int:
+    """This engine's ranks on this machine; under Ray vLLM's `local_world_size` is all machines'."""
+    devices = parallel.assigned_physical_gpu_ids  # of this machine, as Ray's executor tells each worker
+    return len(devices) if parallel.use_ray and devices else parallel.local_world_size
 
 
 def _engines(parallel: ParallelConfig) -> int:
