@@ -115,7 +115,7 @@ def run(
         work.force_hits(rate)
         plan()
         misses = workspace.misses(batch)
-        values = misses * layout.value_record_bytes
+        values = misses * layout.value_chunk_bytes
         rebuilt = misses * (factors + layout.chunk_size * token_bytes)
         fill = partial(workspace.fill, memory, rows)
         yield record("fill_slots", fill, values if device == "cuda" else values + rebuilt, "link", rate)

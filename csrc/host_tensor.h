@@ -177,8 +177,7 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
 
   const int64_t value_bytes = dtype_bytes(l);
   const int64_t chunk_values = l.chunk_size * l.head_size;
-  const int64_t record =
-      l.value_int8 ? chunk_values + 4 * l.chunk_size : chunk_values * value_bytes;
+  const int64_t record = chunk_values * (l.value_int8 ? 1 : value_bytes);
   check(l.value_record_bytes == record, "value_record_bytes", "the bytes of a chunk's values",
         l.value_record_bytes);
   const auto check_section = [&](const char* name, int64_t offset, int64_t alignment,

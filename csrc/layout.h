@@ -42,7 +42,12 @@ struct PageLayout {
 
   constexpr int64_t chunks() const { return block_size / chunk_size; }
   constexpr int64_t width() const { return num_kv_heads * head_size; }
-  constexpr int64_t value_row_bytes() const { return num_kv_heads * chunks() * value_record_bytes; }
+  // A row of the host pool: the values of [num_kv_heads, block_size] tokens, then, where they are
+  // int8, as many scales.
+  constexpr int64_t value_scales() const { return num_kv_heads * chunks() * value_record_bytes; }
+  constexpr int64_t value_row_bytes() const {
+    return value_scales() + (value_int8 ? 4 * num_kv_heads * block_size : 0);
+  }
 };
 
 constexpr int64_t kLayoutInts = sizeof(PageLayout) / sizeof(int64_t);

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
-from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, PageLayout, plan_page
+from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, ROW_ALIGNMENT, PageLayout, plan_page
 
 HEADER = (Path(__file__).parent.parent / "csrc/layout.h").read_text()
 
@@ -185,6 +185,10 @@ def test_host_rows_hold_values_and_scales(layout: PageLayout) -> None:
     shape = (2, layout.num_kv_heads, layout.chunks, layout.chunk_size)
     assert values.shape == (*shape, layout.head_size)
     assert values.dtype == (torch.int8 if layout.value_int8 else layout.dtype)
+    # A GPU reads lines of 128 bytes: none holds parts of two rows, nor a scale beside a value.
+    assert layout.value_row_bytes % ROW_ALIGNMENT == 0
+    assert values[0].is_contiguous()
+    assert values.element_size() * values[0].numel() % ROW_ALIGNMENT == 0
     content = numbers(values.shape, values.dtype, 1)
     values.copy_(content)
     num_bytes = values.numel() * values.element_size()

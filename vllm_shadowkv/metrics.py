@@ -117,7 +117,7 @@ class Meter:
         self.num_blocks = 0
         self._steps, self._slots = steps, slots
         self._block_size = layout.block_size
-        self._chunk_bytes = layout.value_record_bytes
+        self._chunk_bytes = layout.value_chunk_bytes
         self._row_bytes = num_layers * layout.value_row_bytes
         self._labels, self._first_rank, self._log_seconds = labels, first_rank, log_seconds
         self._totals: dict[Counter, int] = {}

@@ -23,6 +23,9 @@ from vllm_shadowkv.config import ShadowKVConfig
 ALIGNMENT = 64
 """Bytes; every section of a page starts at a multiple of it."""
 
+ROW_ALIGNMENT = 128
+"""Bytes; rows of the host pool are a multiple of it, so that none begins within a line of a GPU."""
+
 HEAD_SIZES = (64, 80, 96, 128, 256)
 RANK_STEP = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +61,8 @@ class PageLayout:
     """1: values in the host pool are int8 with one fp32 scale per token; 0: they have the model's dtype."""
     page_bytes: int
     value_record_bytes: int
-    """Bytes of one chunk of one KV head in the host pool."""
+    """Bytes of one chunk of one KV head in the host pool, its scales not counted, which stand apart: 1,024 of int8 are
+    then eight whole lines of 128 bytes, as a GPU's warps read them."""
     # Byte offsets in a shadow page.
     coefficients: int
     coefficient_scales: int
@@ -95,7 +99,17 @@ class PageLayout:
 
     @property
     def value_row_bytes(self) -> int:
-        """Bytes of one block's values in the host pool, one layer."""
+        """Bytes of one block's values in the host pool, one layer; a multiple of `ROW_ALIGNMENT`."""
+        return self._value_scales + (4 * self.num_kv_heads * self.block_size if self.value_int8 else 0)
+
+    @property
+    def value_chunk_bytes(self) -> int:
+        """Bytes of one chunk of one KV head that cross the link: its record, and its scales."""
+        return self.value_record_bytes + (4 * self.chunk_size if self.value_int8 else 0)
+
+    @property
+    def _value_scales(self) -> int:
+        """Byte offset in a row of the host pool of what follows the values: their scales, where they are int8."""
         return self.num_kv_heads * self.chunks * self.value_record_bytes
 
     def slot_pages(self, slot_chunks: int) -> int:
@@ -165,12 +179,14 @@ class PageLayout:
             Values `[num_blocks, num_kv_heads, chunks, chunk_size, head_size]` in the pool's dtype, and for int8 values
             the fp32 scales `[num_blocks, num_kv_heads, chunks, chunk_size]`, else None. Both share memory.
         """
-        records = host_pool.view(-1, self.num_kv_heads, self.chunks, self.value_record_bytes)
+        chunks = (self.num_kv_heads, self.chunks, self.chunk_size)
+        values = (*chunks, self.head_size)
         if not self.value_int8:
-            return records.view(self.dtype).unflatten(-1, (self.chunk_size, self.head_size)), None
-        scale_bytes = 4 * self.chunk_size
-        values = records[..., scale_bytes:].view(torch.int8).unflatten(-1, (self.chunk_size, self.head_size))
-        return values, records[..., :scale_bytes].view(torch.float32)
+            return _strided_view(host_pool, 0, values, self.dtype), None
+        return (
+            _strided_view(host_pool, 0, values, torch.int8),
+            _strided_view(host_pool, self._value_scales, chunks, torch.float32),
+        )
 
 
 def plan_page(config: ShadowKVConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> PageLayout:
@@ -232,7 +248,7 @@ def _lay_out(
         num_outliers=config.num_outlier_chunks,
         value_int8=int(value_int8),
         page_bytes=page_bytes,
-        value_record_bytes=value_bytes + (4 * config.chunk_size if value_int8 else 0),
+        value_record_bytes=value_bytes,
     )
     sizes = PageLayout(**values)
     end = 0

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     return;
   }
   const uint8_t* page = p.pages + block * p.page_stride;
-  const uint8_t* records =
-      p.host_pool + block * p.host_pool_stride + head * layout.chunks() * layout.value_record_bytes;
+  const uint8_t* values_row = p.host_pool + block * p.host_pool_stride;
   const int64_t position = p.first_positions[i];
   const bool covered = p.rotary.covers(position, layout.block_size);
   const bool low_rank = layout.rank != 0 && covered;
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
   Rebuilder<T, kHeadSize, kTokens> rebuild(layout);
   for (int token = begin; token < end; token += kTokens) {
     ValueTile<T, kHeadSize, kTokens> tile;
-    tile.load(layout, records, token);
+    tile.load(layout, values_row, head, token);
     if (low_rank) {
       rebuild(page, head, token, position + token, p.rotary, keys + token * stride, stride);
     }

@@ -80,10 +80,8 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     const Miss miss = find_miss<kTokens>(p, row, head, i);
     if (miss.block == 0) continue;
     const int chunk = miss.chunk % chunks;
-    const uint8_t* records = p.host_pool + miss.block * p.host_pool_stride +
-                             static_cast<int64_t>(head) * chunks * layout.value_record_bytes;
     ValueTile<T, kHeadSize, kTokens> values;
-    values.load(layout, records, chunk * kTokens);
+    values.load(layout, p.host_pool + miss.block * p.host_pool_stride, head, chunk * kTokens);
 
     const uint8_t* page = p.pages + miss.block * p.page_stride;
     uint8_t* slot_page = p.slot_pages + miss.slot_page * p.slot_page_stride;

@@ -47,20 +47,18 @@ __global__ void __launch_bounds__(kThreads) store_values_kernel(const StoreValue
   const int head = blockIdx.y, i = blockIdx.z;
   if (token >= layout.block_size || !exists(p, i)) return;
 
-  const int size = static_cast<int>(layout.chunk_size);
   const T* from = values_at<T>(p, i, head, token);
-  uint8_t* record = p.host_pool + p.block_ids[i] * p.host_pool_stride +
-                    (head * layout.chunks() + token / size) * layout.value_record_bytes;
-  const int row = token % size;
+  uint8_t* row = p.host_pool + p.block_ids[i] * p.host_pool_stride;
+  const int64_t place = head * layout.block_size + token;
   if (layout.value_int8) {
-    auto* codes = reinterpret_cast<int8_t*>(record + 4 * size) + row * kHeadSize;
+    auto* codes = reinterpret_cast<int8_t*>(row) + place * kHeadSize;
     const float scale = quantise_row<kHeadSize>([&](int d) { return to_float(from[d]); }, codes);
-    if (lane == 0) reinterpret_cast<float*>(record)[row] = scale;
+    if (lane == 0) reinterpret_cast<float*>(row + layout.value_scales())[place] = scale;
     return;
   }
   constexpr int kVectors = kHeadSize * sizeof(T) / sizeof(uint4);
   for (int v = lane; v < kVectors; v += kWarp) {
-    reinterpret_cast<uint4*>(record)[row * kVectors + v] = reinterpret_cast<const uint4*>(from)[v];
+    reinterpret_cast<uint4*>(row)[place * kVectors + v] = reinterpret_cast<const uint4*>(from)[v];
   }
 }
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.host_pool import FREE_SHARE, GIB, Backing, allocate, check_room, max_blocks
+from vllm_shadowkv.state.huge_pages import HUGE_PAGE
 
 ROW, PAGES = 3 << 20, 1 << 20
 
@@ -101,6 +102,7 @@ def test_a_row_for_every_block_of_every_layer() -> None:
     assert [(pool.shape, pool.dtype) for pool in pools] == [((5, 64), torch.uint8)] * 3
     assert len({pool.data_ptr() for pool in pools}) == 3
     assert all(pool.is_contiguous() for pool in pools)
+    assert all(pool.data_ptr() % HUGE_PAGE == 0 for pool in pools), "rows begin on what they are a multiple of"
 
 
 def test_a_pool_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

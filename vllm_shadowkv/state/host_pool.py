@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_shadowkv.state import numa
 from vllm_shadowkv.state.host_memory import GIB, free_bytes
-from vllm_shadowkv.state.huge_pages import use_huge_pages
+from vllm_shadowkv.state.huge_pages import HUGE_PAGE, use_huge_pages
 
 logger = logging.getLogger("vllm.shadowkv")
 
@@ -95,7 +95,8 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, gpu: int | None =
         gpu: whose kernels read and write it: page-locked, mapped, and from the GPU's NUMA node while that has memory.
 
     Returns:
-        Per layer uint8 `[num_blocks, row_bytes]`. Memory that is not for a GPU is taken as rows are first written.
+        Per layer uint8 `[num_blocks, row_bytes]`, which begins on a huge page, so that every row begins on as much as
+        its bytes are a multiple of. Memory that is not for a GPU is taken as rows are first written.
 
     Raises:
         MemoryError: it does not fit what is free, or cannot be pinned; the sentence names the bytes and the flags.
@@ -103,7 +104,7 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, gpu: int | None =
     needed = num_layers * num_blocks * row_bytes
     _check_free(needed, free_bytes(), num_blocks, "values")
     try:
-        pools = [torch.empty(num_blocks, row_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+        pools = [_aligned(num_blocks, row_bytes) for _ in range(num_layers)]
     except RuntimeError as error:  # the kernel gives no more: ulimit -v, vm.overcommit_memory
         raise _no_room(needed, free_bytes(), num_blocks, "values") from error
     for pool in pools:
@@ -111,6 +112,14 @@ def allocate(num_layers: int, num_blocks: int, row_bytes: int, gpu: int | None =
     if gpu is not None:
         _pin_all(pools, gpu)
     return pools
+
+
+def _aligned(num_blocks: int, row_bytes: int) -> Tensor:
+    """Memory that begins on a huge page; PyTorch's own begins on 64 bytes, within a line that a GPU reads."""
+    num_bytes = num_blocks * row_bytes
+    memory = torch.empty(num_bytes + HUGE_PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % HUGE_PAGE
+    return memory[begin : begin + num_bytes].view(num_blocks, row_bytes)
 
 
 def _pin_all(pools: list[Tensor], gpu: int) -> None:

@@ -36,9 +36,8 @@ void expand_blocks(const ExpandBlocksParams& p, int64_t begin, int64_t end) {
     Ahead nothing;  // the hardware foresees what comes next
     rebuild_chunk<T, kHeadSize>(layout, p.pages + block * p.page_stride, head, chunk,
                                 p.first_positions[i] + token, p.rotary, nothing, keys, stride);
-    const uint8_t* record = p.host_pool + block * p.host_pool_stride +
-                            (head * layout.chunks() + chunk) * layout.value_record_bytes;
-    fetch_chunk<T, kHeadSize>(layout, record, values, stride);
+    fetch_chunk<T, kHeadSize>(layout, p.host_pool + block * p.host_pool_stride, head, chunk, values,
+                              stride);
   }
 }
 

@@ -3,7 +3,7 @@
 // lie in one block find its basis in the cache. What the next miss needs is fetched meanwhile.
 //
 // A miss reads (chunk_size + head_size) * rank bytes of factors, or chunk_size * head_size exact
-// keys, and one value record; it writes chunk_size * head_size keys and as many values.
+// keys, and one record of values; it writes chunk_size * head_size keys and as many values.
 #include "cpu/kernels/fill_slots.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Miss {
   int64_t chunk;  // in its block
   int64_t position;
   const uint8_t* page;
-  const uint8_t* record;  // in the host pool
+  const uint8_t* values;  // the block's row of the host pool
   uint8_t* slot_page;
   int64_t slot;  // in its page
 };
@@ -69,8 +69,7 @@ class Misses {
         .chunk = inside,
         .position = position,
         .page = p_.pages + block * p_.page_stride,
-        .record = p_.host_pool + block * p_.host_pool_stride +
-                  (head * layout.chunks() + inside) * layout.value_record_bytes,
+        .values = p_.host_pool + block * p_.host_pool_stride,
         .slot_page = p_.slot_pages + slot_page * p_.slot_page_stride,
         .slot = slot % layout.slots_per_page,
     };
@@ -103,7 +102,11 @@ Ahead memory_of(const FillSlotsParams& p, const Miss& miss, const Miss& before,
     }
   }
   const int64_t offset = (miss.head * layout.slots_per_page + miss.slot) * chunk_bytes;
-  memory.add(miss.record, layout.value_record_bytes);
+  memory.add(value_record(layout, miss.values, miss.head, miss.chunk), layout.value_record_bytes);
+  if (layout.value_int8) {
+    memory.add(value_scales(layout, miss.values, miss.head, miss.chunk),
+               layout.chunk_size * static_cast<int64_t>(sizeof(float)));
+  }
   memory.add(miss.slot_page + layout.slot_keys + offset, chunk_bytes);
   memory.add(miss.slot_page + layout.slot_values + offset, chunk_bytes);
   return memory;
@@ -125,7 +128,7 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
       rebuild_chunk<T, kHeadSize>(
           layout, miss.page, miss.head, miss.chunk, miss.position, p.rotary, ahead,
           reinterpret_cast<T*>(miss.slot_page + layout.slot_keys) + offset, kHeadSize);
-      fetch_chunk<T, kHeadSize>(layout, miss.record,
+      fetch_chunk<T, kHeadSize>(layout, miss.values, miss.head, miss.chunk,
                                 reinterpret_cast<T*>(miss.slot_page + layout.slot_values) + offset,
                                 kHeadSize);
     }

@@ -276,11 +276,26 @@ inline void rebuild_chunk(const PageLayout& layout, const uint8_t* page, int64_t
   }
 }
 
-// Writes one chunk's values from its record in the host pool: T [chunk_size, kHeadSize], token rows
-// `stride` elements apart.
+// A chunk's values in its block's row of the host pool.
+inline const uint8_t* value_record(const PageLayout& layout, const uint8_t* row, int64_t head,
+                                   int64_t chunk) {
+  return row + (head * layout.chunks() + chunk) * layout.value_record_bytes;
+}
+
+// Their scales, where they are int8.
+inline const float* value_scales(const PageLayout& layout, const uint8_t* row, int64_t head,
+                                 int64_t chunk) {
+  return reinterpret_cast<const float*>(row + layout.value_scales()) + head * layout.block_size +
+         chunk * layout.chunk_size;
+}
+
+// Writes one chunk's values from its block's row of the host pool: T [chunk_size, kHeadSize], token
+// rows `stride` elements apart.
 template <typename T, int kHeadSize>
-inline void fetch_chunk(const PageLayout& layout, const uint8_t* record, T* out, int64_t stride) {
+inline void fetch_chunk(const PageLayout& layout, const uint8_t* row, int64_t head, int64_t chunk,
+                        T* out, int64_t stride) {
   const int64_t size = layout.chunk_size;
+  const uint8_t* record = value_record(layout, row, head, chunk);
   if (!layout.value_int8) {
     const T* values = reinterpret_cast<const T*>(record);
     for (int64_t t = 0; t < size; ++t) {
@@ -288,8 +303,8 @@ inline void fetch_chunk(const PageLayout& layout, const uint8_t* record, T* out,
     }
     return;
   }
-  const auto* scales = reinterpret_cast<const float*>(record);
-  const auto* codes = reinterpret_cast<const int8_t*>(record + 4 * size);
+  const float* scales = value_scales(layout, row, head, chunk);
+  const auto* codes = reinterpret_cast<const int8_t*>(record);
   for (int64_t t = 0; t < size; ++t) {
     for (int d = 0; d < kHeadSize; d += kLanes) {
       store(out + t * stride + d, load(codes + t * kHeadSize + d) * scales[t]);

@@ -1,5 +1,5 @@
 // An item is one head of one block: block_size * head_size values read from its exact pages and
-// written to one run of records in the host pool, as they are or as int8 with a scale per token;
+// written to one run of the host pool, as they are, or as int8 with a scale per token in another;
 // their mean, summed in fp32 in the order of the tokens, goes to the shadow page.
 #include "cpu/kernels/store_values.h"
 
@@ -14,7 +14,7 @@ namespace shadowkv::SHADOWKV_ISA {
 namespace {
 
 template <typename T, int kHeadSize>
-void store_page(const StoreValuesParams& p, const T* values, uint8_t* records) {
+void store_page(const StoreValuesParams& p, const T* values, uint8_t* records, float* scales) {
   const PageLayout& layout = p.layout;
   if (!layout.value_int8) {
     T* out = reinterpret_cast<T*>(records);
@@ -28,14 +28,10 @@ void store_page(const StoreValuesParams& p, const T* values, uint8_t* records) {
     return;
   }
   for (int64_t t = 0; t < layout.exact_tokens; ++t) {
-    const int64_t inside = t % layout.chunk_size;
-    uint8_t* record = records + t / layout.chunk_size * layout.value_record_bytes;
-    float& scale = reinterpret_cast<float*>(record)[inside];
     alignas(64) float row[kHeadSize];
     widen(values + t * p.token_stride, 1, kHeadSize, row);
-    scale = quantisation_scale(row, kHeadSize);
-    quantise_row(row, kHeadSize, scale,
-                 reinterpret_cast<int8_t*>(record + 4 * layout.chunk_size) + inside * kHeadSize);
+    scales[t] = quantisation_scale(row, kHeadSize);
+    quantise_row(row, kHeadSize, scales[t], reinterpret_cast<int8_t*>(records) + t * kHeadSize);
   }
 }
 
@@ -63,14 +59,16 @@ void store_values(const StoreValuesParams& p, int64_t begin, int64_t end) {
         std::all_of(
             exact_ids, exact_ids + pages, [&](int64_t id) { return id > 0 && id < p.num_exact; });
     if (!usable) continue;
-    uint8_t* records = p.host_pool + block * p.host_pool_stride +
-                       head * layout.chunks() * layout.value_record_bytes;
+    uint8_t* row = p.host_pool + block * p.host_pool_stride;
+    uint8_t* records = row + head * layout.chunks() * layout.value_record_bytes;
+    float* scales =
+        reinterpret_cast<float*>(row + layout.value_scales()) + head * layout.block_size;
     alignas(64) float sums[kHeadSize] = {};
     for (int64_t page = 0; page < pages; ++page) {
       const T* values = static_cast<const T*>(p.exact_values) + exact_ids[page] * p.exact_stride +
                         head * p.head_stride;
-      store_page<T, kHeadSize>(p, values,
-                               records + page * page_records * layout.value_record_bytes);
+      store_page<T, kHeadSize>(p, values, records + page * page_records * layout.value_record_bytes,
+                               scales + page * layout.exact_tokens);
       add_page<T, kHeadSize>(p, values, sums);
     }
     T* mean = reinterpret_cast<T*>(p.pages + block * p.page_stride + layout.mean_values) +

@@ -44,23 +44,22 @@ class ValueTile {
       (kTokens * kCodeVectors + kRebuildThreads - 1) / kRebuildThreads;
 
  public:
-  // `records` are those of the head; the tile starts with a chunk.
-  __device__ __forceinline__ void load(const PageLayout& layout, const uint8_t* records,
+  // `row` is the block's in the host pool.
+  __device__ __forceinline__ void load(const PageLayout& layout, const uint8_t* row, int head,
                                        int token) {
-    const int size = static_cast<int>(layout.chunk_size);
-    const uint8_t* first = records + token / size * layout.value_record_bytes;
-    if (!layout.value_int8) {  // neighbouring records are one array
+    const int64_t place = head * layout.block_size + token;
+    if (!layout.value_int8) {
+      const uint8_t* first = row + place * (kHeadSize * sizeof(T));
       each<kMost>(kTokens * kRowVectors, [&](int i, int v) {
         vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(first) + v);
       });
       return;
     }
+    const uint8_t* first = row + place * kHeadSize;
+    const auto* scales = reinterpret_cast<const float*>(row + layout.value_scales()) + place;
     each<kMostCodes>(kTokens * kCodeVectors, [&](int i, int v) {
-      const int t = v / kCodeVectors;
-      const uint8_t* record = first + t / size * layout.value_record_bytes;
-      scales_[i] = reinterpret_cast<const float*>(record)[t % size];
-      vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(record + 4 * size) +
-                                   t % size * kCodeVectors + v % kCodeVectors);
+      scales_[i] = scales[v / kCodeVectors];
+      vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(first) + v);
     });
   }
 
