@@ -34,7 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv import ops
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
+from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager, see_request
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
@@ -201,6 +201,7 @@ class Engine:
             block_hasher=get_request_block_hasher(self.config.block_size, sha256),
         )
         self.requests[request.request_id] = request
+        see_request(SimpleNamespace(scheduler=self.scheduler, vllm_config=self.scheduler.vllm_config), request)
         self.scheduler.add_request(request)
         return request
 
@@ -244,7 +245,8 @@ class Engine:
         """Raises AssertionError where a block or a note outlives its request."""
         assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
         shadow, exact, slots = self.managers
-        for notes in (shadow._sealing, exact._prefill_end, exact._processed, slots._with_hit):
+        of_slots = (slots._with_hit, slots._never_decode, slots._missing)
+        for notes in (shadow._sealing, exact._prefill_end, exact._processed, *of_slots):
             assert not notes
         for manager in (shadow, exact, slots):
             assert not any(manager.req_to_blocks.values())

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *(f"{OURS}.{part}" for part in ("config", "extension", "metrics", "page", "plugin", "state", "versions")),
         f"{OURS}.integration",
     },
-    "integration/scheduler": {"vllm", f"{OURS}.integration.compat", f"{OURS}.integration.scheduler"},
+    "integration/scheduler": {"vllm", *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "scheduler"))},
     "integration/worker": {
         *("torch", "vllm"),
         *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "rotary", "state")),

@@ -223,6 +223,28 @@ def test_slots_are_taken_in_the_step_that_may_first_need_them() -> None:
     engine.finish()
 
 
+def test_a_request_that_ends_with_its_prompt_takes_no_slots() -> None:
+    engine = Engine(dense_threshold=64, prefill_exact_tokens=0)
+    for text in (prompt(300), prompt(300), [*prompt(256), 7, 8]):  # the later two start on sealed blocks
+        request = engine.add(text, max_tokens=1)
+        while not request.is_finished():
+            engine.step()
+            assert request.is_finished() or held(engine, request)[2] == []
+        engine.finish()
+    assert engine.hits[request.request_id] == 256
+    assert engine.worker.prefilled_over_sealed > 0
+
+
+def test_a_step_of_one_token_has_slots_whatever_comes_after_it() -> None:
+    """Where all rows compute one token, CUDA plans the step as decode."""
+    engine = Engine(dense_threshold=64, prefill_exact_tokens=0)
+    engine.add(prompt(300), max_tokens=1)
+    engine.finish()
+    last = engine.add([*prompt(256), 7], max_tokens=1)
+    engine.scheduler.schedule()
+    assert engine.manager.get_block_ids(last.request_id)[2] != []
+
+
 def test_exact_pages_go_one_step_after_the_boundary_has_passed_them() -> None:
     engine = Engine(dense_threshold=0, prefill_exact_tokens=0, max_step=BLOCK)
     request = engine.add(prompt(5 * BLOCK), max_tokens=2)

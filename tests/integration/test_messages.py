@@ -31,14 +31,14 @@ from test_rope_transformers import make_parent as make_transformers_parent
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.engine.core import EngineCore
 
 import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, platform, refusals
+from vllm_shadowkv.integration import compat, platform, pseudo_layers, refusals
 from vllm_shadowkv.integration.attention import choice
+from vllm_shadowkv.integration.group_backend import GroupBackend
 from vllm_shadowkv.integration.model import other_layers, rope
 from vllm_shadowkv.integration.worker import impl
 from vllm_shadowkv.integration.worker.runtime import Runtime
@@ -160,12 +160,39 @@ def one_kind_on_the_cpu(patch: Patch, folder: Path) -> None:
     _ = platform.CPU_ATTN
 
 
+def own_backend(patch: Patch, folder: Path) -> None:
+    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=SimpleNamespace(name="SHADOWKV")))
+    patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
+    _ = platform.FLASH_ATTN_DIFFKV
+
+
+def values_of_another_size(patch: Patch, folder: Path) -> None:
+    made = impl.ShadowKVImpl.__new__(impl.ShadowKVImpl)
+    made.layer_name = None
+    attention = SimpleNamespace(impl=made, head_size=192, head_size_v=128)
+    pseudo_layers._attach(nn.Module(), "attn", attention)  # type: ignore[arg-type]
+
+
+def batch_invariance(patch: Patch, folder: Path) -> None:
+    patch.setenv("VLLM_BATCH_INVARIANT", "1")
+    refusals.check_engine(engine(), ShadowKVConfig())
+
+
+def mla_on_cuda(patch: Patch, folder: Path) -> None:
+    GroupBackend.validate_configuration(use_mla=True, use_sparse=False)
+
+
+def window_on(device: str) -> Trigger:
+    def trigger(patch: Patch, folder: Path) -> None:
+        on(patch, device, built_with_cuda=True)
+        layer(sliding_window=4096)(patch, folder)
+
+    return trigger
+
+
 def streaming_input(patch: Patch, folder: Path) -> None:
-    patch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
-    patch.setattr(compat, "count_refusal", lambda labels: None)
-    compat.refuse_streaming_input(lambda core: True)
-    core: Any = SimpleNamespace(vllm_config=vllm_config())
-    EngineCore.preprocess_add_request(core, SimpleNamespace(resumable=True))  # type: ignore[arg-type]
+    patch.setattr(refusals, "count_refusal", lambda labels: None)
+    refusals.check_request(SimpleNamespace(resumable=True), vllm_config())
 
 
 def of_transformers(head_size: int, rope_type: str = "default") -> Trigger:
@@ -255,6 +282,7 @@ TRIGGERS: list[Trigger] = [
     process("xpu", built_with_cuda=True),
     process("cuda", built_with_cuda=False),
     process("cuda", built_with_cuda=True, capability=DeviceCapability(12, 0)),
+    process("cuda", built_with_cuda=True, capability=DeviceCapability(7, 5)),
     *(lambda patch, folder, c=changes: refusals.check_engine(engine(**c), ShadowKVConfig()) for changes, _ in ENGINES),
     lambda patch, folder: (
         on(patch, "cuda", built_with_cuda=True),
@@ -267,7 +295,8 @@ TRIGGERS: list[Trigger] = [
     lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
     lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),
     layer(attn_type="encoder_only"),
-    layer(sliding_window=4096),
+    window_on("cpu"),
+    window_on("cuda"),
     layer(alibi_slopes=[0.5]),
     layer(logits_soft_cap=50.0),
     layer(kv_sharing_target_layer_name="layers.0"),
@@ -278,6 +307,11 @@ TRIGGERS: list[Trigger] = [
     lambda patch, folder: other_layers.check_group(["layers.0"], 2),
     lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
     streaming_input,
+    batch_invariance,
+    own_backend,
+    values_of_another_size,
+    mla_on_cuda,
+    lambda patch, folder: refusals.check_positions(4096, 8192),
     one_kind_on_the_cpu,
     mla,
     no_xformers,

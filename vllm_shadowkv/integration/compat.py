@@ -11,7 +11,6 @@ from typing import Any
 
 import vllm
 
-from vllm_shadowkv.metrics import count_refusal, labels_of
 from vllm_shadowkv.versions import ANY_VERSION, SUPPORTED, is_supported
 
 logger = logging.getLogger(__name__)
@@ -35,16 +34,15 @@ def check_vllm_version() -> None:
     )
 
 
-def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
-    """Patches `EngineCore.preprocess_add_request`, so that a request whose prompt comes in pieces is refused.
+def see_requests(look: Callable[[Any, Any], None]) -> None:
+    """Patches `EngineCore.preprocess_add_request`, so that every request is seen before it is scheduled.
 
-    What: such a request (`resumable`) is answered with an error, others go on.
-    Why: its prompt grows after its exact pages were freed, and no seam shows a backend the requests before they are
-    scheduled, where an error would end the engine. Upstream: none yet. Remove when a backend can say that it does not
-    support streaming input.
+    What: `look` is called with the engine core and the request; what it raises is the request's answer, others go on.
+    Why: no seam shows a block manager a request before it must allocate for it, and an error there would end the
+    engine. Upstream: none yet. Remove when a backend can refuse streaming input, and managers are given requests.
 
     Args:
-        is_ours: whether an engine core serves our blocks; the latest one counts.
+        look: the latest one counts.
     """
     core: Any = getattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore", None)
     if core is None:  # a scheduler without an engine
@@ -53,12 +51,7 @@ def refuse_streaming_input(is_ours: Callable[[Any], bool]) -> None:
 
     @functools.wraps(original)
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        if request.resumable and is_ours(self):
-            count_refusal(labels_of(self.vllm_config))
-            raise ValueError(
-                "shadowkv does not support streaming input; send the whole prompt at once, or use another "
-                "--attention-backend."
-            )
+        look(self, request)
         return original(self, request)
 
     preprocess_add_request.shadowkv = original  # type: ignore[attr-defined]

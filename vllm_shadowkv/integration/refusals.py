@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import OTHER_BACKEND, ShadowKVConfig
 from vllm_shadowkv.integration.compat import check_vllm_version
+from vllm_shadowkv.metrics import count_refusal, labels_of
 from vllm_shadowkv.page import DTYPES
 
 if TYPE_CHECKING:
@@ -217,6 +218,19 @@ def check_layer(
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support layers with {what}; {OTHER_BACKEND} for this model.")
+
+
+def check_request(request: Any, vllm_config: VllmConfig) -> None:
+    """Refuses a request that cannot be served, before it is scheduled.
+
+    Raises:
+        ValueError: its prompt comes in pieces, so it would grow after its exact pages were freed.
+    """
+    if request.resumable:
+        count_refusal(labels_of(vllm_config))
+        raise ValueError(
+            f"shadowkv does not support streaming input; send the whole prompt at once, or {OTHER_BACKEND}."
+        )
 
 
 def check_positions(num_positions: int, max_model_len: int) -> None:

@@ -11,7 +11,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
 )
 
-from vllm_shadowkv.integration.compat import refuse_streaming_input
+from vllm_shadowkv.integration.compat import see_requests
+from vllm_shadowkv.integration.refusals import check_request
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -30,7 +31,7 @@ class ShadowManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_streaming_input(_serves_our_blocks)
+        see_requests(see_request)
         # Request -> itself, and the tokens that were computed when it was last scheduled: that step seals them.
         self._sealing: dict[str, tuple[Request, int]] = {}
         self._being_scheduled: str | None = None
@@ -62,11 +63,6 @@ class ShadowManager(FullAttentionManager):
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
         """Never: a sealed block is shared whole, and a copy-on-write would not copy the host pool's row."""
-
-
-def _serves_our_blocks(core: Any) -> bool:
-    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
-    return any(isinstance(manager, ShadowManager) for manager in managers)
 
 
 class ExactManager(SingleTypeKVCacheManager):
@@ -146,6 +142,8 @@ class SlotManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._with_hit: set[str] = set()
+        self._never_decode: set[str] = set()
+        self._missing: dict[str, int] = {}
 
     def get_num_blocks_to_allocate(
         self,
@@ -158,13 +156,26 @@ class SlotManager(CircularBufferManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """All pages of a request, or none: before it needs them, and once it has them."""
-        first = request_id not in self.req_to_blocks
-        return self._missing(request_id, num_tokens, hit=num_local_computed_tokens if first else 0)
+        """All pages of a request, or none: before it needs them, and once it has them.
+
+        A request that ends with its prompt needs them only for a step of one token, which may be planned as decode.
+        """
+        spec, missing = self.kv_cache_spec, 0
+        if not self.req_to_blocks.get(request_id):
+            first = request_id not in self.req_to_blocks
+            hit = num_local_computed_tokens if first else int(request_id in self._with_hit)
+            decodes = request_id not in self._never_decode or num_tokens - total_computed_tokens == 1
+            missing = spec.pages_per_request if decodes and spec.boundary.reads_sealed(num_tokens, hit) else 0
+        self._missing[request_id] = missing
+        return missing
+
+    def expect_no_decode(self, request_id: str) -> None:
+        """Notes that a request, not scheduled yet, ends with its prompt."""
+        self._never_decode.add(request_id)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Takes what `get_num_blocks_to_allocate` said."""
-        new_blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(self._missing(request_id, num_tokens, hit=0))
+        """Takes what `get_num_blocks_to_allocate` has just said."""
+        new_blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(self._missing.pop(request_id, 0))
         self.req_to_blocks[request_id].extend(new_blocks)
         return new_blocks
 
@@ -180,14 +191,27 @@ class SlotManager(CircularBufferManager):
             self._with_hit.add(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forgets the request."""
+        """Forgets the request; one that was preempted takes slots like any other when it is resumed."""
         self._with_hit.discard(request_id)
+        self._never_decode.discard(request_id)
+        self._missing.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def _missing(self, request_id: str, num_tokens: int, hit: int) -> int:
-        spec = self.kv_cache_spec
-        if self.req_to_blocks.get(request_id):
-            return 0
-        if not spec.boundary.reads_sealed(num_tokens, hit or int(request_id in self._with_hit)):
-            return 0
-        return spec.pages_per_request
+
+def see_request(core: Any, request: Any) -> None:
+    """Refuses a request that an engine core has received, or notes what its slots must know.
+
+    Args:
+        core: the engine core, of any backend.
+        request: vLLM's, as it came.
+
+    Raises:
+        ValueError: it cannot be served; `refusals.check_request`.
+    """
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    for manager in managers:
+        if isinstance(manager, SlotManager):
+            check_request(request, core.vllm_config)
+            sampling = request.sampling_params
+            if sampling is None or sampling.max_tokens == 1:  # pooling, scoring, a step of beam search
+                manager.expect_no_decode(request.request_id)
