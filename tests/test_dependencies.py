@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "integration/model": {"torch", "vllm", f"{OURS}.page", f"{OURS}.rotary", f"{OURS}.integration.model"},
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 7600
+MOST_PACKAGE_LINES = 8000
 
 
 def files() -> list[Path]:

@@ -75,7 +75,7 @@ def test_a_cache_to_measure_graphs_has_no_host_pool_and_is_let_go(
         take_caches(runtime)
         return 1 << 30
 
-    assert runtime.memory.measured_bytes(functools.partial(measure, lambda: give_caches(runtime, 6))) <= 1 << 30
+    assert runtime.memory.measured_bytes(functools.partial(measure, lambda: give_caches(runtime, 6)), "") <= 1 << 30
     gc.collect()
     assert seen
     assert not any(reference() is not None for reference in seen)
@@ -91,7 +91,7 @@ def test_a_measurement_that_fails_leaves_nothing_behind(runtime: Runtime) -> Non
         raise RuntimeError("CUDA out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        runtime.memory.measured_bytes(measure)
+        runtime.memory.measured_bytes(measure, "")
     assert runtime.memory._bound is None
     take_caches(runtime)
     give_caches(runtime, 3)

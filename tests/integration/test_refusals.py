@@ -28,6 +28,7 @@ from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, c
 from vllm_shadowkv.integration.worker import geometry, machine, memory, runtime
 from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
+from vllm_shadowkv.state.promised_memory import promised_to_others
 
 # -- The process -----------------------------------------------------------------------------------------------------
 
@@ -422,6 +423,7 @@ def runtime_of(patch: pytest.MonkeyPatch, **settings: Any) -> Runtime:
         patch.setattr(module, "current_platform", platform)
     patch.setattr(choice, "of_platform", lambda layout, num_heads: None)
     patch.setattr(machine, "free_bytes", lambda: 8 * GIB)
+    patch.setattr(machine, "promised_to_others", lambda server: 0)
     config = copy.copy(vllm_config())
     config.additional_config = {"shadowkv": settings}
     config.scheduler_config.async_scheduling = False
@@ -598,6 +600,33 @@ def test_ranks_of_a_machine_share_its_memory(make_runtime: Callable[..., Runtime
         assert share - page <= made.memory.bound_bytes(1 << 50) <= share
 
 
+def test_what_other_servers_were_promised_is_left_to_them(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make_runtime()
+    alone = made.memory.bound_bytes(1 << 50, "ours")
+    asked = []
+    monkeypatch.setattr(machine, "promised_to_others", lambda server: asked.append(server) or 4 * GIB)
+    with caplog.at_level("INFO"):
+        beside = made.memory.bound_bytes(1 << 50, "ours")
+    assert asked == ["ours"]
+    assert alone // 2 - made.geometry.layout.page_bytes * 2 <= beside <= alone // 2
+    assert "shadowkv: 4.0 GiB of the free host memory are left to other servers of this machine" in caplog.text
+    monkeypatch.setattr(machine, "promised_to_others", lambda server: 9 * GIB)
+    with pytest.raises(ValueError, match=r"backs 0 KV cache blocks \(85% of the 0\.0 GiB of host memory that are free"):
+        made.memory.bound_bytes(1 << 50, "ours")
+
+
+def test_this_server_is_told_of_to_others_while_it_lives(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime()
+    bound = made.memory.bound_bytes(1 << 50, "ours")
+    row, page = made.geometry.layout.value_row_bytes, made.geometry.layout.page_bytes
+    before = promised_to_others("ours")
+    assert promised_to_others() - before == pytest.approx(bound // page * row, rel=0.02), "the host pool"
+    made.memory._promise = None
+    assert promised_to_others() == pytest.approx(before, abs=64 << 20)
+
+
 def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime(host_memory_gib=0.01)
     needed = made.geometry.boundary.other_pages + made.geometry.boundary.max_exact_pages
@@ -628,7 +657,7 @@ def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> N
     made = make_runtime(host_memory_gib=1)
     ours = runtime._measured_bytes(made.geometry.vllm_config, lambda: 1 << 50)
     assert ours == made.memory.bound_bytes(1 << 50) < 1 << 50
-    other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}), instance_id="theirs")
     assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.host_memory import GIB, free_bytes
+from vllm_shadowkv.state.promised_memory import promised_to_others
 
 
 def add(parser: argparse.ArgumentParser, plan: bool) -> None:
@@ -81,7 +82,7 @@ def num_blocks(given: argparse.Namespace, config: ShadowKVConfig, pool: Capacity
         config.host_memory_gib,
         pages_on_host=given.device == "cpu",
         ranks=given.tensor_parallel_size * given.pipeline_parallel_size,
-        free=free_bytes() if given.host_gib is None else int(given.host_gib * GIB),
+        free=free_bytes() - promised_to_others() if given.host_gib is None else int(given.host_gib * GIB),
     ).blocks
     blocks = min(device, host)
     if blocks < pool.min_blocks:

@@ -21,6 +21,7 @@ import vllm_shadowkv
 from vllm_shadowkv import extension, versions
 from vllm_shadowkv.state import numa
 from vllm_shadowkv.state.host_memory import GIB, cgroup, free_bytes
+from vllm_shadowkv.state.promised_memory import promised_to_others
 
 Status = Literal["ok", "warn", "fail"]
 MARKS: dict[Status, str] = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
@@ -137,6 +138,9 @@ def _host_memory() -> Iterator[Finding]:
         yield Finding("warn", text, "free some: a pool of values takes most of it (vllm-shadowkv plan says how much)")
     else:
         yield Finding("ok", text)
+    promised = promised_to_others()
+    if promised:
+        yield Finding("ok", f"{promised / GIB:.1f} GiB of it are promised to servers that run")
     group = cgroup()
     if group is None:
         yield Finding("ok", "control group: no memory limit")

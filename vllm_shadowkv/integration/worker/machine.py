@@ -9,7 +9,8 @@ from vllm.platforms import current_platform
 
 from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.capacity import Capacity
-from vllm_shadowkv.state.host_memory import free_bytes
+from vllm_shadowkv.state.host_memory import GIB, free_bytes
+from vllm_shadowkv.state.promised_memory import Promise, promised_to_others
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.shadowkv")
 
 
-def bound_bytes(available: int, capacity: Capacity, host_memory_gib: float | None, vllm_config: VllmConfig) -> int:
+def bound_bytes(
+    available: int, capacity: Capacity, host_memory_gib: float | None, vllm_config: VllmConfig, server: str
+) -> tuple[int, Promise]:
     """Bounds the bytes of a worker's KV cache by what the host pool can back; says so in the log.
 
     Args:
@@ -25,19 +28,27 @@ def bound_bytes(available: int, capacity: Capacity, host_memory_gib: float | Non
         capacity: of the worker.
         host_memory_gib: the setting.
         vllm_config: of the engine.
+        server: the same in all of its workers.
 
     Returns:
-        At most `available`.
+        At most `available`, and what other servers are told of it while it is kept.
 
     Raises:
         ValueError: the host cannot back one request of `max_model_len`; the sentence names the flags.
         MemoryError: it cannot back `--num-gpu-blocks-override`, which vLLM obeys whatever this returns.
     """
     parallel = vllm_config.parallel_config
+    pages_on_host, promised = current_platform.is_cpu(), promised_to_others(server)
+    if promised:
+        logger.info(
+            "shadowkv: %.1f GiB of the free host memory are left to other servers of this machine, which were promised "
+            "them.",
+            promised / GIB,
+        )
     room: dict[str, Any] = {
-        "pages_on_host": current_platform.is_cpu(),
+        "pages_on_host": pages_on_host,
         "ranks": _ranks(parallel) * _engines(parallel),
-        "free": free_bytes(),
+        "free": max(free_bytes() - promised, 0),
     }
     fit = vllm_config.model_config.original_max_model_len == -1
     backing = capacity.backing(host_memory_gib, **room, fit=fit)
@@ -55,7 +66,9 @@ def bound_bytes(available: int, capacity: Capacity, host_memory_gib: float | Non
             room["ranks"],
             backing.way_out,
         )
-    return min(available, backing.blocks * capacity.block_bytes)
+    blocks = min(blocks, backing.blocks) if override is None else override
+    host_bytes = blocks * (capacity.host_bytes + (capacity.block_bytes if pages_on_host else 0))
+    return min(available, backing.blocks * capacity.block_bytes), Promise(host_bytes, server)
 
 
 def _ranks(parallel: ParallelConfig) -> int:

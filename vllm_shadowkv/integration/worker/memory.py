@@ -17,6 +17,7 @@ from vllm_shadowkv.state.capacity import Capacity
 from vllm_shadowkv.state.decode import DecodeWorkspace
 from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.prefill import TILE_BLOCKS, TILES
+from vllm_shadowkv.state.promised_memory import Promise
 from vllm_shadowkv.state.seal import BLOCKS_AT_ONCE
 
 
@@ -31,6 +32,7 @@ class Memory:
         self._measuring = False
         self._bound: Bound | None = None
         self._bound_to: tuple[int, torch.Size] | None = None
+        self._promise: Promise | None = None
 
     @property
     def capacity(self) -> Capacity:
@@ -74,16 +76,23 @@ class Memory:
         _ = [torch.empty(tiles, dtype=layout.dtype, device=query.device) for _ in range(2)]
         _ += [torch.empty_like(query) for _ in range(3)]  # one part, another, and both merged
 
-    def bound_bytes(self, available: int) -> int:
+    def bound_bytes(self, available: int, server: str = "") -> int:
         """Bounds the bytes of the KV cache by what the host pool can back; see `machine.bound_bytes`."""
-        geometry = self._geometry
-        return bound_bytes(available, self.capacity, geometry.config.host_memory_gib, geometry.vllm_config)
+        geometry, self._promise = self._geometry, None
+        bound, self._promise = bound_bytes(
+            available, self.capacity, geometry.config.host_memory_gib, geometry.vllm_config, server
+        )
+        return bound
 
-    def measured_bytes(self, measure: Callable[[], int]) -> int:
+    def measured_bytes(self, measure: Callable[[], int], server: str) -> int:
         """Bytes of the KV cache: what vLLM measures, bounded.
 
         On CUDA it captures graphs to measure them, over a KV cache that it then throws away. No host pool is made for
         that one, and what was bound to it is let go before vLLM allocates the real one.
+
+        Args:
+            measure: vLLM's own.
+            server: the same in all workers of a server.
         """
         self._measuring = True
         try:
@@ -91,7 +100,7 @@ class Memory:
         finally:
             self._measuring, self._bound, self._bound_to = False, None, None
             torch.cuda.empty_cache()  # vLLM has done so while this was still held; without CUDA it does nothing
-        return self.bound_bytes(available)
+        return self.bound_bytes(available, server)
 
     def bind(self) -> Bound:
         """The memory that vLLM has allocated, and ours beside it; made anew whenever vLLM has allocated anew.
