@@ -69,7 +69,8 @@ def test_compose_file() -> None:
     assert "--attention-backend=shadowkv" in service["command"]
 
 
-STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$COMMANDS"\n'
+STUB = '#!/bin/sh\necho "$(basename "$0") $* [$RAY_ADDRESS $RAY_AUTH_MODE]" >> "$COMMANDS"\n'
+WAITS_FOR_RAY = 'until grep -q ^ray "$COMMANDS"; do sleep 0.1; done\n'
 
 
 @pytest.mark.parametrize(
@@ -78,14 +79,13 @@ STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$COMMANDS"\n'
         (
             ["head", "a model", "--max-model-len", "131072"],
             [
-                "ray start --head --port=6379 --num-gpus=4",
-                "python3 - 2",
+                "python3 - 2 PID [10.0.0.1:6379 token]",
+                "ray start --head --block --node-ip-address=10.0.0.1 --port=6379 --num-gpus=4 [10.0.0.1:6379 token]",
                 "vllm serve a model --attention-backend shadowkv --distributed-executor-backend ray "
-                "--tensor-parallel-size 4 --pipeline-parallel-size 2 --max-model-len 131072",
-                "ray stop",
+                "--tensor-parallel-size 4 --pipeline-parallel-size 2 --max-model-len 131072 [10.0.0.1:6379 token]",
             ],
         ),
-        (["worker", "10.0.0.1"], ["ray start --address=10.0.0.1:6379 --num-gpus=4 --block"]),
+        (["worker", "10.0.0.1"], ["ray start --address=10.0.0.1:6379 --num-gpus=4 --block [ token]"]),
         (["head"], None),
         (["worker"], None),
         ([], None),
@@ -93,12 +93,13 @@ STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$COMMANDS"\n'
     ids=lambda line: " ".join(line or ["refused"]),
 )
 def test_two_nodes(line: list[str], commands: list[str] | None, tmp_path: Path) -> None:
-    """What the script starts: there is no second machine here, and vLLM has no Ray on the CPU."""
+    """What the script starts, and with which Ray: there is no second machine here, and vLLM has no Ray on the CPU."""
     for name in ("ray", "vllm", "python3"):
-        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).write_text(STUB + (WAITS_FOR_RAY if name == "python3" else ""))
         (tmp_path / name).chmod(0o755)
     started = tmp_path / "commands"
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMMANDS": str(started), "GPUS_PER_NODE": "4"}
+    environment["HEAD_ADDRESS"] = "10.0.0.1"
     script = [str(ROOT / "examples" / "two_nodes" / "serve.sh"), *line]
     result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=30)
     if commands is None:
@@ -107,4 +108,5 @@ def test_two_nodes(line: list[str], commands: list[str] | None, tmp_path: Path) 
         assert not started.exists()
     else:
         assert result.returncode == 0, result.stderr
-        assert started.read_text().splitlines() == commands
+        # Ray is started beside what waits for it.
+        assert sorted(re.sub(r"- 2 \d+", "- 2 PID", line) for line in started.read_text().splitlines()) == commands
