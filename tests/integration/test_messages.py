@@ -485,5 +485,6 @@ def test_warnings_are_few() -> None:
         "exposition.py: 'shadowkv: no metrics of this process, for it cannot have an abst",
         "integration/attention/choice.py: 'shadowkv computes prefills with xformers, whic",
         "integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s",
+        "integration/worker/geometry.py: 'shadowkv: --long-prefill-token-threshold %d com",
         "integration/worker/machine.py: 'shadowkv: %d KV cache blocks instead of the %d t",
     ]

@@ -668,6 +668,21 @@ def test_requests_beyond_the_rotary_table_are_refused_at_start_up() -> None:
         refusals.check_positions(4096, 8192)
 
 
+def test_small_pieces_of_prompts_are_warned_of_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = copy.copy(vllm_config())
+    config.scheduler_config = copy.copy(config.scheduler_config)
+    for device, piece, warned in (("cuda", 64, True), ("cuda", 1024, False), ("cuda", 0, False), ("cpu", 64, False)):
+        caplog.clear()
+        on(monkeypatch, device, built_with_cuda=True)
+        monkeypatch.setattr(geometry, "current_platform", refusals.current_platform)
+        config.scheduler_config.long_prefill_token_threshold = piece
+        geometry.Geometry(config)
+        assert (f"threshold {piece} computes prompts in small pieces" in caplog.text) == warned
+        assert not warned or caplog.text.rstrip().endswith("set it to 1024 or more.")
+
+
 def test_layers_must_be_equal(make_runtime: Callable[..., Runtime]) -> None:
     made = make_runtime()
     made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)

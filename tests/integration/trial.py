@@ -212,13 +212,14 @@ def _allow_asynchronous_scheduling() -> None:
 def _select_per_kind() -> None:
     """VLLM's CPU platform has one backend for all layers; let it take the one that it is asked for, as on CUDA."""
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     platform = type(current_platform)
-    select = platform.get_attn_backend_cls
+    stock = AttentionBackendEnum.CPU_ATTN.value  # whatever overrides it
 
     def select_ours(selected: Any, *args: Any, **kwargs: Any) -> str:
         ours = selected is not None and selected.name == "SHADOWKV"
-        return selected.get_path() if ours else select(selected, *args, **kwargs)
+        return selected.get_path() if ours else stock
 
     platform.get_attn_backend_cls = staticmethod(select_ours)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -10,6 +12,8 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.state.boundary import ExactBoundary
+
+logger = logging.getLogger("vllm.shadowkv")
 
 
 class Geometry:
@@ -30,6 +34,7 @@ class Geometry:
         self.vllm_config = vllm_config
         self.config = ShadowKVConfig.from_vllm(vllm_config.additional_config)
         check_engine(vllm_config, self.config)
+        self._warn_of_small_pieces()
         self.boundary = ExactBoundary.of(
             self.config,
             vllm_config.scheduler_config.max_num_batched_tokens,
@@ -38,6 +43,16 @@ class Geometry:
         )
         self._shape: tuple[int, int, int, torch.dtype] | None = None
         self._layout: PageLayout | None = None
+
+    def _warn_of_small_pieces(self) -> None:
+        piece = self.vllm_config.scheduler_config.long_prefill_token_threshold
+        if current_platform.is_cuda() and 0 < piece < self.config.block_size:
+            logger.warning(
+                "shadowkv: --long-prefill-token-threshold %d computes prompts in small pieces, and each brings the "
+                "values of all sealed context before it over the link again; set it to %d or more.",
+                piece,
+                self.config.block_size,
+            )
 
     @property
     def layout(self) -> PageLayout:
