@@ -56,6 +56,11 @@ def tokenizer(model: Path, folder: Path) -> Options:
     return {"skip_tokenizer_init": False, "tokenizer": str(folder)}
 
 
+def embedding(model: Path, folder: Path) -> Options:
+    """The model gives the last token's state; such an engine wants a tokenizer."""
+    return tokenizer(model, folder) | {"runner": "pooling", "convert": "embed"}
+
+
 def quantised(model: Path, folder: Path) -> Options:
     """Weights in 8 bits with a scale per row, as compressed-tensors stores them; activations in 8 bits per token.
 
@@ -90,7 +95,7 @@ def quantised(model: Path, folder: Path) -> Options:
 
 
 EXTRAS: dict[str, Callable[[Path, Path], Options]] = {
-    extra.__name__: extra for extra in (draft_model, adapters, tokenizer, quantised)
+    extra.__name__: extra for extra in (draft_model, adapters, tokenizer, embedding, quantised)
 }
 """Each writes into an empty folder, and returns options of `vllm.LLM`."""
 

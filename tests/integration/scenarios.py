@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sharp_model import VOCABULARY
-from vllm import LLM, SamplingParams
+from vllm import LLM, PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -104,6 +104,23 @@ class Asker:
         if request.adapter:
             adapter = LoRARequest(str(request.adapter), request.adapter, f"{self._adapters}/{request.adapter}")
         self.engine.add_request(name, {"prompt_token_ids": request.prompt}, params, lora_request=adapter)
+
+    def embed(self, prompts: Mapping[str, list[int]]) -> dict[str, Generated]:
+        """Embeddings, in place of log-probabilities, of prompts that run side by side."""
+        for name, prompt in prompts.items():
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, PoolingParams(task="embed"))
+        outputs = []
+        while self.engine.has_unfinished_requests():
+            outputs += self.engine.step()
+        return {
+            output.request_id: {
+                "tokens": [],
+                "logprobs": output.outputs.data.tolist(),
+                "margins": [],
+                "cached": output.num_cached_tokens,
+            }
+            for output in outputs
+        }
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache.
@@ -291,6 +308,14 @@ def structured(asker: Asker) -> dict[str, Generated]:
     return asker.ask({"guided": Request(guided, 40, sampling), "free": Request.greedy(free, 40)})
 
 
+def embedded(asker: Asker) -> dict[str, Generated]:
+    """Embeddings of prompts that are computed in several steps, then of continuations that find them."""
+    prompts = _prompts("embedded", 30, 256, 257, 700, 1100)
+    first = {f"{len(prompt)} tokens": prompt for prompt in prompts}
+    more = {f"{name}, continued": prompt + prompts[0][:end] for end, (name, prompt) in enumerate(first.items(), 1)}
+    return asker.embed(first) | asker.embed(more)
+
+
 def sleep(asker: Asker) -> dict[str, Generated]:
     """Two requests before and after a sleep (`extras.sleep_and_wake`)."""
     from extras import sleep_and_wake
@@ -325,6 +350,7 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         long,
         adapters,
         structured,
+        embedded,
         sleep,
     )
 }

@@ -41,6 +41,9 @@ OUR_QUANTISED = Trial(
     quick=(),
 )
 
+STOCK_EMBEDDING = Trial("stock-embedding", ("embedded",), shadowkv=None, extras=("embedding",))
+OUR_EMBEDDING = Trial("our-embedding", ("embedded",), SMALL_BLOCKS, extras=("embedding",), poison=True)
+
 # In bfloat16, so that the table in float32 is not the model's own, and with keys that are rebuilt with it.
 SLEEPER = Trial(
     "sleeper",
@@ -107,6 +110,16 @@ def test_quantised_weights(trials: Trials, trial: Trial) -> None:
         assert (differences(answers, stock, 4 * noise, undecided=8 * noise) == []) == is_right
     assert differences(ours, trials(STOCK).sequences["short"], TOLERANCE), "nothing was quantised"
     assert trials(trial).counts["seals"] > 4
+
+
+@each_trial(OUR_EMBEDDING)
+def test_embeddings(trials: Trials, trial: Trial) -> None:
+    """Of prompts over sealed context too, which no slots were taken for; `test_managers.py` counts them."""
+    ours, stock = (trials(one).sequences["embedded"] for one in (trial, STOCK_EMBEDDING))
+    assert differences(ours, stock, TOLERANCE) == []
+    assert len({tuple(sequence["logprobs"]) for sequence in ours.values()}) == 10
+    assert ours["1100 tokens, continued"]["cached"] > 512
+    assert trials(trial).counts["vllm:shadowkv_sealed_prefills_total"] > 0
 
 
 @each_trial(SLEEPER)
