@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from simulation import vllm_config, write_tiny_llama
+from simulation import vllm_config
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
@@ -24,7 +23,13 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration import compat, refusals
 from vllm_shadowkv.integration.attention import choice
 from vllm_shadowkv.integration.model import other_layers
-from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine, check_layer, check_process
+from vllm_shadowkv.integration.refusals import (
+    check_cuda_shape,
+    check_engine,
+    check_layer,
+    check_module,
+    check_process,
+)
 from vllm_shadowkv.integration.worker import geometry, machine, memory, runtime
 from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.state.host_memory import GIB
@@ -186,7 +191,7 @@ ENGINES: list[tuple[dict[str, Any], str]] = [
     ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
     (
         {"speculative_config": drafts("eagle3")},
-        "of ngram, suffix, draft_model, not of eagle3, .*; use one of",
+        "of ngram, suffix, draft_model, not of eagle3; use one of those methods in --speculative-config",
     ),
     (
         {"speculative_config": drafts("draft_model"), "use_v2_model_runner": True},
@@ -198,7 +203,7 @@ ENGINES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"parallel_config__decode_context_parallel_size": 2}, "drop --decode-context-parallel-size"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "drop --prefill-context-parallel-size"),
-    ({"parallel_config__enable_dbo": True}, "dual batch overlap; drop --enable-dbo"),
+    ({"parallel_config__enable_dbo": True}, "dual batch overlap; drop --enable-dbo and --ubatch-size"),
     (
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},
         "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
@@ -290,7 +295,10 @@ def test_cuda_without_pinned_memory_is_refused(monkeypatch: pytest.MonkeyPatch) 
     ("shape", "sentence"),
     [
         ((34, 2, 400), r"at most 16 query heads per KV head, this model has 17; use another --attention-backend"),
-        ((32, 2, 6160), r"at most 6144 slots per KV head, slot_chunks asks for 6160; lower shadowkv\.slot_chunks\."),
+        (
+            (32, 2, 6160),
+            r"at most 6144 slots per KV head, shadowkv\.slot_chunks makes 6160 in whole pages; lower shadowkv\.slot_ch",
+        ),
     ],
 )
 def test_shapes_beyond_the_cuda_kernels(shape: tuple[int, int, int], sentence: str) -> None:
@@ -355,6 +363,22 @@ def test_a_sliding_window_is_refused_with_its_way_out(
 @pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}, {"sliding_window": 8192}])
 def test_plain_attention_is_accepted(changes: dict[str, Any]) -> None:
     check_layer(**(PLAIN | changes))
+
+
+def module(cls: type[Attention] = Attention, head_size_v: int = 64) -> Any:
+    """An attention module, as far as it is looked at."""
+    made = cls.__new__(cls)
+    made.__dict__.update(head_size=64, head_size_v=head_size_v)
+    return made
+
+
+def test_a_module_that_attends_in_its_own_way_is_refused() -> None:
+    check_module(module())
+    sentence = r"layers of vLLM's ChunkedLocalAttention, which is not plain causal attention; use another --attention-"
+    with pytest.raises(ValueError, match=sentence):
+        check_module(module(ChunkedLocalAttention))
+    with pytest.raises(ValueError, match=r"values are of another head size than their keys, .*; drop --attention-"):
+        check_module(module(head_size_v=32))
 
 
 # -- Host memory -----------------------------------------------------------------------------------------------------
@@ -500,7 +524,8 @@ def odd_pages(made: Runtime) -> Runtime:
 def test_pages_that_do_not_fit_are_refused(make_runtime: Callable[..., Runtime]) -> None:
     sentence = (
         r"pages of 32768 bytes are not a multiple of those of the other layers \(12288 bytes, 48 tokens\); set "
-        r"shadowkv\.block_size and shadowkv\.compression so that block_size / compression \(now 128\) is a multiple of"
+        r"shadowkv\.block_size and shadowkv\.compression so that block_size / compression \(now 128\) is a multiple of "
+        r"48, or use another"
     )
     with pytest.raises(ValueError, match=sentence):
         odd_pages(make_runtime()).layers.spec_fields(LAYER)
@@ -688,49 +713,3 @@ def test_layers_must_be_equal(make_runtime: Callable[..., Runtime]) -> None:
     made.lay_out(num_heads=2, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"needs equal attention layers, got .* \(4, 1, 64, torch.bfloat16\) after"):
         made.lay_out(num_heads=4, num_kv_heads=1, head_size=64, dtype=torch.bfloat16)
-
-
-# -- What a user sees ------------------------------------------------------------------------------------------------
-
-START = """
-import sys
-from pathlib import Path
-from vllm import LLM
-from vllm_shadowkv import extension
-
-def start(settings):
-    try:
-        LLM(
-            sys.argv[1],
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=2048,
-            attention_backend="shadowkv",
-            additional_config={"shadowkv": settings},
-        )
-    except Exception as error:
-        print("said", type(error).__name__, error)
-
-library = extension.LIBRARY
-extension.LIBRARY = Path("/nowhere/_C.abi3.so")
-start({})
-extension.LIBRARY = library
-start({"bogus": 1})
-"""
-
-
-@pytest.mark.slow
-def test_an_engine_says_why_it_does_not_start(tmp_path: Path) -> None:
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    result = subprocess.run(
-        [sys.executable, "-c", START, write_tiny_llama(tmp_path)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    said = [line.removeprefix("said ") for line in result.stdout.splitlines() if line.startswith("said ")]
-    assert len(said) == 2, result.stderr[-3000:]
-    assert said[0].startswith("ImportError the compiled extension /nowhere/_C.abi3.so is missing; build it with")
-    assert said[1].startswith("ValueError --additional-config shadowkv: unknown key 'bogus' (known: block_size, ")

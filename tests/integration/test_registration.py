@@ -179,9 +179,13 @@ def test_mla_on_the_cpu_is_refused_where_selected_and_stock_otherwise() -> None:
 @pytest.mark.parametrize("name", ["FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV"])
 def test_a_backend_that_a_model_chooses_in_place_of_ours_is_refused(name: str) -> None:
     """MiMo-V2, whose values have another head size than its keys, would run it in silence."""
-    config = VllmConfig(attention_config=AttentionConfig(backend="shadowkv"))  # type: ignore[arg-type]
-    with set_current_vllm_config(config), pytest.raises(ValueError, match=r"another head size .*; drop --attention"):
-        AttentionBackendEnum[name].get_class()
+    for asked in ({"backend": "shadowkv"}, {"backend_per_kind": {"full_attention": "SHADOWKV"}}):
+        config = VllmConfig(attention_config=AttentionConfig(**asked))  # type: ignore[arg-type]
+        with (
+            set_current_vllm_config(config),
+            pytest.raises(ValueError, match=r"another head size .*; drop --attention"),
+        ):
+            AttentionBackendEnum[name].get_class()
 
 
 def test_without_a_configuration_the_stock_backend_stands() -> None:

@@ -23,14 +23,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     vllm_config = get_current_vllm_config_or_none()
     of_cpu = name in OF_CPU
-    per_kind = vllm_config.attention_config.backend_per_kind.values() if vllm_config and of_cpu else ()
-    if any(backend.name == NAME for backend in per_kind):
+    per_kind = vllm_config.attention_config.backend_per_kind.values() if vllm_config else ()
+    one_kind = any(backend.name == NAME for backend in per_kind)
+    if one_kind and of_cpu:
         raise ValueError(
             "shadowkv cannot serve one kind of layers on the CPU, whose platform has one backend for all; drop "
             "--attention-config.backend_per_kind."
         )
     selected = vllm_config.attention_config.backend if vllm_config else None
-    if selected is None or selected.name != NAME:
+    if not one_kind and (selected is None or selected.name != NAME):
         return resolve_obj_by_qualname(AttentionBackendEnum[name].value)
     if name == "CPU_ATTN":
         return AttentionBackendEnum[NAME].get_class()

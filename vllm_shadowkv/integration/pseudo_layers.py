@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_shadowkv.integration.group_backend import GroupBackend
-from vllm_shadowkv.integration.refusals import OWN_BACKEND
+from vllm_shadowkv.integration.refusals import check_module
 from vllm_shadowkv.integration.specs import ExactSpec, SlotSpec
 from vllm_shadowkv.integration.worker.builders import ExactBuilder, SlotBuilder
 from vllm_shadowkv.integration.worker.impl import ShadowKVImpl
@@ -113,13 +113,12 @@ def _attach(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Learns an attention layer's name and parent, which vLLM never tells its implementation.
 
     Raises:
-        ValueError: its values are of another head size than its keys, which the implementation is not told either.
+        ValueError: a module that is not supported (`refusals.check_module`).
     """
     attention: Any = module
     impl = getattr(attention, "impl", None)
     if isinstance(impl, ShadowKVImpl) and impl.layer_name is None:
-        if attention.head_size_v != attention.head_size:
-            raise ValueError(OWN_BACKEND)
+        check_module(attention)
         attention.sliding_window = None  # if there is one, no request exceeds it (refusals.py): full attention's spec
         impl.layer_name = attention.layer_name
         impl.runtime.layers.add(parent, Layer(attention, ExactPages(attention), SlotPages(attention)))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_shadowkv import extension
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MLA = f"shadowkv does not support MLA models, whose keys are compressed already; {OTHER_BACKEND}."
 OWN_BACKEND = (
     "shadowkv does not support models whose values are of another head size than their keys, for which vLLM takes a "
-    "backend of its own; drop --attention-backend."
+    "backend of its own; drop --attention-backend and --attention-config.backend_per_kind."
 )
 DRAFT_METHODS = ("ngram", "suffix", "draft_model")
 MOST_CUDA_GROUP, MOST_CUDA_SLOTS = 16, 6144
@@ -84,8 +85,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ),
         (
             speculative is not None and speculative.method not in DRAFT_METHODS,
-            f"verifies drafts of {', '.join(DRAFT_METHODS)}, not of {getattr(speculative, 'method', None)}, which "
-            "drafts from the model's own states; use one of those methods in --speculative-config",
+            f"verifies drafts of {', '.join(DRAFT_METHODS)}, not of {getattr(speculative, 'method', None)}; use one of "
+            "those methods in --speculative-config",
         ),
         (
             speculative is not None and speculative.method == "draft_model" and vllm_config.use_v2_model_runner,
@@ -105,7 +106,7 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "does not support prefill context parallelism; drop --prefill-context-parallel-size",
         ),
-        (parallel.use_ubatching, "does not support dual batch overlap; drop --enable-dbo"),
+        (parallel.use_ubatching, "does not support dual batch overlap; drop --enable-dbo and --ubatch-size"),
         (
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
             "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
@@ -179,8 +180,8 @@ def check_cuda_shape(num_heads: int, num_kv_heads: int, slots: int) -> None:
         )
     if slots > MOST_CUDA_SLOTS:
         raise ValueError(
-            f"shadowkv's CUDA kernels take at most {MOST_CUDA_SLOTS} slots per KV head, slot_chunks asks for {slots}; "
-            "lower shadowkv.slot_chunks."
+            f"shadowkv's CUDA kernels take at most {MOST_CUDA_SLOTS} slots per KV head, shadowkv.slot_chunks makes "
+            f"{slots} in whole pages; lower shadowkv.slot_chunks."
         )
 
 
@@ -231,6 +232,21 @@ def check_request(request: Any, vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"shadowkv does not support streaming input; send the whole prompt at once, or {OTHER_BACKEND}."
         )
+
+
+def check_module(attention: Any) -> None:
+    """Refuses what only an attention layer's module knows, and its implementation is not told.
+
+    Raises:
+        ValueError: it is of a class that attends in another way, or its values are of another head size than its keys.
+    """
+    if type(attention) is not Attention:
+        raise ValueError(
+            f"shadowkv does not support layers of vLLM's {type(attention).__name__}, which is not plain causal "
+            f"attention; {OTHER_BACKEND} for this model."
+        )
+    if attention.head_size_v != attention.head_size:
+        raise ValueError(OWN_BACKEND)
 
 
 def check_positions(num_positions: int, max_model_len: int) -> None:

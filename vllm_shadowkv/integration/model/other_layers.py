@@ -7,6 +7,7 @@ and puts layers in groups of equal size, each with a block table of its own (`vl
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,14 @@ def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], n
     for spec, count in others.items():
         ratio, rest = divmod(layout.page_bytes, spec.page_size_bytes)
         if rest:
+            # Tokens of ours that fill whole pages of theirs; block_size / compression is a multiple of 16.
+            token_bytes = layout.page_bytes // layout.exact_tokens
+            tokens = math.lcm(16, spec.page_size_bytes // math.gcd(spec.page_size_bytes, token_bytes))
             raise ValueError(
                 f"shadowkv's pages of {layout.page_bytes} bytes are not a multiple of those of the other "
                 f"layers ({spec.page_size_bytes} bytes, {spec.block_size} tokens); set shadowkv.block_size and "
                 f"shadowkv.compression so that block_size / compression (now {layout.exact_tokens}) is a "
-                f"multiple of {spec.block_size}, or use another --attention-backend for this model."
+                f"multiple of {tokens}, or use another --attention-backend for this model."
             )
         scaled = spec.copy_with_new_block_size(spec.block_size * ratio)
         groups = -(-count // num_layers)

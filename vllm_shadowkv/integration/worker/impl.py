@@ -31,9 +31,12 @@ class ShadowKVImpl(AttentionImpl[Step]):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
+        chunk_lookback: int = -1,
         **unknown: Any,
     ) -> None:
         """VLLM constructs it; `vllm/model_executor/layers/attention/attention.py`.
+
+        With a `chunk_lookback` that is not -1, none, vLLM has refused every backend but Triton's by now.
 
         Raises:
             ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.
