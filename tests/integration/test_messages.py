@@ -22,7 +22,7 @@ import torch
 from cli.test_model import LLAMA
 from pydantic import ValidationError
 from simulation import vllm_config
-from test_refusals import ENGINES, PLAIN, drafting, engine, odd_pages, on, runtime_of
+from test_refusals import ENGINES, PLAIN, drafting, engine, module, odd_pages, on, runtime_of
 from test_refusals import LAYER as OUR_LAYER
 from test_rope import LAYER, blank, make_parent, make_rope, stand_in
 from test_rope_transformers import LAYER as TRANSFORMERS_LAYER
@@ -30,13 +30,14 @@ from test_rope_transformers import make_config
 from test_rope_transformers import make_parent as make_transformers_parent
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import ChunkedLocalAttention
 from vllm.platforms.interface import DeviceCapability
 
 import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, platform, pseudo_layers, refusals
+from vllm_shadowkv.integration import compat, platform, refusals
 from vllm_shadowkv.integration.attention import choice
 from vllm_shadowkv.integration.group_backend import GroupBackend
 from vllm_shadowkv.integration.model import other_layers, rope
@@ -161,21 +162,10 @@ def one_kind_on_the_cpu(patch: Patch, folder: Path) -> None:
 
 
 def own_backend(patch: Patch, folder: Path) -> None:
-    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=SimpleNamespace(name="SHADOWKV")))
+    backend = SimpleNamespace(name="SHADOWKV")
+    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind={}))
     patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
     _ = platform.FLASH_ATTN_DIFFKV
-
-
-def values_of_another_size(patch: Patch, folder: Path) -> None:
-    made = impl.ShadowKVImpl.__new__(impl.ShadowKVImpl)
-    made.layer_name = None
-    attention = SimpleNamespace(impl=made, head_size=192, head_size_v=128)
-    pseudo_layers._attach(nn.Module(), "attn", attention)  # type: ignore[arg-type]
-
-
-def batch_invariance(patch: Patch, folder: Path) -> None:
-    patch.setenv("VLLM_BATCH_INVARIANT", "1")
-    refusals.check_engine(engine(), ShadowKVConfig())
 
 
 def mla_on_cuda(patch: Patch, folder: Path) -> None:
@@ -292,6 +282,11 @@ TRIGGERS: list[Trigger] = [
         on(patch, "cuda", built_with_cuda=True, pinned=False),
         refusals.check_engine(engine(), ShadowKVConfig()),
     ),
+    lambda patch, folder: (
+        patch.setenv("VLLM_BATCH_INVARIANT", "1"),
+        refusals.check_engine(engine(), ShadowKVConfig()),
+    ),
+    lambda patch, folder: refusals.check_positions(4096, 8192),
     lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
     lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),
     layer(attn_type="encoder_only"),
@@ -301,17 +296,16 @@ TRIGGERS: list[Trigger] = [
     layer(logits_soft_cap=50.0),
     layer(kv_sharing_target_layer_name="layers.0"),
     layer(sinks=torch.zeros(8)),
+    lambda patch, folder: refusals.check_module(module(ChunkedLocalAttention)),
+    lambda patch, folder: refusals.check_module(module(head_size_v=32)),
     unknown_argument,
     unequal_layers,
     lambda patch, folder: odd_pages(runtime_of(patch)).layers.spec_fields(OUR_LAYER),
     lambda patch, folder: other_layers.check_group(["layers.0"], 2),
     lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
     streaming_input,
-    batch_invariance,
     own_backend,
-    values_of_another_size,
     mla_on_cuda,
-    lambda patch, folder: refusals.check_positions(4096, 8192),
     one_kind_on_the_cpu,
     mla,
     no_xformers,
