@@ -61,7 +61,7 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     """Writes a model, and runs several trials of it one after the other; see `engine.ModelTrial`."""
     from architectures import write_model
 
-    _inspect_models_here()
+    inspect_models_here()
     gc.collect = lambda generation=2: 0  # vLLM calls it several times per engine; it would take most of the time
     with tempfile.TemporaryDirectory() as model:
         write_model(trial["architecture"], Path(model))
@@ -69,7 +69,7 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
         return {engine["name"]: run(engine | of_model, shut_down=True) for engine in trial["engines"]}
 
 
-def _inspect_models_here() -> None:
+def inspect_models_here() -> None:
     """VLLM looks at a model's class in a process of its own, because of CUDA, and that must import vLLM again."""
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 
