@@ -124,8 +124,10 @@ class Host:
 def main(runner: str) -> None:
     if runner == "v2":
         import v2_on_cpu.interpreter  # noqa: F401
-    import vllm.entrypoints.llm  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.plugins
 
+    assert not vllm.plugins.plugins_loaded
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+") as answer, tempfile.TemporaryFile("w+") as log:
             child = os.fork()

@@ -7,7 +7,7 @@ refuses it, and V2 asks for a GPU per rank), adaptive verification (it wants CUD
 
 from __future__ import annotations
 
-from refusal_cases import DRAFT, LLAMA, ONE_KIND, OTHER, Case, case, drafts, options, ours, value
+from refusal_cases import DRAFT, LLAMA, ONE_KIND, OTHER, Case, Change, case, drafts, options, ours, value
 
 from vllm_shadowkv.extension import LIBRARY
 
@@ -36,6 +36,11 @@ MODELOPT = {
     }
 }
 
+CONNECTOR = (
+    "does not support KV connectors (--kv-transfer-config, --kv-offloading-size), which would move device pages "
+    "without the values in the host pool; drop the connector"
+)
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 OWN_DTYPE = (
     "stores keys and values in the model's dtype, {}, not as {}, which --kv-cache-dtype or the checkpoint asks for; "
     "use {}"
@@ -46,6 +51,27 @@ NO_ROOM = (
     "are free; lower --num-gpu-blocks-override, --kv-cache-memory-bytes or shadowkv.host_memory_gib."
 )
 
+SETTINGS: list[tuple[Change, str, Change]] = [
+    ({"compression": 3}, "'compression': input should be 1, 2, 4, 8 or 16, got 3", {"compression": 4}),
+    ({"block_size": 1000}, "block_size must be a positive multiple of 64, got 1000", {"block_size": 1024}),
+    (
+        {"block_size": 64, "compression": 8},
+        "block_size / compression must be a multiple of 16, got 64 / 8",
+        {"block_size": 64, "compression": 1},
+    ),
+    ({"rank": 100}, "rank must be a multiple of 16, got 100", {"rank": 96}),
+    ({"sparse_budget": 1001}, "sparse_budget must be a multiple of chunk_size 8, got 1001", {"sparse_budget": 1000}),
+    (
+        {"num_outlier_chunks": 129},
+        "num_outlier_chunks must be at most the 128 chunks of a block, got 129",
+        {"num_outlier_chunks": 2},
+    ),
+    (
+        {"slot_chunks": 260},
+        "slot_chunks must be at least 261 for a sparse_budget of 2048 tokens, got 260",
+        {"slot_chunks": 261},
+    ),
+]
 ENGINES: list[Case] = [
     # The process.
     case(
@@ -114,7 +140,31 @@ ENGINES: list[Case] = [
         on="cuda",
         library="xformers without kernels",
     ),
+    case(
+        "instruction set",
+        "RuntimeError: SHADOWKV_CPU_ISA must be baseline, avx2 or avx512, got 'amx'",
+        {"environment": {"SHADOWKV_CPU_ISA": "baseline"}},
+        on="cpu",
+        environment={"SHADOWKV_CPU_ISA": "amx"},
+    ),
     # The settings.
+    *(
+        case(
+            "setting " + ", ".join(wrong),
+            f"ValueError: --additional-config shadowkv: {says}.",
+            options(**ours(**right)),
+            on="cpu",
+            options=ours(**wrong),
+        )
+        for wrong, says, right in SETTINGS
+    ),
+    case(
+        "settings of another type",
+        "ValueError: --additional-config: 'shadowkv' must be an object like {\"sparse_budget\": 2048}, got list.",
+        options(**ours(sparse_budget=2048)),
+        on="cpu",
+        options={"additional_config": {"shadowkv": [2048]}},
+    ),
     case(
         "unknown setting",
         "ValueError: --additional-config shadowkv: unknown key 'sparse_budgets' (known: …, sparse_budget, …).",
@@ -138,13 +188,8 @@ ENGINES: list[Case] = [
         options=ours(slot_chunks=6144),
     ),
     # The engine.
-    value(
-        "connector",
-        "does not support KV connectors (--kv-transfer-config), which would move device pages without the values in "
-        "the host pool; drop the connector",
-        options(kv_transfer_config=None),
-        options={"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-    ),
+    value("connector", CONNECTOR, options(kv_transfer_config=None), options={"kv_transfer_config": EXAMPLE}),
+    value("offloading", CONNECTOR, options(kv_offloading_size=None), options={"kv_offloading_size": 1}),
     value(
         "other drafts",
         "verifies drafts of ngram, suffix, draft_model, not of medusa; use one of those methods in "

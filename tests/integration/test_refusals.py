@@ -188,7 +188,10 @@ def drafts(method: str, adaptive: bool = False) -> Any:
 
 
 ENGINES: list[tuple[dict[str, Any], str]] = [
-    ({"kv_transfer_config": SimpleNamespace()}, r"KV connectors \(--kv-transfer-config\).*; drop the connector"),
+    (
+        {"kv_transfer_config": SimpleNamespace()},
+        r"KV connectors \(--kv-transfer-config, --kv-offloading-size\).*; drop the connector",
+    ),
     (
         {"speculative_config": drafts("eagle3")},
         "of ngram, suffix, draft_model, not of eagle3; use one of those methods in --speculative-config",

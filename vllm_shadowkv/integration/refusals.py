@@ -80,8 +80,8 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
     refusals: list[tuple[Any, str]] = [
         (
             vllm_config.kv_transfer_config is not None,
-            "does not support KV connectors (--kv-transfer-config), which would move device pages without the values "
-            "in the host pool; drop the connector",
+            "does not support KV connectors (--kv-transfer-config, --kv-offloading-size), which would move device "
+            "pages without the values in the host pool; drop the connector",
         ),
         (
             speculative is not None and speculative.method not in DRAFT_METHODS,
