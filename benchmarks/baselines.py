@@ -42,6 +42,8 @@ class _Cpu:
         block = twice // 2
         self._keys, self._values = cache.chunk(2, dim=2)
         self._isa = _get_attn_isa(cache.dtype, block, size)
+        if self._isa == "amx":  # Linux gives a process the tiles when it asks; in an engine oneDNN has done so by now
+            torch.cpu._init_amx()
         self._starts = torch.arange(batch + 1, dtype=torch.int32)
         self._lengths = torch.full((batch,), context, dtype=torch.int32)
         self._table = block_table(len(cache), batch)

@@ -25,13 +25,19 @@ def machine(module: str, device: str) -> dict[str, Any]:
     about = {
         "command": " ".join(("python -m", f"benchmarks.{module}", *sys.argv[1:])),
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else f"{_processor()}, {extension.load().cpu_isa()}",
+        "device": torch.cuda.get_device_name() if cuda else _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vllm_shadowkv": vllm_shadowkv.__version__,
     }
     return about | ({"cuda": torch.version.cuda} if cuda else {})
+
+
+def _cpu() -> str:
+    """The processor, our kernels' instruction set, and whether vLLM's own have tiles beside it."""
+    amx = ", AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{_processor()}, {extension.load().cpu_isa()}{amx}"
 
 
 def _processor() -> str:
