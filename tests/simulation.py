@@ -12,7 +12,7 @@ import json
 import random
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +130,7 @@ class Engine:
         policy: "fcfs", or "priority", which preempts requests that the same step has already scheduled.
         runner: "v1" or "v2": what vLLM's model runner calls prefilling. "v2-cuda" also plans as on CUDA, where rows of
             one token all decode through our kernels and most steps do not read the block tables on the host.
+        zeroed: vLLM zeroes pages that it gives away, as beside layers of other backends.
         settings: of ShadowKV.
     """
 
@@ -145,6 +146,7 @@ class Engine:
         slot_pages: int = 3,
         policy: str = "fcfs",
         runner: str = "v1",
+        zeroed: bool = False,
         **settings: Any,
     ) -> None:
         settings = {"block_size": 64, "compression": 4, "dense_threshold": 128, **settings}
@@ -159,15 +161,18 @@ class Engine:
         vllm.cache_config.enable_prefix_caching = caching
         vllm.cache_config.num_gpu_blocks = num_blocks
         boundary = exact_boundary(self.config, max_step, max_model_len, asynchronous, slot_pages)
+        kind: dict[str, Any] = {"dtype": torch.uint8} if zeroed else {}
         self.asynchronous = asynchronous
         self.scheduler = (AsyncScheduler if asynchronous else Scheduler)(
             vllm_config=vllm,
-            kv_cache_config=KVCacheConfig(num_blocks, [], shadow_groups(boundary, slot_pages)),
+            kv_cache_config=KVCacheConfig(num_blocks, [], shadow_groups(boundary, slot_pages, **kind)),
             structured_output_manager=SimpleNamespace(accept_tokens=lambda *_: True),  # type: ignore[arg-type]
             block_size=self.config.block_size,
             hash_block_size=self.config.block_size,
         )
-        self.worker = Worker(self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner)
+        self.worker = Worker(
+            self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner, zeroed
+        )
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.requests: dict[str, Request] = {}
         self.preemptions = 0
@@ -222,9 +227,9 @@ class Engine:
         if output.total_num_scheduled_tokens:
             free = [block for block in self.manager.block_pool.blocks if block.ref_cnt == 0]
             self.worker.free = {block.block_id for block in free}
-            for block in free:
-                if block.block_hash is None:
-                    self.worker.content[block.block_id] = ("freed", None)
+            blocks = self.manager.block_pool.blocks
+            given = {page for rows in new_blocks(output) for page in rows if blocks[page].block_hash is None}
+            self.worker.lost = [*given - {0}, *(block.block_id for block in free if block.block_hash is None)]
             self.in_flight.append((output, self.worker.run(output)))
         if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
             self._take_in()
@@ -260,6 +265,14 @@ class Engine:
             self.scheduler.update_from_output(*self.in_flight.popleft())
 
 
+def new_blocks(output: SchedulerOutput) -> Iterator[list[int]]:
+    """What requests are given in a step, group by group; of new and resumed ones what they hit, too."""
+    for new in output.scheduled_new_reqs:
+        yield from new.block_ids
+    for given in output.scheduled_cached_reqs.new_block_ids:
+        yield from given or ()
+
+
 class _Row:
     """A request as the worker knows it."""
 
@@ -290,6 +303,7 @@ class Worker:
         slot_pages: int,
         max_rows: int,
         runner: str,
+        zeroed: bool = False,
     ) -> None:
         layout = plan_page(config, num_kv_heads=4, head_size=64, dtype=torch.float32)
         self.layout, self.slot_pages = layout, slot_pages
@@ -298,8 +312,11 @@ class Worker:
         self.content: list[tuple[str, Any]] = [("nothing", None)] * num_blocks
         """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of.
 
-        What the managers have freed is "freed" from that moment on: any step may write there.
+        What the managers have freed without a hash, or given away, is "freed" as soon as the next step has sealed what
+        was due: any step may write there.
         """
+        self.lost: list[int] = []
+        """Such pages, in this step."""
         self.free: set[int] = set()
         """Pages that nobody owns in this step."""
         self.slots: dict[int, dict[tuple[int, int], list[int]]] = {}
@@ -318,12 +335,16 @@ class Worker:
             memories={"layer": memory},
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
             slots=SlotCounts(torch.device("cpu")),
+            due={},
         )
+        self.tables: list[torch.Tensor] = []
+        """Of the last step, which on a CPU are overwritten by the next."""
         geometry: Any = SimpleNamespace(
             layout=layout,
             boundary=boundary,
             slot_pages_per_request=slot_pages,
             max_drafts=0,
+            pages_are_zeroed=zeroed,
         )
         memory_of_worker: Any = SimpleNamespace(bind=lambda: self.bound)
         attention: Any = SimpleNamespace(
@@ -332,6 +353,16 @@ class Worker:
             reads_unwritten_values=True,
         )
         self.planner = Planner(geometry, memory_of_worker, attention, StepCounts())
+        sealer: Any = self.planner._sealer
+        seal_due = sealer.seal_due
+
+        def seal_and_lose(bound: Any) -> None:
+            assert not (zeroed and bound.due), "seals from pages that may be zeroed"
+            seal_due(bound)
+            for page in self.lost:
+                self.content[page] = ("freed", None)
+
+        sealer.seal_due = seal_and_lose
         self.decoded = 0
         """Rows that decoded over sealed blocks."""
         self.prefilled_over_sealed = 0
@@ -408,10 +439,14 @@ class Worker:
             "is_prefilling": torch.tensor([row.computed < end for row, end in zip(rows, prefill_ends, strict=True)]),
             "slot_mapping": torch.tensor(slots),
         }
+        for table in self.tables:
+            table.fill_(-1)
+        self.tables.clear()
         for index, group in enumerate(("shadow", "exact", "slots")):
             table = torch.nn.utils.rnn.pad_sequence(
                 [torch.tensor(row.blocks[index] + [0] * 4, dtype=torch.int32) for row in rows], batch_first=True
             )
+            self.tables.append(table)
             step = self.planner.add(
                 group,
                 SimpleNamespace(block_table_tensor=table, **common),  # type: ignore[arg-type]
@@ -438,7 +473,6 @@ class Worker:
 
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""
-        assert block not in self.free, "seals a block that nobody owns"
         self.sealed += 1
         assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
         self.slots.pop(block, None)

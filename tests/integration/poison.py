@@ -5,8 +5,8 @@ Every page is filled with bytes 0xFF, which is NaN in every float type, with its
 * when its last owner gives it back without a hash: freed exact pages, slots, blocks that no one can hit; and
 * when it gets a new owner, who may not read what the one before left, such as an evicted sealed block.
 
-From the moment that the scheduler frees a page nothing may read it, not even the sealing of the step that is being
-scheduled.
+Only one thing reads a page after that: what a step has completed of prompts is sealed when the next step is planned,
+whoever owns its pages by then. So pages are filled right after that; the rest of the planning may not read them.
 """
 
 from __future__ import annotations
@@ -17,37 +17,44 @@ from typing import Any
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
-from vllm_shadowkv.integration.worker.runtime import Runtime
+from vllm_shadowkv.integration.worker.sealing import Sealer
 
 poisoned = 0
 """Pages filled so far in this process."""
 
 
 def install() -> None:
-    """Wraps vLLM's block pool."""
-    free_blocks, get_new_blocks = BlockPool.free_blocks, BlockPool.get_new_blocks
+    """Wraps vLLM's block pool, and the sealing of what is due."""
+    free_blocks, get_new_blocks, seal_due = BlockPool.free_blocks, BlockPool.get_new_blocks, Sealer.seal_due
+    waiting: list[int] = []
 
     def free_and_poison(pool: Any, ordered_blocks: Iterable[Any]) -> None:
         blocks = list(ordered_blocks)
         free_blocks(pool, blocks)
         free = (block for block in blocks if block.ref_cnt == 0 and not block.is_null)
-        _fill(block.block_id for block in free if block.block_hash is None)
+        waiting.extend(block.block_id for block in free if block.block_hash is None)
 
     def poison_and_get(pool: Any, num_blocks: int) -> Any:
         blocks = get_new_blocks(pool, num_blocks)
-        _fill(block.block_id for block in blocks)
+        waiting.extend(block.block_id for block in blocks)
         return blocks
 
+    def seal_and_poison(sealer: Any, bound: Any) -> None:
+        seal_due(sealer, bound)
+        if waiting:
+            _fill(waiting, bound)
+            waiting.clear()
+
     BlockPool.free_blocks, BlockPool.get_new_blocks = free_and_poison, poison_and_get
+    Sealer.seal_due = seal_and_poison
 
 
 @torch.inference_mode()  # as the worker allocates
-def _fill(block_ids: Iterable[int]) -> None:
+def _fill(block_ids: list[int], bound: Any) -> None:
     global poisoned
-    ids = list(block_ids)
-    poisoned += len(ids)
+    poisoned += len(block_ids)
     if torch.cuda.is_available():  # what steps in flight may still read
         torch.cuda.synchronize()
-    for memory in Runtime.latest().memory.bind().memories.values():
+    for memory in bound.memories.values():
         for pages in (memory.pages, memory.exact_pages, memory.slot_pages, memory.host_pool):
-            pages[ids] = 0xFF
+            pages[block_ids] = 0xFF

@@ -27,7 +27,8 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
+from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager
+from vllm_shadowkv.integration.worker.sealing import Sealer
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 
@@ -156,7 +157,7 @@ class Lives(RuleBasedStateMachine):
                 assert start <= hit, "a short request reads sealed blocks that it need not"
 
     def _check_published(self) -> None:
-        """Whatever can be hit is sealed, and holds the tokens that its hash stands for."""
+        """Whatever can be hit is sealed, or due before the next step, from the tokens that its hash stands for."""
         worker = self.engine.worker
         marks: dict[bytes, list[int]] = {}
         for request in self.engine.requests.values():
@@ -167,8 +168,14 @@ class Lives(RuleBasedStateMachine):
         for block in self.engine.manager.block_pool.blocks:
             if block.block_hash is not None:
                 assert get_group_id(block.block_hash) == 0, "an exact page or a slot was published"
-                assert worker.bound.state.sealed[block.block_id], "published, but not sealed"
-                assert worker.content[block.block_id] == ("shadow", marks[get_block_hash(block.block_hash)])
+                expected = marks[get_block_hash(block.block_hash)]
+                if due := worker.bound.due.get(block.block_id):
+                    contents = [worker.content[page] for page in due[0].tolist()]
+                    assert {kind for kind, _ in contents} == {"exact"}, "due, but its exact pages are gone"
+                    assert [mark for _, held in contents for mark in held] == expected
+                else:
+                    assert worker.bound.state.sealed[block.block_id], "published, but not sealed"
+                    assert worker.content[block.block_id] == ("shadow", expected)
 
     def _is_done(self, request: Request) -> bool:
         return request.status == RequestStatus.FINISHED_LENGTH_CAPPED
@@ -185,14 +192,12 @@ TestLives.settings = settings(deadline=None, max_examples=30, stateful_step_coun
 
 
 def published_when_computed(self: ShadowManager, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-    """As stock vLLM: two steps too early."""
+    """As stock vLLM: a step too early."""
     FullAttentionManager.cache_blocks(self, request, num_tokens, *args, **kwargs)
 
 
-def freed_when_sealed(self: ExactManager, request_id: str, processed: int, *args: Any) -> None:
-    """A step too early."""
-    self._processed[request_id] = (processed, processed)
-    remove_skipped_blocks(self, request_id, processed, *args)
+def sealed_only_for_its_owner(self: Sealer, bound: Any) -> None:
+    bound.due.clear()
 
 
 def leaked(self: SlotManager, request_id: str) -> list[Any]:
@@ -219,7 +224,7 @@ def read_a_block_late(self: ExactBoundary, computed: Any, prefilling: Any, hit: 
     return exact_starts(self, computed, prefilling, hit) + self.block_size
 
 
-remove_skipped_blocks, exact_starts = ExactManager.remove_skipped_blocks, ExactBoundary.exact_starts
+exact_starts = ExactBoundary.exact_starts
 
 
 class LivesInASmallPool(Lives):
@@ -234,7 +239,7 @@ class LivesInASmallPool(Lives):
     ("owner", "name", "planted"),
     [
         (ShadowManager, "cache_blocks", published_when_computed),
-        (ExactManager, "remove_skipped_blocks", freed_when_sealed),
+        (Sealer, "seal_due", sealed_only_for_its_owner),
         (SlotManager, "pop_blocks_for_free", leaked),
         (BlockState, "seal", sealed_in_the_old_epoch),
         # Found after many more examples than the others.

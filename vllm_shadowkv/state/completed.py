@@ -1,4 +1,4 @@
-"""Blocks that a step of several tokens completed and that are not sealed yet: a later step has to look for them."""
+"""Blocks that drafts may have completed and that are not sealed yet: a later step has to look for them."""
 
 from __future__ import annotations
 

@@ -63,9 +63,14 @@ def spec_dtype(vllm_config: VllmConfig, dtype: torch.dtype) -> torch.dtype:
     What is left of our bytes in a page that such a layer gets may be NaN to it. Where dtypes differ, vLLM zeroes pages
     before they are used (`KVCacheConfig.needs_kv_cache_zeroing`).
     """
+    return torch.uint8 if zeroes_pages(vllm_config) else dtype
+
+
+def zeroes_pages(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM zeroes the pages that it gives away, between a step's scheduling and its planning."""
     drafts = vllm_config.speculative_config
     drafted = drafts is not None and drafts.uses_draft_model()
-    return torch.uint8 if drafted or vllm_config.attention_config.backend_per_kind else dtype
+    return drafted or bool(vllm_config.attention_config.backend_per_kind)
 
 
 def check_group(layer_names: list[str], num_layers: int) -> None:

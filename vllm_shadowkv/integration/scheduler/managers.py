@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     FullAttentionManager,
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 
 
 class ShadowManager(FullAttentionManager):
-    """Sealed blocks, as full attention, but a block's hash is published only when the block is certainly sealed.
+    """Sealed blocks, as full attention, but a block's hash is published only when it will be sealed before it is read.
 
-    A block is sealed by the step after the one that completed it, when the worker builds that step's metadata. A hash
-    that vLLM publishes earlier could be hit by a request that reads the page before, or never sealed at all if its
-    request is preempted in between.
+    A block is sealed when the worker plans the step after the one that completed it. What a step completes of a prompt
+    is sealed then whoever is in that step, so its hash is published before that step is scheduled, or when its request
+    ends. Other blocks are sealed if their owner goes on, and published a step later. vLLM would publish while the step
+    is scheduled that completes a block: a request later in it could hit what is not sealed, or never will be if the
+    owner is preempted by a request that comes after it.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -32,9 +35,33 @@ class ShadowManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         see_requests(see_request)
-        # Request -> itself, and the tokens that were computed when it was last scheduled: that step seals them.
+        # Where vLLM zeroes pages that it gives away, a block is sealed only if its owner goes on (worker/sealing.py).
+        self._zeroed = self.kv_cache_spec.dtype is torch.uint8
+        # Of the requests of the step that is being scheduled: tokens whose blocks the next step's plan finds sealed.
         self._sealing: dict[str, tuple[Request, int]] = {}
         self._being_scheduled: str | None = None
+        self._begins = 0
+
+    def new_step_starts(self) -> None:
+        """Publishes what the step before has completed, or sealed."""
+        for request, tokens in self._sealing.values():
+            super().cache_blocks(request, tokens, replay_boundaries=())
+        self._sealing.clear()
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """As full attention; notes where the request's step begins."""
+        self._begins = total_computed_tokens
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """As full attention; notes whose step this is."""
@@ -42,23 +69,22 @@ class ShadowManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publishes the blocks that an earlier step of this request has sealed.
+        """Notes which blocks will be sealed.
 
         vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the
-        output of a step; that schedules nothing that would seal what was computed, so such a call changes nothing.
+        output of a step; that schedules nothing, so such a call changes nothing.
         """
         if self._being_scheduled != request.request_id:
             return
-        self._being_scheduled = None
-        _, sealed = self._sealing.get(request.request_id, (request, 0))
-        self._sealing[request.request_id] = (request, min(num_tokens, request.num_computed_tokens))
-        super().cache_blocks(request, min(num_tokens, sealed), *args, **kwargs)
+        self._being_scheduled, computed = None, self._begins
+        of_prompt = num_tokens - computed > 1 and computed < request.num_prompt_tokens and not self._zeroed
+        self._sealing[request.request_id] = (request, num_tokens if of_prompt else min(num_tokens, computed))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """A finished request's last step has sealed what it was scheduled with; a preempted one's may never run."""
-        request, sealed = self._sealing.pop(request_id, (None, 0))
+        """A finished request's last step has run, or will; that of one that is preempted while it is scheduled not."""
+        request, tokens = self._sealing.pop(request_id, (None, 0))
         if request is not None and request.is_finished():
-            super().cache_blocks(request, sealed, replay_boundaries=())
+            super().cache_blocks(request, tokens, replay_boundaries=())
         return super().pop_blocks_for_free(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:

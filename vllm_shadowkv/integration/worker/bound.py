@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Bound:
         workspace: of the decode kernels.
         exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
         slots: counts of the slots' hits and misses.
+        due: blocks that the last step completed of prompts, each with its exact pages and its first position.
     """
 
     memories: dict[str, LayerMemory]
@@ -41,6 +42,7 @@ class Bound:
     workspace: DecodeWorkspace
     exact_start: Tensor
     slots: SlotCounts
+    due: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
 
 def make_bound(

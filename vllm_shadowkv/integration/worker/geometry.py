@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.integration.model.other_layers import zeroes_pages
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.state.boundary import ExactBoundary
@@ -70,6 +71,11 @@ class Geometry:
         """Most tokens that speculative decoding drafts for a request and step."""
         speculative = self.vllm_config.speculative_config
         return speculative.num_speculative_tokens if speculative else 0
+
+    @property
+    def pages_are_zeroed(self) -> bool:
+        """Whether vLLM zeroes pages that it gives away."""
+        return zeroes_pages(self.vllm_config)
 
     @property
     def max_rows(self) -> int:

@@ -2,8 +2,8 @@
 
 Between steps is also when blocks are sealed (`sealing.py`).
 
-On CUDA a step in which every row decodes one token is planned without reading the device, unless there may be a block
-to seal or a row begins one.
+On CUDA a step in which every row decodes one token is planned without reading the device, unless drafts may have
+completed a block or a row begins one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Planner:
         """
         self.counts = counts
         self._geometry, self._memory, self._attention = geometry, memory, attention
-        self._sealer = Sealer(geometry.layout, geometry.max_drafts, counts)
+        self._sealer = Sealer(geometry.layout, geometry.max_drafts, geometry.pages_are_zeroed, counts)
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
 
@@ -81,6 +81,7 @@ class Planner:
             self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
             self.counts.steps += 1
             bound.slots.step()
+            self._sealer.seal_due(bound)
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
         attention = self._attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
@@ -93,7 +94,7 @@ class Planner:
             self._sealer.seal(bound, rows, block_table, exact_table)
             if attention.reads_unwritten_values and not uniform:
                 self._clear_unwritten(bound, rows, exact_table)
-            self._sealer.note_open(bound, rows, block_table)
+            self._sealer.note_open(bound, rows, block_table, exact_table)
             if self.counts.wants_used_blocks:
                 self._count_used(rows, block_table)
         bound.state.start_step()

@@ -1,5 +1,9 @@
 """Where blocks are sealed: between steps, every block that an earlier step completed and that is not sealed yet.
 
+What a step completes of prompts is noted with its exact pages, and sealed before the next forward pass whoever is in
+that step: the owner may have finished, or been aborted or preempted. Its pages may have been given away by then, but
+nothing is written to them before that pass. Other blocks are sealed when their owner goes on.
+
 Who may free the exact pages that it was sealed from, and when, is `scheduler/managers.py`'s.
 """
 
@@ -23,14 +27,27 @@ logger = logging.getLogger("vllm.shadowkv")
 class Sealer:
     """Seals the blocks of a step's rows, and keeps in mind what this step completes."""
 
-    def __init__(self, layout: PageLayout, max_drafts: int, counts: StepCounts) -> None:
-        """Seals pages of this layout; adds to `counts`."""
-        self._layout, self._max_drafts, self._counts = layout, max_drafts, counts
+    def __init__(self, layout: PageLayout, max_drafts: int, zeroed: bool, counts: StepCounts) -> None:
+        """Seals blocks.
+
+        Args:
+            layout: of their pages.
+            max_drafts: most tokens that are drafted for a row and step.
+            zeroed: vLLM zeroes pages before a step is planned, so pages that are given away are lost
+                (`model/other_layers.py`).
+            counts: added to.
+        """
+        self._layout, self._max_drafts, self._zeroed, self._counts = layout, max_drafts, zeroed, counts
         self._completed = CompletedBlocks()
 
     def may_have_work(self, row: Row) -> bool:
         """Whether a row may have a block to seal, in a step of single tokens; told without reading its block table."""
         return self._completed.may_have(row.computed, self._max_drafts)
+
+    def seal_due(self, bound: Bound) -> None:
+        """Seals what the step before has completed of prompts, all layers, without reading a table."""
+        self._seal(bound, bound.due)
+        bound.due.clear()
 
     def seal(self, bound: Bound, rows: list[Row], block_table: Tensor, exact_table: Tensor) -> None:
         """Seals every complete block of these rows that is not sealed, all layers.
@@ -54,8 +71,13 @@ class Sealer:
                         "gone; this is a bug, please report it."
                     )
                 found[int(blocks[place])] = (exact_ids, place * layout.block_size)
+        self._seal(bound, found)
+
+    def _seal(self, bound: Bound, found: dict[int, tuple[Tensor, int]]) -> None:
+        """Seals blocks, each with its exact pages and its first position."""
         if not found:
             return
+        layout = self._layout
         device = bound.exact_start.device
         block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
         exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
@@ -67,13 +89,22 @@ class Sealer:
         self._completed.drop(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
-    def note_open(self, bound: Bound, rows: list[Row], block_table: Tensor) -> None:
+    def note_open(self, bound: Bound, rows: list[Row], block_table: Tensor, exact_table: Tensor) -> None:
         """Tells the block state into which blocks this step's forward pass will write; arguments as of `seal`."""
         size = self._layout.block_size
+        pages = size // self._layout.exact_tokens
         for row in rows:
             first, last = row.computed // size, (row.seq_len - 1) // size
             blocks = block_table[row.index, first : last + 1].long()
             bound.state.write_open(blocks)
             self._completed.drop(blocks.tolist())
-            if row.seq_len - row.computed > 1:
-                self._completed.add(blocks[: row.seq_len // size - first].tolist(), row.seq_len)
+            if row.seq_len - row.computed == 1:
+                continue
+            completed = blocks[: row.seq_len // size - first].tolist()
+            if self._zeroed or not row.prefilling:  # lost if its owner does not go on; drafts, or not certain yet
+                self._completed.add(completed, row.seq_len)
+                continue
+            for place, block in enumerate(completed, first):
+                # A copy: on a CPU the table is vLLM's own, which is another step's by then.
+                exact_ids = exact_table[row.index, place * pages : (place + 1) * pages].clone()
+                bound.due[block] = (exact_ids, place * size)
