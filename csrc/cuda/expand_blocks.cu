@@ -42,7 +42,9 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     return;
   }
   const uint8_t* page = p.pages + block * p.page_stride;
-  const uint8_t* values_row = p.host_pool + block * p.host_pool_stride;
+  const uint8_t* row_of_block = p.host_pool + block * p.host_pool_stride;
+  const uint8_t* records = row_of_block + head * layout.chunks() * layout.value_record_bytes;
+  const float* scales = head_scales(layout, row_of_block, head);
   const int64_t position = p.first_positions[i];
   const bool covered = p.rotary.covers(position, layout.block_size);
   const bool low_rank = layout.rank != 0 && covered;
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
   Rebuilder<T, kHeadSize, kTokens> rebuild(layout);
   for (int token = begin; token < end; token += kTokens) {
     ValueTile<T, kHeadSize, kTokens> tile;
-    tile.load(layout, values_row, head, token);
+    tile.load(layout, records, scales, token);
     if (low_rank) {
       rebuild(page, head, token, position + token, p.rotary, keys + token * stride, stride);
     }

@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     if (miss.block == 0) continue;
     const int chunk = miss.chunk % chunks;
     ValueTile<T, kHeadSize, kTokens> values;
-    values.load(layout, p.host_pool + miss.block * p.host_pool_stride, head, chunk * kTokens);
+    const uint8_t* row_of_block = p.host_pool + miss.block * p.host_pool_stride;
+    values.load(layout,
+                row_of_block + static_cast<int64_t>(head) * chunks * layout.value_record_bytes,
+                head_scales(layout, row_of_block, head), chunk * kTokens);
 
     const uint8_t* page = p.pages + miss.block * p.page_stride;
     uint8_t* slot_page = p.slot_pages + miss.slot_page * p.slot_page_stride;

@@ -33,6 +33,12 @@ __device__ __forceinline__ void clear_rows(int tokens, T* out, int64_t stride) {
   }
 }
 
+// The scales of a head's int8 values in its block's row of the host pool.
+__device__ __forceinline__ const float* head_scales(const PageLayout& layout, const uint8_t* row,
+                                                    int head) {
+  return reinterpret_cast<const float*>(row + layout.value_scales()) + head * layout.block_size;
+}
+
 // The values of kTokens tokens of one head on their way from the host pool: between load() and
 // store() there is time to rebuild their keys.
 template <typename T, int kHeadSize, int kTokens>
@@ -44,21 +50,20 @@ class ValueTile {
       (kTokens * kCodeVectors + kRebuildThreads - 1) / kRebuildThreads;
 
  public:
-  // `row` is the block's in the host pool.
-  __device__ __forceinline__ void load(const PageLayout& layout, const uint8_t* row, int head,
-                                       int token) {
-    const int64_t place = head * layout.block_size + token;
+  // `records` are those of the head in its block's row of the host pool, `scales` theirs; the tile
+  // starts with a chunk.
+  __device__ __forceinline__ void load(const PageLayout& layout, const uint8_t* records,
+                                       const float* scales, int token) {
+    const int size = static_cast<int>(layout.chunk_size);
+    const uint8_t* first = records + token / size * layout.value_record_bytes;
     if (!layout.value_int8) {
-      const uint8_t* first = row + place * (kHeadSize * sizeof(T));
       each<kMost>(kTokens * kRowVectors, [&](int i, int v) {
         vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(first) + v);
       });
       return;
     }
-    const uint8_t* first = row + place * kHeadSize;
-    const auto* scales = reinterpret_cast<const float*>(row + layout.value_scales()) + place;
     each<kMostCodes>(kTokens * kCodeVectors, [&](int i, int v) {
-      scales_[i] = scales[v / kCodeVectors];
+      scales_[i] = scales[token + v / kCodeVectors];
       vectors_[i] = load_streaming(reinterpret_cast<const uint4*>(first) + v);
     });
   }
