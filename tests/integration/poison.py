@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
+from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.integration.worker.sealing import Sealer
 
 poisoned = 0
@@ -32,18 +33,27 @@ def install() -> None:
         blocks = list(ordered_blocks)
         free_blocks(pool, blocks)
         free = (block for block in blocks if block.ref_cnt == 0 and not block.is_null)
-        waiting.extend(block.block_id for block in free if block.block_hash is None)
+        give_up(block.block_id for block in free if block.block_hash is None)
 
     def poison_and_get(pool: Any, num_blocks: int) -> Any:
         blocks = get_new_blocks(pool, num_blocks)
-        waiting.extend(block.block_id for block in blocks)
+        give_up(block.block_id for block in blocks)
         return blocks
 
-    def seal_and_poison(sealer: Any, bound: Any) -> None:
-        seal_due(sealer, bound)
+    def give_up(block_ids: Iterable[int]) -> None:
+        waiting.extend(block_ids)
+        runtime = Runtime.latest()
+        if runtime.geometry.pages_are_zeroed:  # after this, and before the step is planned; and nothing is due then
+            fill_waiting(runtime.memory.bind())
+
+    def fill_waiting(bound: Any) -> None:
         if waiting:
             _fill(waiting, bound)
             waiting.clear()
+
+    def seal_and_poison(sealer: Any, bound: Any) -> None:
+        seal_due(sealer, bound)
+        fill_waiting(bound)
 
     BlockPool.free_blocks, BlockPool.get_new_blocks = free_and_poison, poison_and_get
     Sealer.seal_due = seal_and_poison
