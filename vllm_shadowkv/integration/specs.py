@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -41,6 +42,11 @@ class ShadowSpec(FullAttentionSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         _opaque_page(self, self.shadow_page_bytes)
+
+    @property
+    def pages_are_zeroed(self) -> bool:
+        """Whether vLLM zeroes the pages that it gives away: the dtype then says so (`other_layers.spec_dtype`)."""
+        return self.dtype is torch.uint8
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:

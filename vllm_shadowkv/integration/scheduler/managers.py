@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     FullAttentionManager,
@@ -36,7 +35,7 @@ class ShadowManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         see_requests(see_request)
         # Where vLLM zeroes pages that it gives away, a block is sealed only if its owner goes on (worker/sealing.py).
-        self._zeroed = self.kv_cache_spec.dtype is torch.uint8
+        self._zeroed = self.kv_cache_spec.pages_are_zeroed
         # Of the requests of the step that is being scheduled: tokens whose blocks the next step's plan finds sealed.
         self._sealing: dict[str, tuple[Request, int]] = {}
         self._being_scheduled: str | None = None
