@@ -147,11 +147,16 @@ def library(content: bytes | None) -> Trigger:
     return trigger
 
 
-def mla(patch: Patch, folder: Path) -> None:
-    backend = SimpleNamespace(name="SHADOWKV")
-    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind={}))
-    patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
-    _ = platform.CPU_MLA
+def in_place_of_ours(name: str) -> Trigger:
+    """What vLLM takes although ours is selected."""
+
+    def trigger(patch: Patch, folder: Path) -> None:
+        backend = SimpleNamespace(name="SHADOWKV")
+        selected = SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind={}))
+        patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
+        getattr(platform, name)
+
+    return trigger
 
 
 def one_kind_on_the_cpu(patch: Patch, folder: Path) -> None:
@@ -159,13 +164,6 @@ def one_kind_on_the_cpu(patch: Patch, folder: Path) -> None:
     config = SimpleNamespace(attention_config=SimpleNamespace(backend=None, backend_per_kind=kinds))
     patch.setattr(platform, "get_current_vllm_config_or_none", lambda: config)
     _ = platform.CPU_ATTN
-
-
-def own_backend(patch: Patch, folder: Path) -> None:
-    backend = SimpleNamespace(name="SHADOWKV")
-    selected = SimpleNamespace(attention_config=SimpleNamespace(backend=backend, backend_per_kind={}))
-    patch.setattr(platform, "get_current_vllm_config_or_none", lambda: selected)
-    _ = platform.FLASH_ATTN_DIFFKV
 
 
 def mla_on_cuda(patch: Patch, folder: Path) -> None:
@@ -304,10 +302,10 @@ TRIGGERS: list[Trigger] = [
     lambda patch, folder: other_layers.check_group(["layers.0"], 2),
     lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
     streaming_input,
-    own_backend,
+    in_place_of_ours("FLASH_ATTN_DIFFKV"),
     mla_on_cuda,
     one_kind_on_the_cpu,
-    mla,
+    in_place_of_ours("CPU_MLA"),
     no_xformers,
     lambda patch, folder: cuda_attention(),
     rotation(lambda: None),

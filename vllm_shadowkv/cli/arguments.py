@@ -82,7 +82,7 @@ def num_blocks(given: argparse.Namespace, config: ShadowKVConfig, pool: Capacity
         config.host_memory_gib,
         pages_on_host=given.device == "cpu",
         ranks=given.tensor_parallel_size * given.pipeline_parallel_size,
-        free=free_bytes() - promised_to_others() if given.host_gib is None else int(given.host_gib * GIB),
+        free=max(free_bytes() - promised_to_others(), 0) if given.host_gib is None else int(given.host_gib * GIB),
     ).blocks
     blocks = min(device, host)
     if blocks < pool.min_blocks:
