@@ -117,7 +117,7 @@ def run(
         misses = workspace.misses(batch)
         values = misses * layout.value_chunk_bytes
         rebuilt = misses * (factors + layout.chunk_size * token_bytes)
-        fill = partial(workspace.fill, memory, rows)
+        fill = partial(workspace.fill, memory, work.state, rows, work.slot_counts)
         yield record("fill_slots", fill, values if device == "cuda" else values + rebuilt, "link", rate)
     plan()
     tokens = workspace.columns * layout.chunk_size + OPEN_TOKENS

@@ -116,7 +116,12 @@ def _ask(
                 report.right.setdefault((length, family), []).append(answer.text == prompt.answer)
                 report.token_seconds.setdefault(length, []).extend(answer.token_seconds)
             cache = server.cache_config()
-            report.num_blocks, report.block_size = int(cache["num_gpu_blocks"]), int(cache["block_size"])
+            # vLLM reports the smallest block of any group, and ours holds exact pages too.
+            sizes = re.findall(r"shadowkv: \d+ blocks of (\d+) tokens", server.log_text())
+            report.num_blocks, report.block_size = (
+                int(cache["num_gpu_blocks"]),
+                int((sizes or [cache["block_size"]])[0]),
+            )
             sealed = re.findall(r"shadowkv: sealed \d+ blocks, (\d+) tokens", server.log_text())
             report.sealed_tokens = sum(map(int, sealed))
     return report

@@ -38,7 +38,7 @@ WINDOW = 1000
 NUM_BLOCKS = 84
 """Were all of them exact, they would hold 10,752 tokens."""
 
-SETTINGS = {"dense_threshold": 1024, "prefill_exact_tokens": 0}
+SETTINGS = {"dense_threshold": 1024, "prefill_exact_tokens": 0, "resident_pages": False}
 SLACK_MIB = 64
 
 

@@ -77,8 +77,8 @@ class Workload:
             slot_pages=pages,
             host_pool=pool,
         )
-        self.state = BlockState(len(pages), torch.device(device))
-        self.state.seal(sealed_ids.long())
+        self.state = BlockState(len(pages), layout.block_size // layout.exact_tokens, torch.device(device))
+        self.state.seal(sealed_ids.long(), None)
         first_exact = sealed // layout.exact_tokens
         exact_table = torch.zeros(batch, first_exact + exact_pages, dtype=torch.int32)
         exact_table[:, first_exact:] = exact_ids.view(batch, exact_pages)
@@ -93,7 +93,7 @@ class Workload:
         self.workspace = DecodeWorkspace(self.config, layout, self.heads, batch, blocks, torch.device(device))
         self.query = torch.randn(batch, self.heads, size, generator=generator, device=device).to(dtype)
         self.output = torch.empty_like(self.query)
-        self.slot_counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.slot_counts = torch.zeros(4, dtype=torch.int64, device=device)
         self._generator = torch.Generator(device=device).manual_seed(1)
 
     def attend(self) -> None:

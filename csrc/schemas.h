@@ -25,9 +25,9 @@ void define_ops(Library& m) {
       "Tensor(c!) misses, Tensor(d!) num_misses, Tensor(e!) counts) -> ()");
   m.def(
       "fill_slots(Tensor chunk_ids, Tensor slot_ids, Tensor misses, Tensor num_misses, Tensor "
-      "pages, "
-      "Tensor block_table, Tensor host_pool, Tensor cos_sin, bool is_neox, Tensor slot_table, "
-      "Tensor(a!) slot_pages, int[] layout) -> ()");
+      "pages, Tensor block_table, Tensor host_pool, Tensor cos_sin, bool is_neox, Tensor sources, "
+      "Tensor epochs, Tensor exact_keys, Tensor exact_values, Tensor slot_table, "
+      "Tensor(a!) slot_pages, int[] layout, Tensor(b!) counts) -> ()");
   m.def(
       "sparse_attention(Tensor query, Tensor slot_ids, Tensor slot_table, Tensor slot_pages, "
       "Tensor exact_keys, Tensor exact_values, Tensor exact_table, Tensor exact_start, "

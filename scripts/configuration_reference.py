@@ -49,7 +49,7 @@ def reference() -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    default = "" if field.default is None else f"`{field.default}`"
+    default = "" if field.default is None else f"`{str(field.default).lower()}`"  # as JSON has it
     return f"| `{name}` | {_values(field)} | {default} | {field.description} |\n"
 
 
@@ -57,6 +57,8 @@ def _values(field: FieldInfo) -> str:
     kinds = [kind for kind in typing.get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(f"`{value}`" for value in kinds)
+    if kinds == [bool]:
+        return "`true`, `false`"
     limits = [_limit(rule) for rule in field.metadata]
     kind = {int: "integer", float: "number"}[kinds[0]]
     return " ".join([kind, *filter(None, limits)])

@@ -34,7 +34,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv import ops
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager, see_request
+from vllm_shadowkv.integration.scheduler.exact import ExactManager
+from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager, see_request
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
@@ -94,12 +95,19 @@ def shadow_groups(
     head_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     layers: Sequence[str] = ("layers.0",),
+    resident: bool = True,
 ) -> list[KVCacheGroupSpec]:
     """The three groups, as vLLM makes them of our layers' specs."""
     shape: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_size": head_size, "dtype": dtype}
     specs = {
         "": ShadowSpec(block_size=boundary.block_size, shadow_page_bytes=page_bytes, **shape),
-        ".exact": ExactSpec(block_size=boundary.exact_tokens, exact_page_bytes=page_bytes, boundary=boundary, **shape),
+        ".exact": ExactSpec(
+            block_size=boundary.exact_tokens,
+            exact_page_bytes=page_bytes,
+            boundary=boundary,
+            resident=resident,
+            **shape,
+        ),
         ".slots": SlotSpec(
             block_size=boundary.block_size,
             slot_page_bytes=page_bytes,
@@ -161,14 +169,16 @@ class Engine:
         vllm.cache_config.enable_prefix_caching = caching
         vllm.cache_config.num_gpu_blocks = num_blocks
         boundary = exact_boundary(self.config, max_step, max_model_len, asynchronous, slot_pages)
-        kind: dict[str, Any] = {"dtype": torch.uint8} if zeroed else {}
+        resident = self.config.resident_pages and not zeroed
+        kind: dict[str, Any] = {"resident": resident} | ({"dtype": torch.uint8} if zeroed else {})
+        self.hash_size = self.config.exact_tokens_per_page if resident else self.config.block_size
         self.asynchronous = asynchronous
         self.scheduler = (AsyncScheduler if asynchronous else Scheduler)(
             vllm_config=vllm,
             kv_cache_config=KVCacheConfig(num_blocks, [], shadow_groups(boundary, slot_pages, **kind)),
             structured_output_manager=SimpleNamespace(accept_tokens=lambda *_: True),  # type: ignore[arg-type]
             block_size=self.config.block_size,
-            hash_block_size=self.config.block_size,
+            hash_block_size=self.hash_size,
         )
         self.worker = Worker(
             self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner, zeroed
@@ -203,7 +213,7 @@ class Engine:
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
             priority=priority,
-            block_hasher=get_request_block_hasher(self.config.block_size, sha256),
+            block_hasher=get_request_block_hasher(self.hash_size, sha256),
         )
         self.requests[request.request_id] = request
         see_request(SimpleNamespace(scheduler=self.scheduler, vllm_config=self.scheduler.vllm_config), request)
@@ -228,8 +238,9 @@ class Engine:
             free = [block for block in self.manager.block_pool.blocks if block.ref_cnt == 0]
             self.worker.free = {block.block_id for block in free}
             blocks = self.manager.block_pool.blocks
-            given = {page for rows in new_blocks(output) for page in rows if blocks[page].block_hash is None}
+            given = {page for rows in self._new_blocks(output) for page in rows}
             self.worker.lost = [*given - {0}, *(block.block_id for block in free if block.block_hash is None)]
+            assert all(blocks[page].ref_cnt for page in given)
             self.in_flight.append((output, self.worker.run(output)))
         if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
             self._take_in()
@@ -251,7 +262,7 @@ class Engine:
         assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
         shadow, exact, slots = self.managers
         of_slots = (slots._with_hit, slots._never_decode, slots._missing)
-        for notes in (shadow._sealing, exact._prefill_end, exact._processed, *of_slots):
+        for notes in (shadow._scheduled, exact._scheduled, exact._prefill_end, exact._processed, *of_slots):
             assert not notes
         for manager in (shadow, exact, slots):
             assert not any(manager.req_to_blocks.values())
@@ -260,17 +271,25 @@ class Engine:
         """The request's block ids, by group."""
         return self.manager.get_block_ids(request.request_id)
 
+    def _new_blocks(self, output: SchedulerOutput) -> Iterator[list[int]]:
+        """What requests are given in a step, group by group, without what they hit."""
+        cached = output.scheduled_cached_reqs
+        admitted = [(new.req_id, new.block_ids) for new in output.scheduled_new_reqs]
+        for name, given in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                assert given is not None
+                admitted.append((name, given))
+            else:
+                yield from given or ()
+        sizes = self.config.block_size, self.config.exact_tokens_per_page
+        for name, (shadow, exact, slots) in admitted:
+            yield shadow[self.hits[name] // sizes[0] :]
+            yield exact[self.hits[name] // sizes[1] :]
+            yield slots
+
     def _take_in(self) -> None:
         if self.in_flight:
             self.scheduler.update_from_output(*self.in_flight.popleft())
-
-
-def new_blocks(output: SchedulerOutput) -> Iterator[list[int]]:
-    """What requests are given in a step, group by group; of new and resumed ones what they hit, too."""
-    for new in output.scheduled_new_reqs:
-        yield from new.block_ids
-    for given in output.scheduled_cached_reqs.new_block_ids:
-        yield from given or ()
 
 
 class _Row:
@@ -310,13 +329,12 @@ class Worker:
         self.block, self.page = layout.block_size, layout.exact_tokens
         self.boundary, self.runner = boundary, runner
         self.content: list[tuple[str, Any]] = [("nothing", None)] * num_blocks
-        """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of.
-
-        What the managers have freed without a hash, or given away, is "freed" as soon as the next step has sealed what
-        was due: any step may write there.
-        """
+        """Of every page: "exact" or "shadow" and the marks of its tokens, or "slots" and the request they are of."""
         self.lost: list[int] = []
-        """Such pages, in this step."""
+        """Pages that the managers have freed without a hash, or given away, in this step."""
+        self.gone: set[int] = set()
+        """Such pages, once the next step has sealed what was due, until they are written: any step may do that, so that
+        only what asks for their epochs may read them."""
         self.free: set[int] = set()
         """Pages that nobody owns in this step."""
         self.slots: dict[int, dict[tuple[int, int], list[int]]] = {}
@@ -331,7 +349,7 @@ class Worker:
         )
         self.bound = SimpleNamespace(
             boundary=boundary,
-            state=BlockState(num_blocks, torch.device("cpu")),
+            state=BlockState(num_blocks, self.block // self.page, torch.device("cpu")),
             memories={"layer": memory},
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
             slots=SlotCounts(torch.device("cpu")),
@@ -345,6 +363,7 @@ class Worker:
             slot_pages_per_request=slot_pages,
             max_drafts=0,
             pages_are_zeroed=zeroed,
+            has_resident_pages=config.resident_pages and not zeroed,
         )
         memory_of_worker: Any = SimpleNamespace(bind=lambda: self.bound)
         attention: Any = SimpleNamespace(
@@ -359,8 +378,7 @@ class Worker:
         def seal_and_lose(bound: Any) -> None:
             assert not (zeroed and bound.due), "seals from pages that may be zeroed"
             seal_due(bound)
-            for page in self.lost:
-                self.content[page] = ("freed", None)
+            self.gone.update(self.lost)
 
         sealer.seal_due = seal_and_lose
         self.decoded = 0
@@ -369,6 +387,8 @@ class Worker:
         self.filled = self.kept = 0
         """Chunks that were read from a slot: filled in that step, or still there."""
         self.sealed = 0
+        self.resident_chunks = self.resident_tokens = 0
+        """Read from pages that nobody has: chunks into slots, tokens by prefills."""
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
@@ -383,9 +403,12 @@ class Worker:
         blocks = {block for row in rows for block in row.blocks[0]}
         self.bound.state.check_integrity(torch.tensor(sorted(blocks)))
         self._write(rows, counts, step)
+        decoding = self._take_slots(names, rows, counts, step)
         for index, (name, row, count) in enumerate(zip(names, rows, counts, strict=True)):
-            self._read(name, row, row.computed + count, int(self.bound.exact_start[index]))
-        self._decode(names, rows, counts, step)
+            self._read(name, row, row.computed + count, *self._exact_part(index, row, counts, step))
+        self.prefilled_over_sealed += len(step.prefills)
+        if decoding:
+            self._read_slots(step.decode[0].rows, decoding)
         self._check_counts(rows)
         sampled = []
         for name, row, count in zip(names, rows, counts, strict=True):
@@ -474,8 +497,10 @@ class Worker:
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""
         self.sealed += 1
-        assert all(self.content[page][0] == "exact" for page in exact), "seals what is no exact page"
+        intact = (self.content[page][0] == "exact" and page not in self.gone for page in exact)
+        assert all(intact), "seals what is no exact page"
         self.slots.pop(block, None)
+        self.gone.discard(block)
         self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])
 
     def _write(self, rows: list[_Row], counts: list[int], step: Step) -> None:
@@ -490,32 +515,55 @@ class Worker:
             assert page not in self.free, "writes to a page that nobody owns"
             self.slots.pop(page, None)
             kind, held = self.content[page]
-            if kind != "exact":
+            if kind != "exact" or page in self.gone:
+                self.gone.discard(page)
                 held = [0] * self.page
                 self.content[page] = ("exact", held)
             held[offset] = mark
 
-    def _read(self, name: str, row: _Row, seq_len: int, start: int) -> None:
+    def _exact_part(self, index: int, row: _Row, counts: list[int], step: Step) -> tuple[int, list[int], int]:
+        """From where on a row reads exact pages, and which: as its prefill says, or as its boundary, which is third."""
+        boundary, first = int(self.bound.exact_start[index]), sum(counts[:index])
+        start, exact_row = boundary, row.blocks[1]
+        for prefill in step.prefills:
+            if prefill.tokens.start == first:
+                start, exact_row = prefill.exact_start, prefill.exact_row.tolist()
+        if step.dense is not None:
+            tokens = step.dense.tokens
+            begins = step.dense.query_start_loc[:-1]
+            begins = begins.tolist() if tokens is None else tokens[begins.long()].tolist()
+            if first in begins:
+                start, exact_row = 0, step.dense.block_table[begins.index(first)].tolist()
+        self.resident_tokens += boundary - start
+        if start < boundary:
+            assert (
+                row.blocks[1][boundary // self.page :]
+                == exact_row[boundary // self.page :][: len(row.blocks[1]) - boundary // self.page]
+            )
+        return start, exact_row, boundary
+
+    def _read(self, name: str, row: _Row, seq_len: int, start: int, exact_row: list[int], boundary: int) -> None:
         assert start % self.block == 0
         row.mark(seq_len - 1)
-        for kind, size, group, first, end in (
-            ("shadow", self.block, 0, 0, start),
-            ("exact", self.page, 1, start, seq_len),
+        for kind, size, table, first, end in (
+            ("shadow", self.block, row.blocks[0], 0, start),
+            ("exact", self.page, exact_row, start, seq_len),
         ):
             for at in range(first, end, size):
                 marks = row.marks[at : min(at + size, end)]
-                held_kind, held = self.content[row.blocks[group][at // size]]
+                held_kind, held = self.content[table[at // size]]
+                if table[at // size] in self.gone and (kind == "shadow" or at >= boundary):
+                    held_kind = "freed"
                 if held_kind != kind or held[: len(marks)] != marks:
                     raise AssertionError(
                         f"{name} reads tokens from {at} on, of {seq_len} (exact from {start}), in a page that holds "
                         + ("other tokens" if held_kind == kind else f"{held_kind} content")
                     )
 
-    def _decode(self, names: list[str], rows: list[_Row], counts: list[int], step: Step) -> None:
-        """Plans, fills and reads the slots of rows that decode over sealed blocks."""
-        self.prefilled_over_sealed += len(step.prefills)
+    def _take_slots(self, names: list[str], rows: list[_Row], counts: list[int], step: Step) -> list[_Row]:
+        """The rows that decode over sealed blocks, whose slots overwrite what their pages were."""
         if not step.decode:
-            return
+            return []
         batch = step.decode[0]
         first_tokens = [sum(counts[:index]) for index in range(len(rows))]
         tokens = first_tokens if batch.tokens is None else batch.tokens.tolist()
@@ -525,10 +573,11 @@ class Worker:
         taken = batch.rows.slot_table[sparse].flatten().tolist()
         assert 0 not in taken, "a row that attends to sealed blocks lacks slots"
         assert len(set(taken)) == len(taken), "two rows share a slot page"
-        for name, row in zip(names, rows, strict=True):
-            for page in row.blocks[2]:
-                self.content[page] = ("slots", name)
-        self._read_slots(batch.rows, decoding)
+        for row, reads_slots in zip(decoding, sparse.tolist(), strict=True):
+            for page in row.blocks[2] if reads_slots else ():
+                self.content[page] = ("slots", names[rows.index(row)])
+                self.gone.discard(page)
+        return decoding
 
     def _read_slots(self, rows: DecodeRows, decoding: list[_Row]) -> None:
         """Some chunks of every row, drawn at random, through the real tags; contents are marks."""
@@ -545,9 +594,9 @@ class Worker:
         pages = self.bound.memories["layer"].slot_pages
         ops.plan_slots(
             chunk_ids, rows.block_table, state.epochs, state.clock, rows.slot_table, pages, layout,
-            slot_ids, misses, num_misses, slot_counts := torch.zeros(3, dtype=torch.int64),
+            slot_ids, misses, num_misses, slot_counts := torch.zeros(4, dtype=torch.int64),
         )  # fmt: skip
-        wanted, found, _ = slot_counts.tolist()
+        wanted, found, *_ = slot_counts.tolist()
         assert wanted == int((chunk_ids >= 0).sum())
         assert found == wanted - int(num_misses.sum())
         chosen = (chunk_ids >= 0).nonzero().tolist()
@@ -558,8 +607,15 @@ class Worker:
             contents = self.slots.setdefault(int(rows.slot_table[row, slot // per_page]), {})
             key = head, int(slot) % per_page
             if place in missed:
-                block = self.content[decoding[row].blocks[0][first // self.block]][1]
-                contents[key] = block[first % self.block :][: layout.chunk_size]
+                block, place = decoding[row].blocks[0][first // self.block], first % self.block
+                source = int(state.resident(torch.tensor([block]))[0, place // self.page])
+                if source:
+                    kind, held = self.content[source]
+                    assert kind == "exact", f"a source that holds {kind} passes for resident"
+                    contents[key] = held[place % self.page :][: layout.chunk_size]
+                    self.resident_chunks += 1
+                else:
+                    contents[key] = self.content[block][1][place:][: layout.chunk_size]
                 self.filled += 1
             else:
                 self.kept += 1

@@ -44,7 +44,11 @@ ALLOWED: dict[str, set[str]] = {
         *(f"{OURS}.{part}" for part in ("config", "extension", "metrics", "page", "plugin", "state", "versions")),
         f"{OURS}.integration",
     },
-    "integration/scheduler": {"vllm", *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "scheduler"))},
+    "integration/scheduler": {
+        "vllm",
+        *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "scheduler")),
+        f"{OURS}.metrics",
+    },
     "integration/worker": {
         *("torch", "vllm"),
         *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "rotary", "state")),
@@ -57,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "integration/model": {"torch", "vllm", f"{OURS}.page", f"{OURS}.rotary", f"{OURS}.integration.model"},
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 8000
+MOST_PACKAGE_LINES = 8800
 
 
 def files() -> list[Path]:

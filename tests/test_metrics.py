@@ -33,8 +33,8 @@ class Worker:
 
     def __init__(self, engine: str, first_rank: bool = True) -> None:
         self.steps, self.slots = StepCounts(), SlotCounts(torch.device("cpu"))
-        labels = {"model_name": "m", "engine": engine}
-        self.meter = Meter(self.steps, self.slots, LAYOUT, LAYERS, labels, first_rank, log_seconds=10)
+        self.labels = {"model_name": "m", "engine": engine}
+        self.meter = Meter(self.steps, self.slots, LAYOUT, LAYERS, self.labels, first_rank, log_seconds=10)
         self.meter.num_blocks = 8
         self.engine = engine
 
@@ -42,7 +42,9 @@ class Worker:
         """Published values by short name."""
         self.meter.publish()
         return {
-            sample.name.removeprefix("vllm:shadowkv_") + sample.labels.get("phase", ""): sample.value
+            sample.name.removeprefix("vllm:shadowkv_")
+            + sample.labels.get("phase", "")
+            + sample.labels.get("kind", ""): sample.value
             for family in metrics.REGISTRY.collect()
             for sample in family.samples
             if sample.labels["engine"] == self.engine and not sample.name.endswith("_created")
@@ -61,18 +63,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_counts_become_metrics() -> None:
     worker = Worker("10")
     nothing = worker.read()
-    assert len(nothing) == len(exported()) + 1, "one has two phases"
+    assert len(nothing) == len(exported()) + 2, "one has two phases, one two kinds"
     assert nothing.pop("host_pool_bytes") == 8 * ROW_BYTES
     assert not any(nothing.values())
     worker.steps.__dict__.update(sealed_blocks=5, sealed_prefills=2, table_reads=4, used_blocks=3, steps=9)
-    worker.steps.expanded_tokens = 7 * LAYOUT.block_size
-    worker.slots.tensor += torch.tensor([100, 60, 39])
+    worker.steps.expanded_tokens, worker.steps.resident_tokens = 7 * LAYOUT.block_size, 3 * LAYOUT.block_size
+    worker.slots.tensor += torch.tensor([100, 60, 39, 9])
+    metrics.count_hit(worker.labels, 30, 20)
+    metrics.count_ownerless_seals(worker.labels, 2)
     assert worker.read() == {
         "sealed_blocks_total": 5,
         "selected_chunks_total": 100,
         "slot_hits_total": 60,
         "slot_misses_total": 39,
-        "fetched_bytes_totaldecode": 39 * 8 * 64 * 2,
+        "resident_chunks_total": 9,
+        "resident_tokens_total": 3 * LAYOUT.block_size,
+        "hit_tokens_totalexact": 30,
+        "hit_tokens_totalsealed": 20,
+        "ownerless_seals_total": 2,
+        "fetched_bytes_totaldecode": 30 * 8 * 64 * 2,
         "fetched_bytes_totalprefill": 7 * ROW_BYTES,
         "expanded_tokens_total": 7 * LAYOUT.block_size,
         "sealed_prefills_total": 2,
@@ -81,7 +90,7 @@ def test_counts_become_metrics() -> None:
         "host_pool_bytes": 8 * ROW_BYTES,
         "host_pool_used_bytes": 3 * ROW_BYTES,
     }
-    worker.slots.tensor += torch.tensor([10, 10, 0])
+    worker.slots.tensor += torch.tensor([10, 10, 0, 0])
     assert worker.read()["slot_hits_total"] == 70
 
 
@@ -99,6 +108,9 @@ def test_other_ranks_leave_out_what_the_first_one_reports() -> None:
         "sealed_prefills_total",
         "table_reads_total",
         "refused_requests_total",
+        "resident_tokens_total",
+        "ownerless_seals_total",
+        "hit_tokens_totalexact",
     }
     assert not shared & published.keys()
 
@@ -135,11 +147,12 @@ def test_a_line_in_the_log_now_and_then(clock: Clock, caplog: pytest.LogCaptureF
         return [record.getMessage() for record in caplog.records]
 
     worker.steps.steps, worker.steps.sealed_blocks = 1, 2
-    worker.slots.tensor += torch.tensor([400, 300, 100])
+    worker.slots.tensor += torch.tensor([400, 300, 100, 40])
     assert lines(9) == []
     (line,) = lines(1)
     assert line.startswith(
-        "Engine 014: shadowkv: sealed 2 blocks, slots held 75.0% of 400 selected chunks, fetched 0.1 MiB"
+        "Engine 014: shadowkv: sealed 2 blocks, slots held 75.0% of 400 selected chunks, resident pages 10.0%, "
+        "fetched 0.1 MiB"
     )
     assert lines(10) == [], "no step, no line"
     worker.steps.steps = 2

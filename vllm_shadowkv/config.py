@@ -46,6 +46,10 @@ class ShadowKVConfig(BaseModel):
     decode_exact_tokens: int = Field(
         0, ge=0, description="Newest tokens kept exact in decode, beyond those of the open block."
     )
+    resident_pages: bool = Field(
+        True,
+        description="Use the exact pages of sealed blocks until they are given away; off: results do not depend on it.",
+    )
     key_codec: Literal["int8", "none"] = Field("int8", description="int8 low-rank factors, or exact keys.")
     value_dtype: Literal["auto", "int8"] = Field(
         "auto", description="Values in the host pool: the model's dtype, or int8."

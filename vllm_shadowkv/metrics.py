@@ -35,9 +35,13 @@ def _gauge(name: str, what: str) -> Gauge:
 SEALED_BLOCKS = _counter("sealed_blocks", "Blocks sealed.")
 SELECTED_CHUNKS = _counter("selected_chunks", "Chunks selected by decode steps, all layers and KV heads.")
 SLOT_HITS = _counter("slot_hits", "Selected chunks found in a slot.")
-SLOT_MISSES = _counter("slot_misses", "Selected chunks whose keys were rebuilt and values fetched into a slot.")
+SLOT_MISSES = _counter("slot_misses", "Selected chunks that were brought into a slot.")
+RESIDENT_CHUNKS = _counter("resident_chunks", "Of them, copied from resident exact pages; others rebuilt and fetched.")
 FETCHED_BYTES = _counter("fetched_bytes", "Bytes of values read from the host pool, by decode or by prefill.", "phase")
 EXPANDED_TOKENS = _counter("expanded_tokens", "Sealed tokens expanded for prefills to attend to.")
+RESIDENT_TOKENS = _counter("resident_tokens", "Sealed tokens that prefills read from resident exact pages instead.")
+HIT_TOKENS = _counter("hit_tokens", "Tokens of prefix hits: with their exact pages, or sealed only.", "kind")
+OWNERLESS_SEALS = _counter("ownerless_seals", "Blocks whose request had ended before they were sealed.")
 SEALED_PREFILLS = _counter("sealed_prefills", "Prefill steps of a request that attended to sealed context.")
 TABLE_READS = _counter("table_reads", "Steps whose plan read the block tables, which on CUDA waits for the device.")
 REFUSED_REQUESTS = _counter("refused_requests", "Requests answered with an error: prompts in pieces (streaming input).")
@@ -55,7 +59,7 @@ class StepCounts:
 
     Attributes:
         steps: planned.
-        sealed_blocks, expanded_tokens, sealed_prefills, table_reads: as the metrics.
+        sealed_blocks, expanded_tokens, resident_tokens, sealed_prefills, table_reads: as the metrics.
         used_blocks: sealed blocks of the requests of the last step whose tables were read; one that requests share
             counts once.
         wants_used_blocks: whether to count them anew in the next such step.
@@ -64,6 +68,7 @@ class StepCounts:
     steps: int = 0
     sealed_blocks: int = 0
     expanded_tokens: int = 0
+    resident_tokens: int = 0
     sealed_prefills: int = 0
     table_reads: int = 0
     used_blocks: int = 0
@@ -81,6 +86,19 @@ def labels_of(vllm_config: Any) -> dict[str, str]:
 def count_refusal(labels: dict[str, str]) -> None:
     """Counts a request that was refused, in the process of the scheduler."""
     REFUSED_REQUESTS.labels(**labels).inc()
+    _serve()
+
+
+def count_hit(labels: dict[str, str], exact_tokens: int, sealed_tokens: int) -> None:
+    """Counts what a request found in the prefix cache, in the process of the scheduler."""
+    HIT_TOKENS.labels(**labels, kind="exact").inc(exact_tokens)
+    HIT_TOKENS.labels(**labels, kind="sealed").inc(sealed_tokens)
+    _serve()
+
+
+def count_ownerless_seals(labels: dict[str, str], blocks: int) -> None:
+    """Counts blocks that are sealed after the end of their request, in the process of the scheduler."""
+    OWNERLESS_SEALS.labels(**labels).inc(blocks)
     _serve()
 
 
@@ -122,7 +140,7 @@ class Meter:
         self._labels, self._first_rank, self._log_seconds = labels, first_rank, log_seconds
         self._totals: dict[Counter, int] = {}
         self._last_step = 0, time.monotonic()
-        self._last_line = _Line(0, 0, 0, 0, 0, 0), time.monotonic()
+        self._last_line = _Line(0, 0, 0, 0, 0, 0, 0), time.monotonic()
         weakref.finalize(self, _clear, labels)
         _meters.add(self)
         _serve()
@@ -135,13 +153,14 @@ class Meter:
         elif now - self._last_step[1] > IDLE_SECONDS:
             steps.used_blocks = 0
         steps.wants_used_blocks = True
-        selected, hits, misses = self._slots.latest()
-        fetched = misses * self._chunk_bytes
+        selected, hits, misses, resident = self._slots.latest()
+        fetched = (misses - resident) * self._chunk_bytes
         expanded_tokens = steps.expanded_tokens
         expanded = expanded_tokens // self._block_size * self._row_bytes
         self._follow(SELECTED_CHUNKS, selected)
         self._follow(SLOT_HITS, hits)
         self._follow(SLOT_MISSES, misses)
+        self._follow(RESIDENT_CHUNKS, resident)
         self._follow(FETCHED_BYTES, fetched, phase="decode")
         self._follow(FETCHED_BYTES, expanded, phase="prefill")
         HOST_POOL_BYTES.labels(**self._labels).set(self.num_blocks * self._row_bytes)
@@ -150,10 +169,14 @@ class Meter:
             sealed = steps.sealed_blocks
             self._follow(SEALED_BLOCKS, sealed)
             self._follow(EXPANDED_TOKENS, expanded_tokens)
+            self._follow(RESIDENT_TOKENS, steps.resident_tokens)
             self._follow(SEALED_PREFILLS, steps.sealed_prefills)
             self._follow(TABLE_READS, steps.table_reads)
-            self._follow(REFUSED_REQUESTS, 0)  # another process counts them
-            self._log(now, _Line(steps.steps, sealed, selected, hits, fetched + expanded, expanded_tokens))
+            for counter in (REFUSED_REQUESTS, OWNERLESS_SEALS):
+                self._follow(counter, 0)  # another process counts them
+            for kind in ("exact", "sealed"):
+                self._follow(HIT_TOKENS, 0, kind=kind)
+            self._log(now, _Line(steps.steps, sealed, selected, hits, resident, fetched + expanded, expanded_tokens))
 
     def _follow(self, counter: Counter, total: int, **labels: str) -> None:
         """Raises a counter to a total; never lowers it."""
@@ -174,12 +197,13 @@ class Meter:
             return
         new = _Line(*(one - other for one, other in zip(line, last, strict=True)))
         logger.info(
-            "Engine %03d: shadowkv: sealed %d blocks, slots held %.1f%% of %d selected chunks, fetched %.1f MiB "
-            "(%.1f MiB/s), expanded %d tokens for prefills, host pool %.2f of %.2f GiB used",
+            "Engine %03d: shadowkv: sealed %d blocks, slots held %.1f%% of %d selected chunks, resident pages %.1f%%, "
+            "fetched %.1f MiB (%.1f MiB/s), expanded %d tokens for prefills, host pool %.2f of %.2f GiB used",
             int(self._labels["engine"]),
             new.sealed_blocks,
             100 * new.hits / max(new.selected, 1),
             new.selected,
+            100 * new.resident / max(new.selected, 1),
             new.fetched_bytes / 2**20,
             new.fetched_bytes / 2**20 / (now - at),
             new.expanded_tokens,
@@ -195,6 +219,7 @@ class _Line(NamedTuple):
     sealed_blocks: int
     selected: int
     hits: int
+    resident: int
     fetched_bytes: int
     expanded_tokens: int
 

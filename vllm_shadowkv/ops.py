@@ -166,8 +166,8 @@ def plan_slots(
             chunk without a slot.
         misses: int32 `[B, Hkv, K]`, written: the places in `chunk_ids` whose slots must be filled, ascending, then -1.
         num_misses: int32 `[B, Hkv]`, written.
-        counts: int64 `[3]`, added to: chunks that want a slot, that were found in one, and that were given one; the
-            difference was left out.
+        counts: int64 `[4]`, of which three are added to: chunks that want a slot, that were found in one, and that were
+            given one; the difference was left out.
     """
     _ops.plan_slots(
         chunk_ids,
@@ -194,11 +194,18 @@ def fill_slots(
     host_pool: Tensor,
     cos_sin: Tensor,
     is_neox: bool,
+    sources: Tensor,
+    epochs: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
     slot_table: Tensor,
     slot_pages: Tensor,
     layout: PageLayout,
+    counts: Tensor,
 ) -> None:
     """Rebuilds the missing chunks' keys (low-rank product, mean, RoPE; outliers: copied) and fetches their values.
+
+    Both are copied instead where the exact page that the chunk was sealed from was not written to since.
 
     Args:
         chunk_ids, slot_ids, misses, num_misses, block_table, slot_table: see `plan_slots`. A miss that names no place,
@@ -208,8 +215,14 @@ def fill_slots(
         host_pool: uint8 `[N, layout.value_row_bytes]`.
         cos_sin: fp32 `[max_position, rotary_dim]`, cosines then sines (`rotary.Rotary`); rotary_dim 0: no RoPE.
         is_neox: halves (True) or pairs are rotated.
+        sources: int32 `[N, block_size / T]`, the exact pages that a block was sealed from; an invalid id: not known.
+        epochs: int64 `[N]`; a source is as it was if its epoch is lower than its block's.
+        exact_keys: float `[N, Hkv, T, D]`, a view of the pages (`PageLayout.exact_views`), any strides on the CPU; on
+            CUDA the last is 1.
+        exact_values: as `exact_keys`, the last stride 1.
         slot_pages: uint8 `[N, P]`; keys and values of the missing slots are written.
         layout: of the pages.
+        counts: int64 `[4]`; the last is added to: chunks that were copied from their sources.
     """
     _ops.fill_slots(
         chunk_ids,
@@ -221,9 +234,14 @@ def fill_slots(
         host_pool,
         cos_sin,
         is_neox,
+        sources,
+        epochs,
+        exact_keys,
+        exact_values,
         slot_table,
         slot_pages,
         layout.ints,
+        counts,
     )
 
 

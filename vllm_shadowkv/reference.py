@@ -4,8 +4,7 @@ ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a
 KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in
 least-recently-used slots; and one that makes it more accurate: the rest, which are the chunks that are not selected,
 are not left out but estimated from their landmarks and the mean of their block's values (as RetroInfer does per
-cluster, arXiv 2505.02922). Every function after `seal` has the name, the arguments and the results of the kernel in
-`ops.py` that it defines.
+cluster, arXiv 2505.02922). A function after `seal` has the name, arguments and results of the op that it defines.
 
 Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once
 per decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; and `expand_blocks` for a prefill over
@@ -297,7 +296,7 @@ def plan_slots(
                 row_used[slot] = int(clock)
             misses[row, head, : len(missed)] = torch.tensor(missed, dtype=torch.int32)
             num_misses[row, head] = len(missed)
-            counts += torch.tensor([wanted, hits, len(missed)])
+            counts[:3] += torch.tensor([wanted, hits, len(missed)])
             tags[pages, head] = row_tags.unflatten(0, (len(pages), layout.slots_per_page))
             used[pages, head] = row_used.unflatten(0, (len(pages), layout.slots_per_page))
 
@@ -319,11 +318,16 @@ def fill_slots(
     host_pool: Tensor,
     cos_sin: Tensor,
     is_neox: bool,
+    sources: Tensor,
+    epochs: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
     slot_table: Tensor,
     slot_pages: Tensor,
     layout: PageLayout,
+    counts: Tensor,
 ) -> None:
-    """Rebuilds the missing chunks' keys and fetches their values. Arguments: `ops.fill_slots`."""
+    """Copies, or rebuilds and fetches, the missing chunks' keys and values. Arguments: `ops.fill_slots`."""
     slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
     for row, head in num_misses.nonzero().tolist():
         for i in misses[row, head, : int(num_misses[row, head])].tolist():
@@ -337,9 +341,16 @@ def fill_slots(
             if not (0 < block < len(pages) and 0 <= page < len(slot_pages)):
                 continue
             tokens = slice(inside * layout.chunk_size, (inside + 1) * layout.chunk_size)
-            keys = rebuild_keys(pages, block, index * layout.block_size, cos_sin, is_neox, layout)
-            slot_keys[page, head, place] = keys[tokens, head].to(layout.dtype)
-            slot_values[page, head, place] = fetch_values(host_pool, block, layout)[tokens, head].to(layout.dtype)
+            source = int(sources[block, tokens.start // layout.exact_tokens])
+            if 0 < source < len(exact_keys) and epochs[source] < epochs[block]:
+                resident = torch.arange(tokens.start, tokens.stop) % layout.exact_tokens
+                keys, values = exact_keys[source, head, resident], exact_values[source, head, resident]
+                counts[3] += 1
+            else:
+                keys = rebuild_keys(pages, block, index * layout.block_size, cos_sin, is_neox, layout)[tokens, head]
+                values = fetch_values(host_pool, block, layout)[tokens, head]
+            slot_keys[page, head, place] = keys.to(layout.dtype)
+            slot_values[page, head, place] = values.to(layout.dtype)
 
 
 def sparse_attention(
@@ -366,8 +377,7 @@ def sparse_attention(
     slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
     group = query.shape[1] // layout.num_kv_heads
     for row in range(len(query)):
-        start = max(int(exact_start[row]), 0)
-        end = min(int(seq_lens[row]), exact_table.shape[1] * layout.exact_tokens)
+        start, end = max(int(exact_start[row]), 0), min(int(seq_lens[row]), exact_table.shape[1] * layout.exact_tokens)
         tokens = torch.arange(start, max(end, start))
         exact = exact_table[row, tokens // layout.exact_tokens].long()
         valid = (exact > 0) & (exact < len(exact_keys))
@@ -377,24 +387,14 @@ def sparse_attention(
             slots = slots[(slots >= 0) & (slots < slot_table.shape[1] * layout.slots_per_page)].long()
             slot_page, place = slot_table[row, slots // layout.slots_per_page].long(), slots % layout.slots_per_page
             valid = (slot_page > 0) & (slot_page < len(slot_pages))
-            slot_page, place = slot_page[valid], place[valid]
-            keys = torch.cat(
-                (
-                    slot_keys[slot_page, head, place].flatten(0, 1),
-                    exact_keys[exact, head, tokens % layout.exact_tokens],
-                )
-            )
-            values = torch.cat(
-                (
-                    slot_values[slot_page, head, place].flatten(0, 1),
-                    exact_values[exact, head, tokens % layout.exact_tokens],
-                )
-            )
+            in_slots = slot_page[valid], head, place[valid]
+            in_pages = exact, head, tokens % layout.exact_tokens
+            keys = torch.cat((slot_keys[in_slots].flatten(0, 1), exact_keys[in_pages]))
+            values = torch.cat((slot_values[in_slots].flatten(0, 1), exact_values[in_pages]))
             heads = slice(head * group, (head + 1) * group)
             logits = scale * (query[row, heads].float() @ keys.float().T)
             rest = rest_lse[row, heads]
             lse[row, heads] = logits.logsumexp(-1).logaddexp(rest)
             attended = (logits - lse[row, heads, None]).exp() @ values.float()
             estimated = (rest - lse[row, heads]).exp()[:, None] * rest_values[row, heads]
-            attended += estimated.where(rest[:, None] > -torch.inf, 0)
-            output[row, heads] = attended.to(output.dtype)
+            output[row, heads] = (attended + estimated.where(rest[:, None] > -torch.inf, 0)).to(output.dtype)

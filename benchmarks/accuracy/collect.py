@@ -132,7 +132,10 @@ def main() -> None:
         longest = max(len(s.context) + len(s.question) + s.max_tokens for s in samples)
         options = {"max_model_len": longest + 16, "max_num_seqs": 16, "max_logprobs": arguments.logprobs}
         if arguments.backend == "shadowkv":
-            options |= {"attention_backend": "shadowkv", "additional_config": {"shadowkv": arguments.shadowkv}}
+            options |= {
+                "attention_backend": "shadowkv",
+                "additional_config": {"shadowkv": {"resident_pages": False} | arguments.shadowkv},
+            }
         ask = Engine(
             arguments.model, arguments.logprobs, arguments.trajectory is not None, **options | arguments.options
         )

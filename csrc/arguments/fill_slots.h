@@ -3,18 +3,19 @@
 
 #include <vector>
 
+#include "arguments/exact_strides.h"
 #include "arguments/rotary.h"
 #include "host_tensor.h"
 #include "params/fill_slots.h"
 
 namespace shadowkv {
 
-inline FillSlotsParams read_fill_slots(const Tensor& chunk_ids, const Tensor& slot_ids,
-                                       const Tensor& misses, const Tensor& num_misses,
-                                       const Tensor& pages, const Tensor& block_table,
-                                       const Tensor& host_pool, const Tensor& cos_sin, bool is_neox,
-                                       const Tensor& slot_table, const Tensor& slot_pages,
-                                       const std::vector<int64_t>& layout_ints, DeviceType device) {
+inline FillSlotsParams read_fill_slots(
+    const Tensor& chunk_ids, const Tensor& slot_ids, const Tensor& misses, const Tensor& num_misses,
+    const Tensor& pages, const Tensor& block_table, const Tensor& host_pool, const Tensor& cos_sin,
+    bool is_neox, const Tensor& sources, const Tensor& epochs, const Tensor& exact_keys,
+    const Tensor& exact_values, const Tensor& slot_table, const Tensor& slot_pages,
+    const std::vector<int64_t>& layout_ints, const Tensor& counts, DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
   check_tensor(chunk_ids, "chunk_ids", device, ScalarType::Int,
                {kAnySize, layout.num_kv_heads, kAnySize});
@@ -30,6 +31,17 @@ inline FillSlotsParams read_fill_slots(const Tensor& chunk_ids, const Tensor& sl
   SHADOWKV_CHECK(host_pool.size(0) == pages.size(0), "host_pool: expected as many rows as pages, ",
                  pages.size(0), ", got ", host_pool.size(0));
   const RotaryTable rotary = read_rotary(cos_sin, is_neox, layout, device);
+  check_tensor(sources, "sources", device, ScalarType::Int,
+               {pages.size(0), layout.block_size / layout.exact_tokens});
+  check_tensor(epochs, "epochs", device, ScalarType::Long, {pages.size(0)});
+  // Keys lie in any order: on a CPU those of a page are transposed.
+  check_tensor(exact_keys, "exact_keys", device, scalar_type(layout),
+               {pages.size(0), layout.num_kv_heads, layout.exact_tokens, layout.head_size},
+               Strides::kAny);
+  check_tensor(exact_values, "exact_values", device, scalar_type(layout),
+               {pages.size(0), layout.num_kv_heads, layout.exact_tokens, layout.head_size},
+               Strides::kLastContiguous);
+  check_tensor(counts, "counts", device, ScalarType::Long, {4});
   check_tensor(slot_table, "slot_table", device, ScalarType::Int, {rows, kAnySize}, Strides::kRows);
   check_pages(slot_pages, "slot_pages", device, layout.page_bytes);
 
@@ -56,6 +68,13 @@ inline FillSlotsParams read_fill_slots(const Tensor& chunk_ids, const Tensor& sl
       .num_slot_pages = slot_pages.size(0),
       .slot_page_stride = stride_of(slot_pages, 0),
       .rotary = rotary,
+      .sources = static_cast<const int32_t*>(sources.const_data_ptr()),
+      .epochs = static_cast<const int64_t*>(epochs.const_data_ptr()),
+      .exact_keys = exact_keys.const_data_ptr(),
+      .exact_values = exact_values.const_data_ptr(),
+      .key_strides = exact_strides(exact_keys),
+      .value_strides = exact_strides(exact_values),
+      .counts = static_cast<int64_t*>(counts.mutable_data_ptr()),
   };
 }
 

@@ -28,7 +28,7 @@ inline PlanSlotsParams read_plan_slots(const Tensor& chunk_ids, const Tensor& bl
   check_tensor(slot_ids, "slot_ids", device, ScalarType::Int, {rows, heads, columns});
   check_tensor(misses, "misses", device, ScalarType::Int, {rows, heads, columns});
   check_tensor(num_misses, "num_misses", device, ScalarType::Int, {rows, heads});
-  check_tensor(counts, "counts", device, ScalarType::Long, {3});
+  check_tensor(counts, "counts", device, ScalarType::Long, {4});
 
   return {
       .layout = layout,

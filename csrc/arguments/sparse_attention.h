@@ -3,14 +3,11 @@
 
 #include <vector>
 
+#include "arguments/exact_strides.h"
 #include "host_tensor.h"
 #include "params/sparse_attention.h"
 
 namespace shadowkv {
-
-inline ExactStrides exact_strides(const Tensor& tensor) {
-  return {stride_of(tensor, 0), stride_of(tensor, 1), stride_of(tensor, 2), tensor.stride(3)};
-}
 
 inline SparseAttentionParams read_sparse_attention(
     const Tensor& query, const Tensor& slot_ids, const Tensor& slot_table, const Tensor& slot_pages,

@@ -31,12 +31,14 @@ std::vector<int64_t> count_misses(const FillSlotsParams& p) {
 
 void fill_slots(const Tensor& chunk_ids, const Tensor& slot_ids, const Tensor& misses,
                 const Tensor& num_misses, const Tensor& pages, const Tensor& block_table,
-                const Tensor& host_pool, const Tensor& cos_sin, bool is_neox,
+                const Tensor& host_pool, const Tensor& cos_sin, bool is_neox, const Tensor& sources,
+                const Tensor& epochs, const Tensor& exact_keys, const Tensor& exact_values,
                 const Tensor& slot_table, const Tensor& slot_pages,
-                const std::vector<int64_t>& layout_ints) {
+                const std::vector<int64_t>& layout_ints, const Tensor& counts) {
   const FillSlotsParams p =
       read_fill_slots(chunk_ids, slot_ids, misses, num_misses, pages, block_table, host_pool,
-                      cos_sin, is_neox, slot_table, slot_pages, layout_ints, DeviceType::CPU);
+                      cos_sin, is_neox, sources, epochs, exact_keys, exact_values, slot_table,
+                      slot_pages, layout_ints, counts, DeviceType::CPU);
   const std::vector<int64_t> first_miss = count_misses(p);
   std::atomic<int64_t> beyond = -1;
   const int64_t total = first_miss.back();

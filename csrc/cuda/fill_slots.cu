@@ -2,8 +2,10 @@
 // page (rebuild.cuh) while their values are on their way from mapped host memory. Misses are in
 // token order, so neighbours that lie in one block share its basis in shared memory.
 //
-// The link bounds it: a value record per miss. Next come the (chunk_size + head_size) * rank bytes
-// of factors, or chunk_size * head_size exact keys.
+// A chunk whose tokens still lie in the exact pages that its block was sealed from is copied.
+//
+// The link bounds it: a value record per miss that is not resident. Next come the (chunk_size +
+// head_size) * rank bytes of factors, or chunk_size * head_size exact keys.
 #include "arguments/fill_slots.h"
 
 #include "cuda/include/dispatch.cuh"
@@ -58,6 +60,19 @@ __device__ __forceinline__ int find_exact_keys(const PageLayout& layout, const u
   return -1;
 }
 
+// Copies a chunk's keys or values of one KV head out of an exact page.
+template <int kHeadSize, int kTokens, typename T>
+__device__ __forceinline__ void copy_resident(const T* pages, const ExactStrides& strides,
+                                              int64_t page, int head, int token, T* out) {
+  constexpr int kVectors = kHeadSize / 8;
+  const T* from = pages + page * strides.page + head * strides.head + token * strides.token;
+#pragma unroll 1
+  for (int v = threadIdx.x; v < kTokens * kVectors; v += kRebuildThreads) {
+    reinterpret_cast<uint4*>(out)[v] =
+        *reinterpret_cast<const uint4*>(from + v / kVectors * strides.token + v % kVectors * 8);
+  }
+}
+
 // grid: parts of a row's and head's misses, KV heads, rows.
 template <typename T, int kHeadSize, int kTokens>
 __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kTokens))
@@ -73,6 +88,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
   if (begin == end) return;
 
   const int chunks = static_cast<int>(layout.block_size) / kTokens;
+  int resident = 0;
   Rebuilder<T, kHeadSize, kTokens> rebuild(layout);
   // Other CTAs hide the lookups. To have two misses' values under way would take moves between
   // registers, and a move waits for the link.
@@ -80,6 +96,19 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     const Miss miss = find_miss<kTokens>(p, row, head, i);
     if (miss.block == 0) continue;
     const int chunk = miss.chunk % chunks;
+    uint8_t* slot_page = p.slot_pages + miss.slot_page * p.slot_page_stride;
+    const int64_t offset = (head * layout.slots_per_page + miss.slot) * (kTokens * kHeadSize);
+    T* keys = reinterpret_cast<T*>(slot_page + layout.slot_keys) + offset;
+    T* slot_values = reinterpret_cast<T*>(slot_page + layout.slot_values) + offset;
+    if (const int from = p.resident_page(miss.block, chunk)) {
+      const int token = chunk * kTokens % static_cast<int>(layout.exact_tokens);
+      copy_resident<kHeadSize, kTokens>(static_cast<const T*>(p.exact_keys), p.key_strides, from,
+                                        head, token, keys);
+      copy_resident<kHeadSize, kTokens>(static_cast<const T*>(p.exact_values), p.value_strides,
+                                        from, head, token, slot_values);
+      ++resident;
+      continue;
+    }
     ValueTile<T, kHeadSize, kTokens> values;
     const uint8_t* row_of_block = p.host_pool + miss.block * p.host_pool_stride;
     values.load(layout,
@@ -87,9 +116,6 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
                 head_scales(layout, row_of_block, head), chunk * kTokens);
 
     const uint8_t* page = p.pages + miss.block * p.page_stride;
-    uint8_t* slot_page = p.slot_pages + miss.slot_page * p.slot_page_stride;
-    const int64_t offset = (head * layout.slots_per_page + miss.slot) * (kTokens * kHeadSize);
-    T* keys = reinterpret_cast<T*>(slot_page + layout.slot_keys) + offset;
     const int exact = find_exact_keys(layout, page, head, chunk);
     if (exact >= 0) {
       copy_rows<kHeadSize>(exact_keys<T>(layout, page, head, exact), kTokens, keys, kHeadSize);
@@ -97,7 +123,10 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
       const int64_t position = static_cast<int64_t>(miss.chunk) * kTokens;
       rebuild(page, head, chunk * kTokens, position, p.rotary, keys, kHeadSize);
     }
-    values.store(layout, reinterpret_cast<T*>(slot_page + layout.slot_values) + offset, kHeadSize);
+    values.store(layout, slot_values, kHeadSize);
+  }
+  if (resident > 0 && threadIdx.x == 0) {
+    atomic_add(&p.counts[3], static_cast<int64_t>(resident));
   }
 }
 
@@ -115,16 +144,20 @@ void launch_fill_slots(const Launcher& launch, const FillSlotsParams& p) {
 
 void fill_slots(const Tensor& chunk_ids, const Tensor& slot_ids, const Tensor& misses,
                 const Tensor& num_misses, const Tensor& pages, const Tensor& block_table,
-                const Tensor& host_pool, const Tensor& cos_sin, bool is_neox,
+                const Tensor& host_pool, const Tensor& cos_sin, bool is_neox, const Tensor& sources,
+                const Tensor& epochs, const Tensor& exact_keys, const Tensor& exact_values,
                 const Tensor& slot_table, const Tensor& slot_pages,
-                const std::vector<int64_t>& layout_ints) {
+                const std::vector<int64_t>& layout_ints, const Tensor& counts) {
   const FillSlotsParams p =
       read_fill_slots(chunk_ids, slot_ids, misses, num_misses, pages, block_table, host_pool,
-                      cos_sin, is_neox, slot_table, slot_pages, layout_ints, kDevice);
+                      cos_sin, is_neox, sources, epochs, exact_keys, exact_values, slot_table,
+                      slot_pages, layout_ints, counts, kDevice);
   check_rebuilt_sections(p.layout);
   check_vector_rows(pages, "pages");
   check_vector_rows(host_pool, "host_pool");
   check_vector_rows(slot_pages, "slot_pages");
+  check_vectors(exact_keys, "exact_keys");
+  check_vectors(exact_values, "exact_values");
   const Launcher launch(pages);
   dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
     if (p.layout.chunk_size == 8) {

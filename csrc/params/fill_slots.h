@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "params/exact_strides.h"
 #include "params/rotary_table.h"
 
 namespace shadowkv {
@@ -31,6 +32,25 @@ struct FillSlotsParams {
   int64_t num_slot_pages;
   int64_t slot_page_stride;
   RotaryTable rotary;
+  // The exact pages that a block was sealed from, in token order; those that were not written to
+  // since are resident. Not above 0: none is known.
+  const int32_t* sources;  // [num_blocks, block_size / exact_tokens]
+  const int64_t* epochs;   // [num_blocks]
+  const void* exact_keys;
+  const void* exact_values;
+  ExactStrides key_strides;
+  ExactStrides value_strides;
+  int64_t* counts;  // [4]; the last one is added to: chunks that were copied from resident pages
+
+  // The page that has the tokens of a chunk of a block as they were, or 0.
+  constexpr int resident_page(int64_t block, int chunk) const {
+    const int exact_tokens = static_cast<int>(layout.exact_tokens);
+    const int per_block = static_cast<int>(layout.block_size) / exact_tokens;
+    const int column = chunk * static_cast<int>(layout.chunk_size) / exact_tokens;
+    const int page = sources[block * per_block + column];
+    // A seal's epoch is later than those of its pages, and earlier than that of any later write.
+    return page > 0 && page < num_blocks && epochs[page] < epochs[block] ? page : 0;
+  }
 };
 
 }  // namespace shadowkv

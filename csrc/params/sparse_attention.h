@@ -3,17 +3,9 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "params/exact_strides.h"
 
 namespace shadowkv {
-
-// Strides of exact_keys and exact_values [num_exact, num_kv_heads, exact_tokens, head_size], in
-// elements.
-struct ExactStrides {
-  int64_t page;
-  int64_t head;
-  int64_t token;
-  int64_t dim;
-};
 
 // Shapes as in vllm_shadowkv/ops.py; strides in elements (slot_pages: bytes), the last dimension's
 // is 1 where there is no field for it.

@@ -46,7 +46,7 @@ class Decode:
         pool = sealed.host_pool.pin_memory() if device == "cuda" else sealed.host_pool
         table = generators.rope_table(2048, layout.head_size).to(device)
         self.memory = LayerMemory(layout, Rotary.identity(), table, pages, pages, pages, pool)
-        self.state = BlockState(len(pages), torch.device(device))
+        self.state = BlockState(len(pages), layout.block_size // layout.exact_tokens, torch.device(device))
         self.rows = DecodeRows(
             *(x.to(device) for x in (sealed.block_table, exact_table, slots, sealed.exact_start, seq_lens))
         )
@@ -54,7 +54,7 @@ class Decode:
         self.workspace = DecodeWorkspace(CONFIG, layout, heads, 3, sealed.block_table.shape[1], torch.device(device))
         self.query = torch.zeros(3, heads, layout.head_size, dtype=layout.dtype, device=device)
         self.output = torch.zeros_like(self.query)
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
         self.queries = [
             generators.randn(generator, *self.query.shape, dtype=layout.dtype).to(device) for _ in range(STEPS)
         ]

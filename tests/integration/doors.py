@@ -252,7 +252,7 @@ def _ask(llm: Any, length: int, generated: int) -> Any:
 def _boundaries(llm: Any) -> tuple[Fields, ...]:
     if "vllm_shadowkv.integration.worker.runtime" not in sys.modules:  # another backend, or workers elsewhere
         return ()
-    from vllm_shadowkv.integration.scheduler.managers import ExactManager
+    from vllm_shadowkv.integration.scheduler.exact import ExactManager
     from vllm_shadowkv.integration.worker.runtime import Runtime
 
     managers = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator.single_type_managers

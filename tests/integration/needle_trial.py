@@ -19,7 +19,7 @@ from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompts
 
 LENGTH = 4080  # the model was trained on positions up to 4096, the answer's included
 FIRST_SEED = 2_000_000  # beyond those of training and evaluation
-SETTINGS = {"sparse_budget": 240, "slot_chunks": 64, "dense_threshold": 1024}
+SETTINGS = {"sparse_budget": 240, "slot_chunks": 64, "dense_threshold": 1024, "resident_pages": False}
 """A budget of 6 % of the prompt, which lies well beyond the dense threshold."""
 
 SEVERAL = ("multi_value", "multi_query")

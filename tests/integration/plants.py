@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_shadowkv.integration.scheduler.managers import ExactManager
+from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
 from vllm_shadowkv.state import seal

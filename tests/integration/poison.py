@@ -65,6 +65,7 @@ def _fill(block_ids: list[int], bound: Any) -> None:
     poisoned += len(block_ids)
     if torch.cuda.is_available():  # what steps in flight may still read
         torch.cuda.synchronize()
+    bound.state.write_exact(torch.tensor(block_ids))  # it is a write
     for memory in bound.memories.values():
         for pages in (memory.pages, memory.exact_pages, memory.slot_pages, memory.host_pool):
             pages[block_ids] = 0xFF

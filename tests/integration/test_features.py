@@ -48,7 +48,7 @@ OUR_EMBEDDING = Trial("our-embedding", ("embedded",), SMALL_BLOCKS, extras=("emb
 SLEEPER = Trial(
     "sleeper",
     ("sleep",),
-    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128},
+    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128, "resident_pages": False},
     options={"dtype": "bfloat16"},
     quick=(),
 )

@@ -46,7 +46,16 @@ ONLY_V1 = ("generation_together", "seeded", "twice")
 
 STOCK = Trial("stock", EVERYWHERE + ONLY_V1, shadowkv=None)
 
-LOSSLESS = {"compression": 1, "key_codec": "none", "dense_threshold": 0, "sparse_budget": 2048, "slot_chunks": 280}
+# Sealed blocks are read as such; with `RESIDENT` as long as they must be.
+LOSSLESS = {
+    "compression": 1,
+    "key_codec": "none",
+    "dense_threshold": 0,
+    "sparse_budget": 2048,
+    "slot_chunks": 280,
+    "resident_pages": False,
+}
+RESIDENT = {"resident_pages": True}
 # Small windows: prefill and decode read sealed blocks early, and the dense threshold is crossed on the way.
 WINDOWS = {"block_size": 64, "dense_threshold": 600, "prefill_exact_tokens": 256, "decode_exact_tokens": 128}
 
@@ -107,7 +116,24 @@ V1_DRAFTS = Trial(
     poison=True,
     quick=("edges", "preemption", "prefixes", "twice"),
 )
-LOSSLESS_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2, V2_GRAPHS)
+SEALED_TRIALS = (V1, V1_SMALL_POOL, V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2, V2_GRAPHS)
+
+
+def resident(trial: Trial, *quick: str) -> Trial:
+    """The same trial with pages that are read as long as they are there."""
+    return replace(trial, name=f"{trial.name}-resident", shadowkv={**(trial.shadowkv or {}), **RESIDENT}, quick=quick)
+
+
+V1_RESIDENT = resident(V1, "edges", "prefixes", "branches", "storm")
+SMALL_POOL_RESIDENT = resident(V1_SMALL_POOL, "preemption", "prefixes", "storm")
+V2_GRAPHS_RESIDENT = resident(V2_GRAPHS, "prefixes", "preemption", "storm")
+RESIDENT_TRIALS = (
+    V1_RESIDENT,
+    SMALL_POOL_RESIDENT,
+    V2_GRAPHS_RESIDENT,
+    *(resident(trial) for trial in (V1_WINDOWS, V1_COMPILED, V1_SPAWNED, V1_TWO_RANKS, V1_DRAFTS, V2)),
+)
+LOSSLESS_TRIALS = (*SEALED_TRIALS, *RESIDENT_TRIALS)
 
 # The CUDA side: its planner, kernels on emulated threads, FlashAttention and xformers in PyTorch (`emulated_cuda.py`).
 # In float16, because the kernels take 16 bits.
@@ -136,14 +162,17 @@ CUDA_V2_GRAPHS = Trial(
     poison=True,
     quick=("eight", "prefixes"),
 )
-CUDA_TRIALS = (CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS)
+CUDA_RESIDENT = resident(CUDA_V1)
+CUDA_V2_GRAPHS_RESIDENT = resident(CUDA_V2_GRAPHS, "prefixes")
+CUDA_TRIALS = (CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS, CUDA_RESIDENT, CUDA_V2_GRAPHS_RESIDENT)
 
 COMPRESSED = Trial(
     "compressed",
     ("edges", "eight", "alone", "prefixes"),
-    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128},
+    {"block_size": 256, "dense_threshold": 512, "sparse_budget": 512, "slot_chunks": 128, "resident_pages": False},
     poison=True,
 )
+COMPRESSED_RESIDENT = replace(resident(COMPRESSED), quick=None)
 
 
 @pytest.fixture
@@ -173,7 +202,7 @@ def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str)
     assert differences(ours, theirs, HALF_TOLERANCE, undecided=2 * HALF_TOLERANCE) == []
 
 
-@each_trial(*CUDA_TRIALS)
+@each_trial(CUDA_V1, CUDA_XFORMERS, CUDA_V2_GRAPHS)
 def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) -> None:
     """The trials are shorter, so the numbers are lower."""
     counts = trials(trial).counts
@@ -218,19 +247,23 @@ def test_an_llm_that_is_deleted_gives_its_host_pool_back(trials: Trials, trial: 
     assert trials(trial).counts["host pools left"] == 0
 
 
-@each_trial(*LOSSLESS_TRIALS, *CUDA_TRIALS, COMPRESSED)
+@each_trial(*LOSSLESS_TRIALS, *CUDA_TRIALS, COMPRESSED, COMPRESSED_RESIDENT)
 def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
     metrics = {name.removeprefix("vllm:shadowkv_"): count for name, count in counts.items() if "shadowkv" in name}
+    is_resident = (trial.shadowkv or {})["resident_pages"]
     assert metrics["selected_chunks_total"] == metrics["slot_hits_total"] + metrics["slot_misses_total"]
     # Of prefills not every trial has what is counted; what requests use is nothing between them.
-    of_some = ("prefill", "expanded", "used", "refused")
+    of_some = ("prefill", "expanded", "used", "refused", "fetched", "resident", "hit_tokens", "ownerless")
     assert all(value for name, value in metrics.items() if not any(word in name for word in of_some))
     assert metrics["host_pool_used_bytes"] < metrics["host_pool_bytes"]
-    assert metrics["fetched_bytes_total decode"] % metrics["slot_misses_total"] == 0
+    missed = metrics["slot_misses_total"] - metrics["resident_chunks_total"]
+    assert metrics["fetched_bytes_total decode"] == missed * (metrics["fetched_bytes_total decode"] // max(missed, 1))
+    assert bool(metrics["resident_chunks_total"]) == is_resident
     prefixes = "prefixes" in trial.scenarios
-    for name in ("sealed_prefills_total", "expanded_tokens_total", "fetched_bytes_total prefill"):
-        assert not prefixes or metrics[name], "a hit is read from sealed blocks"
+    for name in ("sealed_prefills_total", "expanded_tokens_total", "fetched_bytes_total prefill", "hit_tokens_total"):
+        assert not prefixes or metrics[name] or is_resident, "a hit is read from sealed blocks"
+    assert not prefixes or bool(metrics["resident_tokens_total"]) == is_resident
     if "seals" in counts:
         assert metrics["sealed_blocks_total"] >= counts["seals"] // 2, (
             "a call seals all the blocks of one of two layers"
@@ -288,6 +321,23 @@ def test_company_changes_nothing(trials: Trials, trial: Trial) -> None:
     """Compressed keys too: which chunks are read depends on the request alone."""
     found = trials(trial).sequences
     assert differences(found["eight"], found["alone"], TOLERANCE) == []
+
+
+@each_trial(COMPRESSED_RESIDENT)
+def test_a_second_ask_equals_the_first_while_there_is_room(trials: Trials, trial: Trial) -> None:
+    """Both decode over sealed blocks; without resident pages the second also prefills over them."""
+    for one, is_equal in ((trial, True), (COMPRESSED, False)):
+        found = trials(one).sequences["prefixes"]
+        first = {what: found["first"][what][:8] for what in ("tokens", "logprobs")}
+        assert found["again"]["cached"] == 512
+        assert (differences({"": found["again"]}, {"": first}, TOLERANCE) == []) == is_equal
+
+
+@each_trial(V1_RESIDENT, SMALL_POOL_RESIDENT, V2_GRAPHS_RESIDENT)
+def test_requests_of_one_step_share_what_they_compute(trials: Trials, trial: Trial) -> None:
+    """Two prompts of 530 tokens, blocks of 256, that come together, and a later step may compute the second."""
+    found = trials(trial).sequences["prefixes"]
+    assert {found[name]["cached"] for name in ("twin a", "twin b")} == {0, 512}
 
 
 @each_trial(COMPRESSED)

@@ -27,6 +27,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager
 from vllm_shadowkv.integration.worker.sealing import Sealer
 from vllm_shadowkv.state.block_state import BlockState
@@ -48,6 +49,7 @@ ENGINES = st.fixed_dictionaries(
         "decode_exact_tokens": st.sampled_from([0, 0, 70]),
         "prefill_exact_tokens": st.sampled_from([None, 0, 128]),
         "compression": st.sampled_from([1, 2, 4]),
+        "resident_pages": st.sampled_from([True, True, False]),
     }
 )
 
@@ -140,15 +142,21 @@ class Lives(RuleBasedStateMachine):
         """Of every row that the step computed: what is sealed, what is open, what is exact."""
         worker, config = self.engine.worker, self.engine.config
         names = [name for name in worker.rows if name in output.num_scheduled_tokens]
+        open_blocks = set()
+        for name in names:
+            end = worker.rows[name].computed
+            begin = end - output.num_scheduled_tokens[name]
+            open_blocks |= set(worker.rows[name].blocks[0][begin // BLOCK : -(-end // BLOCK)])
         for index, name in enumerate(names):
             row, hit = worker.rows[name], self.engine.hits[name]
             end = row.computed
             begin = end - output.num_scheduled_tokens[name]
             assert name not in computed or begin in (computed[name], hit), "neither goes on nor begins anew"
             for place, block in enumerate(row.blocks[0][: -(-end // BLOCK)]):
-                complete = place < begin // BLOCK
-                assert bool(worker.bound.state.sealed[block]) == complete
-                if complete:
+                # What is hit may be computed only in this step, by another request.
+                sealed = place < begin // BLOCK and block not in open_blocks
+                assert bool(worker.bound.state.sealed[block]) == sealed
+                if sealed:
                     assert worker.content[block] == ("shadow", row.marks[place * BLOCK : (place + 1) * BLOCK])
             start = int(worker.bound.exact_start[index])
             window = config.decode_exact_tokens
@@ -159,17 +167,23 @@ class Lives(RuleBasedStateMachine):
     def _check_published(self) -> None:
         """Whatever can be hit is sealed, or due before the next step, from the tokens that its hash stands for."""
         worker = self.engine.worker
-        marks: dict[bytes, list[int]] = {}
+        marks: tuple[dict[bytes, list[int]], ...] = {}, {}
         for request in self.engine.requests.values():
             if row := worker.known.get(request.request_id):
                 for place, block_hash in enumerate(request.block_hashes):
-                    if (place + 1) * BLOCK <= len(row.marks):
-                        marks[block_hash] = row.marks[place * BLOCK : (place + 1) * BLOCK]
+                    end = (place + 1) * self.engine.hash_size
+                    if end <= len(row.marks):
+                        for of_group, size in zip(marks, (BLOCK, worker.page), strict=True):
+                            of_group[block_hash] = row.marks[max(end - size, 0) : end]
         for block in self.engine.manager.block_pool.blocks:
             if block.block_hash is not None:
-                assert get_group_id(block.block_hash) == 0, "an exact page or a slot was published"
-                expected = marks[get_block_hash(block.block_hash)]
-                if due := worker.bound.due.get(block.block_id):
+                group = get_group_id(block.block_hash)
+                assert group < 1 + self.engine.config.resident_pages, "an exact page or a slot was published"
+                expected = marks[group][get_block_hash(block.block_hash)]
+                if group == 1:
+                    assert worker.content[block.block_id] == ("exact", expected)
+                    assert block.block_id not in worker.gone
+                elif due := worker.bound.due.get(block.block_id):
                     contents = [worker.content[page] for page in due[0].tolist()]
                     assert {kind for kind, _ in contents} == {"exact"}, "due, but its exact pages are gone"
                     assert [mark for _, held in contents for mark in held] == expected
@@ -207,7 +221,7 @@ def leaked(self: SlotManager, request_id: str) -> list[Any]:
     return []
 
 
-def sealed_in_the_old_epoch(self: BlockState, block_ids: Any) -> None:
+def sealed_in_the_old_epoch(self: BlockState, block_ids: Any, sources: Any) -> None:
     self.sealed[block_ids] = True
 
 
@@ -227,6 +241,23 @@ def read_a_block_late(self: ExactBoundary, computed: Any, prefilling: Any, hit: 
 exact_starts = ExactBoundary.exact_starts
 
 
+def taken_for_slots_in_the_old_epoch(self: BlockState, block_ids: Any) -> None:
+    pass
+
+
+def every_source_is_resident(self: BlockState, block_ids: Any) -> Any:
+    return self.sources[block_ids]
+
+
+def hit_without_its_exact_pages(cls: type[ExactManager], **kwargs: Any) -> Any:
+    """All pages of a hit are null, though some of its blocks are not sealed yet."""
+    (pages,), length = find_exact_hit(**kwargs)
+    return ([kwargs["block_pool"].null_block] * len(pages),), length
+
+
+find_exact_hit = ExactManager.find_longest_cache_hit
+
+
 class LivesInASmallPool(Lives):
     """Block ids are soon handed out again, which most errors need to show."""
 
@@ -242,12 +273,14 @@ class LivesInASmallPool(Lives):
         (Sealer, "seal_due", sealed_only_for_its_owner),
         (SlotManager, "pop_blocks_for_free", leaked),
         (BlockState, "seal", sealed_in_the_old_epoch),
-        # Found after many more examples than the others.
-        pytest.param(BlockState, "write_exact", written_in_the_old_epoch, marks=pytest.mark.slow),
+        (BlockState, "write_exact", written_in_the_old_epoch),
         (BlockState, "write_open", never_opened),
         (ExactBoundary, "exact_starts", read_a_block_late),
+        (BlockState, "write_slots", taken_for_slots_in_the_old_epoch),
+        (BlockState, "resident", every_source_is_resident),
+        (ExactManager, "find_longest_cache_hit", classmethod(hit_without_its_exact_pages)),
     ],
-    ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else "",
+    ids=lambda value: getattr(value, "__name__", "") if not isinstance(value, type) else "",
 )
 def test_a_planted_error_is_found(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, planted: Callable[..., Any]

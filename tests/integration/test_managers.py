@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulation import Engine, exact_boundary
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id, resolve_block_hashes
 from vllm.v1.request import Request
 
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration.scheduler.managers import ExactManager
+from vllm_shadowkv.integration.scheduler.exact import ExactManager
 
 BLOCK = 64
 PAGE = 16
@@ -28,9 +28,10 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def published(engine: Engine, request: Request) -> int:
-    """Blocks of the request's content that a lookup finds now."""
-    blocks, _, _ = engine.manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens)
-    return len(blocks[0])
+    """Blocks of the request's content that are published, without a lookup, which publishes more."""
+    hashes = resolve_block_hashes(request.block_hashes, engine.hash_size, BLOCK)
+    found = (engine.manager.block_pool.get_cached_block(block_hash, [0]) for block_hash in hashes)
+    return len(list(takewhile(bool, found)))
 
 
 def real(blocks: Iterable[KVCacheBlock]) -> list[bool]:
@@ -134,7 +135,7 @@ remove_skipped_blocks = ExactManager.remove_skipped_blocks
 def test_a_generated_block_is_sealed_from_pages_that_are_freed_a_step_later(
     planted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(dense_threshold=0)
+    engine = Engine(dense_threshold=0, resident_pages=False)  # else the pages stay what they are
     engine.add(prompt(BLOCK // 2), max_tokens=BLOCK)
     if planted:
         monkeypatch.setattr(ExactManager, "remove_skipped_blocks", freed_when_sealed)
@@ -169,7 +170,7 @@ def test_a_preempted_request_publishes_nothing_more(asynchronous: bool) -> None:
     engine.scheduler.schedule()
     before = published(engine, request)
     shadow = engine.managers[0]
-    sealing = shadow._sealing[request.request_id][1] // BLOCK
+    sealing = shadow._scheduled[request.request_id].tokens // BLOCK
     assert before < sealing, "there was something to publish"
     preempt(engine, request)  # by another request of that step, which this test leaves unfinished
     assert published(engine, request) == before
@@ -203,8 +204,40 @@ def test_generated_tokens_are_shared_too(asynchronous: bool) -> None:
     assert engine.hits[second.request_id] == 2 * BLOCK
 
 
-def test_requests_of_one_step_do_not_hit_each_other() -> None:
-    engine = Engine(max_step=640)
+@BOTH
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"prefill_exact_tokens": 320},
+        {"dense_threshold": 0, "prefill_exact_tokens": 320},
+        {"dense_threshold": 0, "prefill_exact_tokens": 0},
+    ],
+    ids=str,
+)
+def test_requests_of_one_step_hit_each_other(asynchronous: bool, chosen: dict[str, int]) -> None:
+    """Not beyond what the later one may read exactly: nothing is sealed yet."""
+    engine = Engine(max_step=640, asynchronous=asynchronous, **chosen)
+    texts = {name: prompt(200 + 30 * place) for place, name in enumerate("abc")}
+    names = [engine.add(text, 4, name).request_id for name, text in texts.items()]
+    engine.step()
+    alone = chosen.get("prefill_exact_tokens") == 0
+    assert [engine.hits[name] for name in names] == ([0, 0, 0] if alone else [0, 192, 192])
+    engine.finish()
+    assert engine.worker.sealed == (10 if alone else 4), "three shared, and one more"
+
+
+def test_a_later_request_hits_what_a_running_one_computes_in_the_same_step() -> None:
+    engine = Engine(max_step=400)
+    first = engine.add(prompt(600), max_tokens=2)
+    engine.step()
+    second = engine.add(prompt(600), max_tokens=2)
+    engine.step()
+    assert (first.num_computed_tokens, engine.hits[second.request_id]) == (600, 576)
+    engine.finish()
+
+
+def test_requests_of_one_step_do_not_hit_each_other_without_resident_pages() -> None:
+    engine = Engine(max_step=640, resident_pages=False)
     names = [engine.add(prompt(200), name=name).request_id for name in ("a", "b")]
     engine.step()
     assert [engine.hits[name] for name in names] == [0, 0]
@@ -214,18 +247,22 @@ def test_requests_of_one_step_do_not_hit_each_other() -> None:
 # -- Hits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize(
-    ("shared", "total", "hit"), [(63, 300, 0), (64, 300, 64), (200, 300, 192), (256, 257, 256), (256, 256, 192)]
+    ("shared", "total", "hit"),
+    [(63, 300, 0), (64, 300, 64), (127, 128, 64), (200, 300, 192), (256, 257, 256), (256, 256, 192)],
 )
-def test_a_hit_is_whole_blocks_and_brings_no_exact_pages(shared: int, total: int, hit: int) -> None:
-    engine = Engine(max_step=640)
+def test_a_hit_is_whole_blocks(shared: int, total: int, hit: int, resident: bool) -> None:
+    """Below the dense threshold with their exact pages."""
+    engine = Engine(max_step=640, resident_pages=resident)
     engine.add(prompt(300), max_tokens=4)
     engine.finish()
     second = engine.add(prompt(300)[:shared] + prompt(total - shared, seed=1), max_tokens=4)
     engine.step()
     assert engine.hits[second.request_id] == hit
     _, exact, slots = held(engine, second)
-    assert real(exact) == [place * PAGE >= hit for place in range(-(-total // PAGE))]
+    start = 0 if resident and hit < 128 else hit
+    assert real(exact) == [place * PAGE >= start for place in range(-(-total // PAGE))]
     assert len(slots) == 3, "a hit, or more tokens than the dense threshold, may read sealed blocks"
     engine.finish()
 
@@ -297,7 +334,7 @@ def test_slots_are_taken_in_the_step_that_may_first_need_them() -> None:
 
 
 def test_a_request_that_ends_with_its_prompt_takes_no_slots() -> None:
-    engine = Engine(dense_threshold=64, prefill_exact_tokens=0)
+    engine = Engine(dense_threshold=64, prefill_exact_tokens=0, resident_pages=False)
     for text in (prompt(300), prompt(300), [*prompt(256), 7, 8]):  # the later two start on sealed blocks
         request = engine.add(text, max_tokens=1)
         while not request.is_finished():
@@ -330,7 +367,7 @@ def test_exact_pages_go_one_step_after_the_boundary_has_passed_them() -> None:
 
 
 def test_a_long_prompt_keeps_its_prefill_window() -> None:
-    engine = Engine(num_blocks=60, prefill_exact_tokens=2 * BLOCK, max_step=48)
+    engine = Engine(num_blocks=60, prefill_exact_tokens=2 * BLOCK, max_step=48, resident_pages=False)
     request = engine.add(prompt(9 * BLOCK), max_tokens=30)
     most = 0
     while request.num_computed_tokens < 9 * BLOCK:
@@ -397,6 +434,98 @@ def test_requests_that_end_with_their_prompt_cost_others_nothing(asynchronous: b
     engine.finish()
     assert request.num_output_tokens == 3 * BLOCK - 20
     assert counts.table_reads - before == 2, "two blocks that it begins"
+
+
+# -- Resident pages --------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("runner", ["v1", "v2", "v2-cuda"])
+def test_a_long_prompt_in_an_empty_pool_is_exact(asynchronous: bool, runner: str) -> None:
+    """Its pages are freed behind its window, and read all the same."""
+    engine = Engine(prefill_exact_tokens=2 * BLOCK, max_step=48, asynchronous=asynchronous, runner=runner)
+    engine.add(prompt(9 * BLOCK), max_tokens=30)
+    engine.finish()
+    worker = engine.worker
+    assert worker.prefilled_over_sealed == worker.planner.counts.expanded_tokens == 0
+    assert worker.planner.counts.resident_tokens == worker.resident_tokens > 0
+    assert worker.resident_chunks == worker.filled > 0
+    again = engine.add(prompt(9 * BLOCK), max_tokens=30)
+    engine.finish()
+    assert engine.hits[again.request_id] == 8 * BLOCK
+    assert worker.prefilled_over_sealed == 0
+    assert worker.resident_chunks == worker.filled
+
+
+def test_in_a_full_pool_sealed_blocks_are_read_as_such() -> None:
+    engine = Engine(num_blocks=100, prefill_exact_tokens=0, max_step=96)
+    requests = [engine.add(prompt(550, seed), max_tokens=60) for seed in range(12)]
+    engine.finish()
+    worker = engine.worker
+    assert worker.prefilled_over_sealed > 0
+    assert 0 < worker.resident_chunks < worker.filled
+    assert [request.num_output_tokens for request in requests] == [60] * 12
+
+
+def cached_in_order(engine: Engine) -> list[int]:
+    """Of every free block, from the first to be given away on: the group that can hit it, or -1."""
+    free = engine.manager.block_pool.free_block_queue.get_all_free_blocks()
+    return [-1 if block.block_hash is None else get_group_id(block.block_hash) for block in free]
+
+
+def test_what_is_given_away_first() -> None:
+    """What nobody can hit, then exact pages, then sealed blocks; of pages those of the oldest, first ones first."""
+    engine = Engine(num_blocks=200, dense_threshold=0)
+    requests = [engine.add(prompt(200 + 64 * seed, seed), max_tokens=2) for seed in range(3)]
+    engine.finish()
+    order = cached_in_order(engine)
+    assert order == sorted(order, key=[-1, 1, 0].index)
+    assert order.count(0) == 3 + 4 + 5
+    assert order.count(1) == 4 * order.count(0)
+    pages = [block.block_id for block in engine.manager.block_pool.free_block_queue.get_all_free_blocks()]
+    pages = [page for page, group in zip(pages, order, strict=True) if group == 1]
+    for request in requests:
+        own = engine.worker.known[request.request_id].blocks[1]
+        places = [own.index(page) for page in pages if page in own]
+        assert places == sorted(places)
+    again = engine.add(prompt(200), max_tokens=2)  # the first one's: used again, so its turn is later
+    engine.finish()
+    assert engine.hits[again.request_id] == 192
+    order = cached_in_order(engine)
+    assert order == sorted(order, key=[-1, 1, 0].index)
+
+
+@pytest.mark.parametrize("asked", [list(range(9)), [*range(8, -1, -1)], [3, 1, 4, 1, 5, 8, 2, 6, 7, 0]])
+def test_the_prefix_cache_holds_as_many_tokens_as_without_resident_pages(asked: list[int]) -> None:
+    """Documents that just fit sealed, asked again in any order."""
+    hits = []
+    for resident in (True, False):
+        engine = Engine(num_blocks=130, max_step=96, dense_threshold=0, resident_pages=resident)
+        for seed in range(9):
+            engine.add(prompt(600, seed), max_tokens=2)
+            engine.finish()
+        requests = []
+        for seed in asked:
+            requests.append(engine.add(prompt(600, seed), max_tokens=2))
+            engine.finish()
+        hits.append([engine.hits[request.request_id] for request in requests])
+    assert hits == [[576] * len(asked)] * 2
+
+
+def test_admission_asks_for_no_more_pages_than_without_resident_pages() -> None:
+    """With so few blocks free that only one more request is admitted; pages of its hit are left where they are."""
+    for spare in range(40):
+        admitted = []
+        for resident in (True, False):
+            engine = Engine(num_blocks=120, dense_threshold=500, max_step=640, resident_pages=resident)
+            engine.add(prompt(450), max_tokens=1)
+            engine.finish()
+            pool = engine.manager.block_pool
+            pool.get_new_blocks(pool.get_num_free_blocks() - 7 - spare - 28)  # 7 sealed blocks, and 28 exact pages
+            request = engine.add(prompt(450), max_tokens=2)
+            engine.scheduler.schedule()
+            admitted.append(request.num_computed_tokens)
+        assert admitted[0] == admitted[1], spare
 
 
 # -- Preemption and storms -------------------------------------------------------------------------------------------

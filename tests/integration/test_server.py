@@ -29,7 +29,7 @@ from vllm_shadowkv.exposition import NAME
 # A budget of all the chunks that the prompt's two sealed blocks have, so that their number is known.
 SETTINGS = {"dense_threshold": 1024, "sparse_budget": 2048, "slot_chunks": 280, "host_memory_gib": 0.08}
 PROMPT_TOKENS, BLOCK_SIZE, BLOCK_CHUNKS = 2100, 1024, 128
-LAYERS, KV_HEADS, HEAD_SIZE, CHUNK_SIZE, VALUE_BYTES = 2, 2, 64, 8, 2
+LAYERS, KV_HEADS, HEAD_SIZE, VALUE_BYTES = 2, 2, 64, 2
 HEADS = LAYERS * KV_HEADS
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def metrics(server: Server) -> dict[str, float]:
     """Our metrics by short name and phase. They have the labels of vLLM's own."""
     found = {}
     for name, value in server.metrics().items():
-        match = re.fullmatch(r'vllm:shadowkv_(\w+)\{engine="0",model_name="needle"(?:,phase="(\w+)")?\}', name)
+        match = re.fullmatch(r'vllm:shadowkv_(\w+)\{engine="0",model_name="needle"(?:,(?:phase|kind)="(\w+)")?\}', name)
         assert match or "shadowkv" not in name, name
         if match:
             found[" ".join(filter(None, match.groups()))] = value
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_what_happened(server: Server) -> None:
     assert 'vllm:generation_tokens_total{engine="0",model_name="needle"}' in server.metrics()
     sealed = PROMPT_TOKENS // BLOCK_SIZE
     chunks = sealed * BLOCK_CHUNKS * HEADS
-    chunk_bytes, block_bytes = (tokens * HEAD_SIZE * VALUE_BYTES for tokens in (CHUNK_SIZE, HEADS * BLOCK_SIZE))
+    block_bytes = HEADS * BLOCK_SIZE * HEAD_SIZE * VALUE_BYTES
     first = metrics(server)
     pool = int(SETTINGS["host_memory_gib"] * 2**30) // block_bytes * block_bytes
     table_reads, used = first.pop("table_reads_total"), first.pop("host_pool_used_bytes")
@@ -115,7 +115,12 @@ def test_the_numbers_are_those_of_what_happened(server: Server) -> None:
         "selected_chunks_total": steps * chunks,
         "slot_misses_total": chunks,
         "slot_hits_total": (steps - 1) * chunks,
-        "fetched_bytes_total decode": chunks * chunk_bytes,
+        "resident_chunks_total": chunks,
+        "resident_tokens_total": 0,
+        "hit_tokens_total exact": 0,
+        "hit_tokens_total sealed": 0,
+        "ownerless_seals_total": 0,
+        "fetched_bytes_total decode": 0,
         "fetched_bytes_total prefill": 0,
         "expanded_tokens_total": 0,
         "sealed_prefills_total": 0,
@@ -125,13 +130,13 @@ def test_the_numbers_are_those_of_what_happened(server: Server) -> None:
     assert table_reads >= steps + 1, "on the CPU every step reads them"
     assert used in (0, sealed * block_bytes), "counted once a second"
 
-    # The same prompt again hits the two blocks, and reads them for what is left of it.
+    # The same prompt again hits the two blocks, and reads their exact pages for what is left of it: nothing took them.
     assert server.complete(prompt.text, steps + 1).text == prompt.answer
     second = metrics(server)
     assert second["sealed_blocks_total"] == sealed
-    assert second["expanded_tokens_total"] == sealed * BLOCK_SIZE
-    assert second["sealed_prefills_total"] == 1
-    assert second["fetched_bytes_total prefill"] == sealed * block_bytes
+    assert second["hit_tokens_total sealed"] == second["resident_tokens_total"] == sealed * BLOCK_SIZE
+    for name in ("expanded_tokens_total", "sealed_prefills_total", "fetched_bytes_total prefill"):
+        assert second[name] == 0
     assert second["selected_chunks_total"] == 2 * steps * chunks
     assert second["slot_hits_total"] + second["slot_misses_total"] == second["selected_chunks_total"]
 

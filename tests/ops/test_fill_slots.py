@@ -74,21 +74,56 @@ def make_arguments(
         "host_pool": sealed.host_pool,
         "cos_sin": rope_table(max(num_blocks) * layout.block_size, rotary_dim),
         "is_neox": is_neox,
+        **no_sources(layout, sealed.pages),
         "slot_table": slot_table,
         "slot_pages": sealed.pages,
         "layout": layout,
+        "counts": torch.tensor([7, 8, 9, 2**40]),
     }
 
 
-def run(arguments: Arguments, function: Callable[..., None] = ops.fill_slots) -> Tensor:
-    """The pool after a call, which has not written behind it."""
+def no_sources(layout: PageLayout, pages: Tensor) -> Arguments:
+    """Exact pages that no block was sealed from, in the order of CUDA."""
+    num_pages, per_block = len(pages), layout.block_size // layout.exact_tokens
+    ids = torch.tensor([0, -1, num_pages, OUTSIDE, -(2**31)], dtype=torch.int32)
+    both = torch.full((num_pages, layout.num_kv_heads, layout.exact_tokens, 2 * layout.head_size), torch.nan)
+    both = both.to(layout.dtype)
+    return {
+        "sources": ids.repeat(num_pages * per_block)[: num_pages * per_block].view(num_pages, per_block),
+        "epochs": torch.arange(1, num_pages + 1),
+        "exact_keys": both[..., : layout.head_size],
+        "exact_values": both[..., layout.head_size :],
+    }
+
+
+def add_sources(arguments: Arguments, transposed: bool) -> None:
+    """Every block was sealed from pages of which some were written to since; `transposed`: keys as on a CPU."""
+    layout, generator = arguments["layout"], make_generator("sources", layout_id(arguments["layout"]))
+    heads, tokens, size = layout.num_kv_heads, layout.exact_tokens, layout.head_size
+    num_pages, per_block = arguments["sources"].shape
+    content = torch.randn(num_pages, heads, 2, tokens * size, generator=generator).to(layout.dtype)
+    if transposed:
+        keys = content[:, :, 0].unflatten(-1, (size, tokens)).transpose(-1, -2)
+        values = content[:, :, 1].unflatten(-1, (tokens, size))
+    else:
+        keys, values = content.view(num_pages, heads, tokens, 2 * size).split(size, -1)
+    arguments["exact_keys"], arguments["exact_values"] = keys, values
+    arguments["sources"] = torch.randint(1, num_pages, (num_pages, per_block), generator=generator, dtype=torch.int32)
+    arguments["epochs"] = torch.randint(5, 9, (num_pages,), generator=generator)
+    for number, block in enumerate(sorted({block for _, _, _, block, _, _ in each_miss(arguments)})):
+        arguments["epochs"][block] = (9, 4, 7)[number % 3]  # later than all sources, than none, than some
+
+
+def run(arguments: Arguments, function: Callable[..., None] = ops.fill_slots, resident: int = 0) -> Tensor:
+    """The pool after a call, which has not written behind it, and has counted so many resident chunks."""
     num_pages = len(arguments["slot_pages"])
     guarded = torch.full((num_pages + GUARD, arguments["slot_pages"].shape[1]), 0xA5, dtype=torch.uint8)
     pages = guarded[:num_pages]
     pages.copy_(arguments["slot_pages"])
-    own = arguments["pages"] is arguments["slot_pages"]
-    function(**(arguments | {"slot_pages": pages, "pages": pages if own else arguments["pages"]}))
+    own, counts = arguments["pages"] is arguments["slot_pages"], arguments["counts"].clone()
+    function(**(arguments | {"slot_pages": pages, "pages": pages if own else arguments["pages"], "counts": counts}))
     assert (guarded[num_pages:] == 0xA5).all()
+    assert (counts - arguments["counts"]).tolist() == [0, 0, 0, resident]
     return pages
 
 
@@ -161,6 +196,34 @@ def test_neighbours_of_one_cta(layout: PageLayout) -> None:
         many[-2:] = arguments[name]
         arguments[name] = many
     assert_bytes_equal(run(arguments), expected)
+
+
+@pytest.mark.parametrize("transposed", [True, False], ids=["keys transposed", "keys in rows"])
+@every_layout
+def test_resident(layout: PageLayout, transposed: bool, kernel: str) -> None:
+    """Chunks whose source was not written to since their block was sealed are copied from there."""
+    if transposed and kernel != "cpu":
+        pytest.skip("exact pages of CUDA have no such order")
+    arguments = make_arguments(layout, layout.head_size, places=6 if layout.num_kv_heads == 8 else 14)
+    add_sources(arguments, transposed)
+    copied, rebuilt = [], []
+    for miss in each_miss(arguments):
+        block, chunk = miss[3], miss[5]
+        column, token = divmod(chunk * layout.chunk_size, layout.exact_tokens)
+        source = int(arguments["sources"][block, column])
+        resident = arguments["epochs"][source] < arguments["epochs"][block]
+        (copied if resident else rebuilt).append((*miss, source, token))
+    assert copied
+    assert rebuilt
+    expected = run(arguments | no_sources(layout, arguments["pages"]))
+    actual = run(arguments, resident=len(copied))
+    for slot_page, head, place, _, _, _, source, token in copied:
+        for section, pages in (("slot_keys", "exact_keys"), ("slot_values", "exact_values")):
+            got = layout.view(actual, section)[slot_page, head, place]
+            assert_bytes_equal(got, arguments[pages][source, head, token : token + layout.chunk_size], section)
+            layout.view(expected, section)[slot_page, head, place] = got
+    assert_bytes_equal(actual, expected, "what is not resident")
+    run(arguments, reference.fill_slots, resident=len(copied))
 
 
 def _chunk(tokens: Tensor, layout: PageLayout, chunk: Tensor, head: Tensor) -> Tensor:
@@ -350,8 +413,18 @@ def test_opcheck() -> None:
         ("host_pool", lambda t: t[:-1], "host_pool: expected as many rows as pages"),
         ("cos_sin", lambda t: t.bfloat16(), "cos_sin: expected dtype Float, got BFloat16"),
         ("cos_sin", lambda t: t[:, :7].contiguous(), "cos_sin: expected an even rotary_dim"),
+        ("sources", lambda t: t[:, :-1].contiguous(), r"sources: expected shape \[\d+, \d\], got"),
+        ("epochs", lambda t: t[:-1], r"epochs: expected shape"),
+        ("exact_keys", lambda t: t[:, :0], "exact_keys: expected shape"),
+        (
+            "exact_values",
+            lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+            "exact_values: expected stride 1 in the last",
+        ),
+        ("exact_values", lambda t: t[:-1], "exact_values: expected shape"),
         ("slot_table", lambda t: t.float(), "slot_table: expected dtype Int, got Float"),
         ("slot_pages", lambda t: t[:, 1:], "slot_pages: expected shape"),
+        ("counts", lambda t: t[:3], r"counts: expected shape \[4\], got \[3\]"),
         ("slot_pages", lambda t: t.flatten()[4 : 4 - t.shape[1]].view(-1, t.shape[1]), "slot_pages: expected rows al"),
     ],
 )

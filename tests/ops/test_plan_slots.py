@@ -93,7 +93,7 @@ class State:
                 placed, filled = placed + len(used), filled + count
                 assert self.misses[row, head, :count].tolist() == missed
                 assert (self.misses[row, head, count:] == -1).all()
-        assert counts[1:] == [placed - filled, filled], "not the hits and the misses"
+        assert counts[1:] == [placed - filled, filled, 0], "not the hits and the misses"
         assert counts[0] >= placed
 
 
@@ -121,7 +121,7 @@ def make_state(
         slot_ids=torch.full((rows, heads, columns), 77, dtype=torch.int32),
         misses=torch.full((rows, heads, columns), 77, dtype=torch.int32),
         num_misses=torch.full((rows, heads), 77, dtype=torch.int32),
-        counts=torch.tensor([2**40, 3, 77]),
+        counts=torch.tensor([2**40, 3, 77, 5]),
     )
 
 
@@ -256,7 +256,7 @@ def test_more_chunks_than_slots_leave_the_last_ones_out() -> None:
     state.step(chunks)
     assert state.slot_ids[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
     assert state.num_misses.tolist() == [[7, 7]]
-    assert (state.counts - counts).tolist() == [20, 0, 14], "6 were left out"
+    assert (state.counts - counts).tolist() == [20, 0, 14, 0], "6 were left out"
     state.run_both()  # the same clock again: everything that is used stays
     assert state.num_misses.tolist() == [[0, 0]]
 
@@ -367,7 +367,7 @@ def test_opcheck() -> None:
         ("slot_ids", lambda t: t.mT.contiguous().mT, r"slot_ids: expected contiguous memory, got strides"),
         ("misses", lambda t: t.long(), r"misses: expected dtype Int, got Long"),
         ("num_misses", lambda t: t[:2], r"num_misses: expected shape \[3, 2\], got \[2, 2\]"),
-        ("counts", lambda t: t[:2], r"counts: expected shape \[3\], got \[2\]"),
+        ("counts", lambda t: t[:3], r"counts: expected shape \[4\], got \[3\]"),
         ("counts", lambda t: t.int(), r"counts: expected dtype Long, got Int"),
         ("layout", lambda x: replace(x, slot_tags=4), r"layout: slot_tags must be \d+ bytes inside a page of \d+"),
         ("layout", lambda x: replace(x, slots_per_page=0), r"layout: slots_per_page must be positive, got 0"),

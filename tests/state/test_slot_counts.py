@@ -9,10 +9,10 @@ from vllm_shadowkv.state.slot_counts import COPY_SECONDS, SlotCounts, _HostCopy
 
 def test_on_the_cpu_the_counts_are_always_the_latest() -> None:
     counts = SlotCounts(torch.device("cpu"))
-    assert counts.latest() == (0, 0, 0)
-    counts.tensor += torch.tensor([5, 3, 2])
+    assert counts.latest() == (0, 0, 0, 0)
+    counts.tensor += torch.tensor([5, 3, 2, 1])
     counts.step()
-    assert counts.latest() == (5, 3, 2)
+    assert counts.latest() == (5, 3, 2, 1)
 
 
 class Event:

@@ -82,8 +82,13 @@ class ExactPages(_PseudoLayer):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ExactSpec:
         """The spec of the exact group."""
-        layout = self.runtime.geometry.layout
-        return ExactSpec(block_size=layout.exact_tokens, exact_page_bytes=layout.page_bytes, **self._spec_fields())
+        geometry = self.runtime.geometry
+        return ExactSpec(
+            block_size=geometry.layout.exact_tokens,
+            exact_page_bytes=geometry.layout.page_bytes,
+            resident=geometry.has_resident_pages,
+            **self._spec_fields(),
+        )
 
 
 class SlotPages(_PseudoLayer):

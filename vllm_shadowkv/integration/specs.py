@@ -56,19 +56,28 @@ class ShadowSpec(FullAttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSpec(AttentionSpec):
-    """Exact pages: `block_size / compression` tokens each, from the exact boundary on, private to a request."""
+    """Exact pages: `block_size / compression` tokens each, from the exact boundary on.
+
+    `resident`: what is freed is of use until it is given away (`ShadowKVConfig.resident_pages`).
+    """
 
     boundary: ExactBoundary
     exact_page_bytes: int
+    resident: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _opaque_page(self, self.exact_page_bytes)
 
     @property
+    def pages_are_zeroed(self) -> bool:
+        """As of `ShadowSpec`."""
+        return self.dtype is torch.uint8
+
+    @property
     def prefix_cacheable(self) -> bool:
-        """No: a hit brings sealed blocks."""
-        return False
+        """Whether a hit may bring exact pages beside its sealed blocks."""
+        return self.resident
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that the longest request may need at least; the prefill window grows into what is free."""
@@ -109,7 +118,8 @@ class SlotSpec(CircularBufferSpec):
 
 
 def _register() -> None:
-    from vllm_shadowkv.integration.scheduler.managers import ExactManager, ShadowManager, SlotManager
+    from vllm_shadowkv.integration.scheduler.exact import ExactManager
+    from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager
 
     # The registry fills itself with vLLM's own specs only while it is empty.
     KVCacheSpecRegistry._ensure_registered()

@@ -17,13 +17,17 @@ class BlockState:
         sealed: bool `[num_blocks]`, on the host. It speaks of what requests have as blocks: a block that is reused as
             an exact or a slot page keeps it until it becomes an open block again.
         epochs: int64 `[num_blocks]`, positive; no two seals share one.
+        sources: int32 `[num_blocks, pages]`, the exact pages that a block was sealed from, in token order; 0: not kept.
+            One whose epoch is lower than its block's was not written to since: it is resident.
         clock: int64 `[1]`, grows with every step.
     """
 
-    def __init__(self, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, num_blocks: int, pages_per_block: int, device: torch.device) -> None:
         self.sealed = torch.zeros(num_blocks, dtype=torch.bool)
         self.epochs = torch.ones(num_blocks, dtype=torch.int64, device=device)
         self.clock = torch.ones(1, dtype=torch.int64, device=device)
+        self.sources = torch.zeros(num_blocks, pages_per_block, dtype=torch.int32, device=device)
+        self._has_slots = torch.zeros(num_blocks, dtype=torch.bool, device=device)
 
     def start_step(self) -> None:
         """Moves the clock."""
@@ -36,18 +40,46 @@ class BlockState:
     def write_exact(self, block_ids: Tensor) -> None:
         """Pages that are written as exact pages in this step."""
         self.epochs[block_ids] = self.clock
+        self._has_slots[block_ids] = False
+
+    def write_slots(self, block_ids: Tensor) -> None:
+        """Slot pages of this step's rows: the first step that has one overwrites what it was."""
+        kept = self._has_slots[block_ids]
+        self.epochs[block_ids] = torch.where(kept, self.epochs[block_ids], self.clock)
+        self._has_slots[block_ids] = True
+
+    def resident(self, block_ids: Tensor) -> Tensor:
+        """The exact pages of sealed blocks, as far as they are resident.
+
+        Args:
+            block_ids: int64 `[n]`, on the device.
+
+        Returns:
+            int32 `[n, pages]` in token order; 0 where one is not.
+        """
+        sources = self.sources[block_ids]
+        intact = (sources > 0) & (self.epochs[sources.long()] < self.epochs[block_ids, None])
+        return sources.where(intact, 0)
 
     def unsealed(self, block_ids: Tensor) -> Tensor:
         """Mask of the blocks that are not sealed; the null block counts as sealed."""
         return ~self.sealed[block_ids] & (block_ids > 0)
 
-    def seal(self, block_ids: Tensor) -> None:
+    def seal(self, block_ids: Tensor, sources: Tensor | None) -> None:
         """Blocks that were sealed in this step; each gets an epoch of its own.
 
         Args:
             block_ids: int64 `[n]`, without repetition.
+            sources: int32 `[n, pages]`, the exact pages they were sealed from; None: not to be kept.
         """
         self.sealed[block_ids] = True
+        self._has_slots[block_ids] = False
+        if sources is None:
+            self.sources[block_ids] = 0
+        else:
+            self.sources[block_ids] = sources
+            # Whatever takes one for slots must raise its epoch.
+            self._has_slots[sources.long()] = False
         count = len(block_ids)
         self.epochs[block_ids] = self.clock + 1 + torch.arange(count, device=self.epochs.device)
         self.clock += count + 1

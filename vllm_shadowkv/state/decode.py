@@ -101,11 +101,11 @@ class DecodeWorkspace:
             query: float `[B, Hq, D]`, post-RoPE.
             scale: of the logits.
             output: float `[B, Hq, D]`, written.
-            slot_counts: int64 `[3]`, added to; see `ops.plan_slots`.
+            slot_counts: int64 `[4]`, added to; see `ops.plan_slots` and `ops.fill_slots`.
         """
         self.select(memory, rows, query, scale)
         self.plan(memory, state, rows, slot_counts)
-        self.fill(memory, rows)
+        self.fill(memory, state, rows, slot_counts)
         self.attend_tokens(memory, rows, query, scale, output)
 
     def select(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float) -> None:
@@ -146,9 +146,10 @@ class DecodeWorkspace:
             slot_counts,
         )
 
-    def fill(self, memory: LayerMemory, rows: DecodeRows) -> None:
-        """Rebuilds the keys and fetches the values of the chunks that were not in the slots."""
+    def fill(self, memory: LayerMemory, state: BlockState, rows: DecodeRows, slot_counts: Tensor) -> None:
+        """Rebuilds keys and fetches values of the chunks that were not in the slots; resident ones it copies."""
         count = len(rows.seq_lens)
+        exact_keys, exact_values = memory.exact_views
         ops.fill_slots(
             self._chunk_ids[:count],
             self._slot_ids[:count],
@@ -159,9 +160,14 @@ class DecodeWorkspace:
             memory.host_pool,
             memory.cos_sin,
             memory.rotary.is_neox,
+            state.sources,
+            state.epochs,
+            exact_keys,
+            exact_values,
             rows.slot_table,
             memory.slot_pages,
             memory.layout,
+            slot_counts,
         )
 
     def attend_tokens(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor) -> None:

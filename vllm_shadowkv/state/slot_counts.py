@@ -11,15 +11,17 @@ COPY_SECONDS = 1.0
 
 
 class SlotCounts:
-    """Chunks that wanted a slot, were found in one, and were given one, since the start, all layers and KV heads.
+    """Chunks since the start, all layers and KV heads: how many wanted a slot, and where they came from.
 
     Attributes:
-        tensor: int64 `[3]` on the device, which `ops.plan_slots` adds to. It never moves, so graphs hold it.
+        tensor: int64 `[4]` on the device, which `ops.plan_slots` and `ops.fill_slots` add to: chunks that wanted a
+            slot, were found in one, were given one, and of the last were copied from resident pages. It never moves,
+            so graphs hold it.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Allocates."""
-        self.tensor = torch.zeros(3, dtype=torch.int64, device=device)
+        self.tensor = torch.zeros(4, dtype=torch.int64, device=device)
         self._copy = _HostCopy(self.tensor) if device.type == "cuda" else None
 
     def step(self) -> None:
@@ -27,10 +29,10 @@ class SlotCounts:
         if self._copy is not None:
             self._copy.step(time.monotonic())
 
-    def latest(self) -> tuple[int, int, int]:
+    def latest(self) -> tuple[int, int, int, int]:
         """What the host knows, from any thread: on CUDA the counts of some step before."""
         counts = self.tensor.tolist() if self._copy is None else self._copy.latest
-        return counts[0], counts[1], counts[2]
+        return counts[0], counts[1], counts[2], counts[3]
 
 
 class _HostCopy:

@@ -106,7 +106,7 @@ def make_bound(
         )
     return Bound(
         memories=memories,
-        state=BlockState(num_blocks, device),
+        state=BlockState(num_blocks, layout.block_size // layout.exact_tokens, device),
         boundary=boundary,
         workspace=workspace,
         exact_start=torch.zeros(max_rows, dtype=torch.int32, device=device),

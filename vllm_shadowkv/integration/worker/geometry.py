@@ -78,6 +78,14 @@ class Geometry:
         return zeroes_pages(self.vllm_config)
 
     @property
+    def has_resident_pages(self) -> bool:
+        """Whether exact pages of sealed blocks are of use until something is written to them.
+
+        Other layers write to pages that they share with ours, and vLLM zeroes those, unseen by our epochs.
+        """
+        return self.config.resident_pages and not self.pages_are_zeroed
+
+    @property
     def max_rows(self) -> int:
         """Most rows of a step, with what a graph pads it to."""
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0

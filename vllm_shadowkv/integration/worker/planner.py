@@ -37,7 +37,7 @@ class Planner:
         """
         self.counts = counts
         self._geometry, self._memory, self._attention = geometry, memory, attention
-        self._sealer = Sealer(geometry.layout, geometry.max_drafts, geometry.pages_are_zeroed, counts)
+        self._sealer = Sealer(geometry, counts)
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
 
@@ -96,14 +96,18 @@ class Planner:
                 self._clear_unwritten(bound, rows, exact_table)
             self._sealer.note_open(bound, rows, block_table, exact_table)
             if self.counts.wants_used_blocks:
-                self._count_used(rows, block_table)
+                self._count_used(bound, rows, block_table)
         bound.state.start_step()
         written = step.slot_mapping.clamp_min(0) // self._geometry.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
         if uniform:
             step.decode = [DecodeBatch(None, everything)]
         else:
+            self._use_resident(bound, rows, everything, block_table)
             self._sort(step, rows, everything, shadow.query_start_loc)
+        if step.decode and not capturing:
+            reading = step.decode[0].rows
+            bound.state.write_slots(reading.slot_table.where(reading.exact_start[:, None] > 0, 0).long())
 
     def _may_seal_or_begin(self, rows: list[Row]) -> bool:
         """Whether a row may have a block to seal, or begins one, in a step of single tokens."""
@@ -154,11 +158,34 @@ class Planner:
         for memory in bound.memories.values():
             memory.exact_views[1].transpose(1, 2)[pages, offsets] = 0
 
-    def _count_used(self, rows: list[Row], block_table: Tensor) -> None:
+    def _use_resident(self, bound: Bound, rows: list[Row], everything: DecodeRows, block_table: Tensor) -> None:
+        """Lets prefills begin to read exactly as far before their boundary as exact pages are resident.
+
+        What this step writes was noted before, so that such a page stays as it is during the step.
+        """
+        rows = [row for row in rows if row.prefilling and row.exact_start]
+        size = self._geometry.layout.block_size
+        if not rows or not self._geometry.has_resident_pages:
+            return
+        per_block = size // self._geometry.layout.exact_tokens
+        counts = [row.exact_start // size for row in rows]
+        blocks = torch.cat([block_table[row.index, :count] for row, count in zip(rows, counts, strict=True)])
+        pages = bound.state.resident(blocks.long().to(bound.exact_start.device))
+        whole = (pages > 0).all(1).cpu()
+        for row, count, of_row, intact in zip(rows, counts, pages.split(counts), whole.split(counts), strict=True):
+            lost = (~intact).nonzero().flatten().tolist()
+            first = lost[-1] + 1 if lost else 0
+            if first < count:
+                self.counts.resident_tokens += row.exact_start - first * size
+                row.exact_row = everything.exact_table[row.index].clone()
+                row.exact_row[first * per_block : count * per_block] = of_row[first:].flatten()
+                row.exact_start = first * size
+
+    def _count_used(self, bound: Bound, rows: list[Row], block_table: Tensor) -> None:
         """Counts the sealed blocks of the step's requests."""
         size = self._geometry.layout.block_size
         blocks = [block_table[row.index, : row.computed // size] for row in rows]
-        self.counts.used_blocks = len(torch.cat(blocks).unique()) if blocks else 0
+        self.counts.used_blocks = int(bound.state.sealed[torch.cat(blocks).unique().long()].sum()) if blocks else 0
         self.counts.wants_used_blocks = False
 
     def _sort(self, step: Step, rows: list[Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
@@ -175,7 +202,7 @@ class Planner:
             PrefillRow(
                 row.tokens,
                 everything.block_table[row.index],
-                everything.exact_table[row.index],
+                everything.exact_table[row.index] if row.exact_row is None else row.exact_row,
                 row.exact_start,
                 row.seq_len,
             )
@@ -207,14 +234,18 @@ class Planner:
 
     def _dense_batch(self, rows: list[Row], all_rows: bool, of: DecodeRows, starts: Tensor) -> DenseBatch:
         device = starts.device
+        extended = [(place, row.exact_row) for place, row in enumerate(rows) if row.exact_row is not None]
         if all_rows:
-            tokens, seq_lens, table = None, of.seq_lens, of.exact_table
+            tokens, seq_lens = None, of.seq_lens
+            table = of.exact_table.clone() if extended else of.exact_table
         else:
             index = torch.tensor([row.index for row in rows], device=device)
             tokens = torch.cat([torch.arange(row.tokens.start, row.tokens.stop) for row in rows]).to(device)
             lengths = torch.tensor([0] + [row.tokens.stop - row.tokens.start for row in rows])
             starts = lengths.cumsum(0).to(device, starts.dtype)
             seq_lens, table = of.seq_lens[index], of.exact_table[index]
+        for place, exact_row in extended:
+            table[place] = exact_row
         batch = DenseBatch(
             tokens,
             starts[: len(seq_lens) + 1],

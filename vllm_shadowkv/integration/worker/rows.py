@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
@@ -15,15 +16,17 @@ class Row:
         prefilling: whether the step still computes the prompt.
         computed: tokens before the step.
         exact_start: its exact boundary, once the planner has read it.
+        exact_row: int32 `[max_pages]`, its exact pages, where some of them are no longer its own; else None.
     """
 
-    __slots__ = ("computed", "exact_start", "index", "prefilling", "seq_len", "tokens")
+    __slots__ = ("computed", "exact_row", "exact_start", "index", "prefilling", "seq_len", "tokens")
 
     def __init__(self, index: int, tokens: slice, seq_len: int, prefilling: bool) -> None:
         """A row whose boundary was not read yet."""
         self.index, self.tokens, self.seq_len, self.prefilling = index, tokens, seq_len, prefilling
         self.computed = seq_len - (tokens.stop - tokens.start)
         self.exact_start = 0
+        self.exact_row: Tensor | None = None
 
 
 def read_rows(shadow: CommonAttentionMetadata, max_drafts: int) -> list[Row]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vllm_shadowkv.integration.worker.bound import Bound
+from vllm_shadowkv.integration.worker.geometry import Geometry
 from vllm_shadowkv.integration.worker.rows import Row
 from vllm_shadowkv.metrics import StepCounts
-from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.state.completed import CompletedBlocks
 from vllm_shadowkv.state.seal import seal_blocks
 
@@ -27,17 +27,11 @@ logger = logging.getLogger("vllm.shadowkv")
 class Sealer:
     """Seals the blocks of a step's rows, and keeps in mind what this step completes."""
 
-    def __init__(self, layout: PageLayout, max_drafts: int, zeroed: bool, counts: StepCounts) -> None:
-        """Seals blocks.
-
-        Args:
-            layout: of their pages.
-            max_drafts: most tokens that are drafted for a row and step.
-            zeroed: vLLM zeroes pages before a step is planned, so pages that are given away are lost
-                (`model/other_layers.py`).
-            counts: added to.
-        """
-        self._layout, self._max_drafts, self._zeroed, self._counts = layout, max_drafts, zeroed, counts
+    def __init__(self, geometry: Geometry, counts: StepCounts) -> None:
+        """Seals blocks of the layers of a worker; `counts` is added to."""
+        self._layout, self._max_drafts, self._counts = geometry.layout, geometry.max_drafts, counts
+        self._zeroed = geometry.pages_are_zeroed  # before a step is planned, so pages that are given away are lost
+        self._keep_sources = geometry.has_resident_pages
         self._completed = CompletedBlocks()
 
     def may_have_work(self, row: Row) -> bool:
@@ -61,9 +55,13 @@ class Sealer:
         layout = self._layout
         pages = layout.block_size // layout.exact_tokens
         found: dict[int, tuple[Tensor, int]] = {}
+        # A row may have hit what another one computes only in this step.
+        open_blocks = {block for row in rows for block in self._open_blocks(row, block_table).tolist()}
         for row in rows:
             blocks = block_table[row.index, : row.computed // layout.block_size].long()
             for place in bound.state.unsealed(blocks).nonzero().flatten().tolist():
+                if int(blocks[place]) in open_blocks:
+                    continue
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
                 if not (exact_ids > 0).all():
                     raise RuntimeError(
@@ -84,7 +82,7 @@ class Sealer:
         first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32)
         for memory in bound.memories.values():
             seal_blocks(memory, block_ids, exact_ids, first_positions)
-        bound.state.seal(torch.tensor(list(found)))
+        bound.state.seal(torch.tensor(list(found)), exact_ids if self._keep_sources else None)
         self._counts.sealed_blocks += len(found)
         self._completed.drop(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
@@ -94,8 +92,7 @@ class Sealer:
         size = self._layout.block_size
         pages = size // self._layout.exact_tokens
         for row in rows:
-            first, last = row.computed // size, (row.seq_len - 1) // size
-            blocks = block_table[row.index, first : last + 1].long()
+            first, blocks = row.computed // size, self._open_blocks(row, block_table)
             bound.state.write_open(blocks)
             self._completed.drop(blocks.tolist())
             if row.seq_len - row.computed == 1:
@@ -108,3 +105,8 @@ class Sealer:
                 # A copy: on a CPU the table is vLLM's own, which is another step's by then.
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages].clone()
                 bound.due[block] = (exact_ids, place * size)
+
+    def _open_blocks(self, row: Row, block_table: Tensor) -> Tensor:
+        """The blocks into which a row writes in this step: int64, on the host."""
+        size = self._layout.block_size
+        return block_table[row.index, row.computed // size : (row.seq_len - 1) // size + 1].long()

@@ -1,0 +1,286 @@
+"""What is asked again, or by several at once, beside the stock backend: `python -m benchmarks.asked_again`.
+
+The needle model, in a pool with room for everything. Of every case: tokens from the prefix cache, seconds, and
+how the second answer differs from the first. `shadowkv, sealed` is shadowkv without resident pages: what it does once
+memory is short. The last case fills a pool to the brim with documents, and asks for each of them again in random order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import FILLER, make_prompt
+from benchmarks.progress import track
+
+OURS: dict[str, Any] = {"attention_backend": "shadowkv"}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "shadowkv": OURS,
+    "shadowkv, sealed": OURS | {"additional_config": {"shadowkv": {"resident_pages": False}}},
+}
+LENGTHS = (1100, 2100, 3000, 6000, 16_000)
+LONG = 24_000
+STEP_TOKENS = 8192
+DOCUMENTS, DOCUMENT_TOKENS = 6, 20_000
+
+
+@dataclass
+class Case:
+    """What one case gave on one backend.
+
+    Attributes:
+        name: of the case.
+        tokens: that were looked for in the prefix cache.
+        cached: of them from the prefix cache.
+        seconds: of what was asked again, or together.
+        answers: of a second ask: how many there are.
+        different: of them with other tokens than the first.
+        error: the largest difference of a log-probability from the first answer's, up to the first other token.
+        expanded: sealed tokens that were expanded.
+        logprobs: of a prompt's tokens.
+    """
+
+    name: str
+    tokens: int
+    cached: int
+    seconds: float
+    answers: int = 0
+    different: int = 0
+    error: float = 0.0
+    expanded: int = 0
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """An `LLM` and its counters."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        """Starts it."""
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(CHECKPOINT),
+            max_model_len=LONG + 100,
+            max_num_batched_tokens=STEP_TOKENS,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=False,
+            **options,
+        )
+
+    def ask(self, prompts: Iterable[list[int]], tokens: int, **sampling: Any) -> list[Any]:
+        """Answers to prompts that come at once; greedy, unless `sampling` says otherwise."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, detokenize=False, **{"temperature": 0, "logprobs": 0, **sampling})
+        inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return self.llm.generate(inputs, params, use_tqdm=False)
+
+    def measure(self, name: str, call: Callable[[], Any]) -> tuple[Case, Any]:
+        """What the call did, and its result; the case's tokens are those that vLLM looked for in its prefix cache."""
+        before, began = self._counters(), time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - began
+        hits, queries, expanded = (now - then for now, then in zip(self._counters(), before, strict=True))
+        return Case(name, queries, hits, seconds, expanded=expanded), result
+
+    def _counters(self) -> tuple[int, int, int]:
+        values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
+        names = ("vllm:prefix_cache_hits", "vllm:prefix_cache_queries", "vllm:shadowkv_expanded_tokens")
+        hits, queries, expanded = (int(values.get(name, 0)) for name in names)
+        return hits, queries, expanded
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Filler words."""
+    draw = random.Random(seed)
+    return [draw.choice(FILLER) for _ in range(length)]
+
+
+def second_ask(engine: Engine, length: int, count: int) -> Case:
+    """The same questions twice, one after the other."""
+    families = ("multi_key", "overwritten")
+    prompts = [make_prompt(families[seed % 2], length, seed).token_ids for seed in range(count)]
+
+    def ask_each() -> list[Any]:
+        return [engine.ask([prompt], 8)[0] for prompt in prompts]
+
+    first = ask_each()
+    case, again = engine.measure(f"again, {length:,} tokens", ask_each)
+    case.answers = count
+    for one, other in zip(first, again, strict=True):
+        pairs = list(zip(_chosen(one), _chosen(other), strict=True))
+        same = next((place for place, (a, b) in enumerate(pairs) if a[0] != b[0]), len(pairs))
+        case.different += same < len(pairs)
+        case.error = max([case.error, *(abs(a[1] - b[1]) for a, b in pairs[:same])])
+    return case
+
+
+def _chosen(output: Any) -> list[tuple[int, float]]:
+    answer = output.outputs[0]
+    return [(token, places[token].logprob) for token, places in zip(answer.token_ids, answer.logprobs, strict=True)]
+
+
+def beam_search(engine: Engine) -> Case:
+    """Width 4, 8 tokens; a request for every beam and step."""
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt: Any = {"prompt_token_ids": random_prompt(3000, 1)}
+    params = BeamSearchParams(beam_width=4, max_tokens=8, ignore_eos=True)
+    return engine.measure("beam search, 3,000 tokens", lambda: engine.llm.beam_search([prompt], params))[0]
+
+
+def branches(engine: Engine, length: int) -> Case:
+    """Eight answers to one prompt."""
+    prompt = random_prompt(length, 7)
+    return engine.measure(f"n=8, {length:,} tokens", lambda: engine.ask([prompt], 8, n=8, temperature=1.0))[0]
+
+
+def short_then_more(engine: Engine) -> Case:
+    """A prompt with one token of answer, then with a little more at its end and eight."""
+    prompt = random_prompt(3000, 2)
+    engine.ask([prompt], 1)
+    return engine.measure("max_tokens 1, then more", lambda: engine.ask([[*prompt, *prompt[:20]]], 8))[0]
+
+
+def long_prompt(engine: Engine) -> Case:
+    """Log-probabilities of a prompt's own tokens."""
+    prompt = make_prompt("multi_key", LONG, 3).token_ids
+    case, (output,) = engine.measure(f"prompt of {LONG:,}", lambda: engine.ask([prompt], 1, prompt_logprobs=0))
+    places = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    case.logprobs = [logprobs[token].logprob for token, logprobs in places if logprobs]
+    return case
+
+
+def run(backend: str, count: int) -> list[Case]:
+    """All cases on one backend, in a process of their own."""
+    engine = Engine(BACKENDS[backend])
+    calls = [
+        *(partial(second_ask, length=length, count=count) for length in LENGTHS),
+        *(partial(branches, length=length) for length in (3000, 12_000)),
+        beam_search,
+        short_then_more,
+        long_prompt,
+    ]
+    return [call(engine) for call in track(calls, backend, Console())]
+
+
+def run_documents(backend: str) -> Case:
+    """Documents that just fit, sealed, beside what one request needs while it is computed."""
+    from vllm_shadowkv.config import ShadowKVConfig
+
+    config = ShadowKVConfig()
+    beside = -(-2 * STEP_TOKENS // config.exact_tokens_per_page) + 140
+    blocks = DOCUMENTS * (DOCUMENT_TOKENS // config.block_size) + beside
+    engine = Engine(BACKENDS[backend] | {"num_gpu_blocks_override": blocks})
+    texts = [random_prompt(DOCUMENT_TOKENS, seed) for seed in range(DOCUMENTS)]
+    for text in texts:
+        engine.ask([text], 2)
+    order = random.Random(0).sample(texts, DOCUMENTS)
+    return engine.measure(
+        f"{DOCUMENTS} documents in {blocks} blocks", lambda: [engine.ask([text], 2) for text in order]
+    )[0]
+
+
+def table(results: dict[str, list[Case]]) -> Table:
+    """The cases for the terminal."""
+    view = Table(title="Tokens from the cache of those asked; seconds; answers that differ from the first, error")
+    view.add_column("case")
+    for backend in results:
+        for what in ("cached", "s", "differ"):
+            view.add_column(f"{backend}\n{what}", justify="right")
+    names = list(dict.fromkeys(case.name for cases in results.values() for case in cases))
+    for name in names:
+        cells = [name]
+        for cases in results.values():
+            case = next((case for case in cases if case.name == name), None)
+            if case is None:
+                cells += ["", "", ""]
+                continue
+            differ = f"{case.different} of {case.answers}, {case.error:.2g}" if case.answers else ""
+            if case.logprobs:
+                stock = next(case for case in results["stock"] if case.name == name)
+                error = max(abs(one - other) for one, other in zip(case.logprobs, stock.logprobs, strict=True))
+                differ = f"{error:.2g}; {case.expanded:,} expanded"
+            cells += [f"{case.cached:,} of {case.tokens:,}", f"{case.seconds:.1f}", differ]
+        view.add_row(*cells)
+    return view
+
+
+def plot(results: dict[str, list[Case]], path: Path) -> None:
+    """Shares of cached tokens, and seconds relative to stock."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = [case.name for case in results["stock"]]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
+    height = 0.8 / len(results)
+    for number, (backend, cases) in enumerate(results.items()):
+        found = {case.name: case for case in cases}
+        places = [place + number * height for place in range(len(names))]
+        axes[0].barh(places, [found[name].cached / max(found[name].tokens, 1) for name in names], height, label=backend)
+        stock = [case.seconds for case in results["stock"]]
+        axes[1].barh(places, [found[name].seconds / time for name, time in zip(names, stock, strict=True)], height)
+    axes[0].set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("share of prompt tokens from the prefix cache")
+    axes[1].set_xlabel("time / time of the stock backend")
+    axes[1].axvline(1, color="grey", linewidth=1)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _alone(call: Callable[..., Any], *arguments: Any) -> Any:
+    """The call's result, from a process of its own: engines leave traces."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=list(BACKENDS))
+    parser.add_argument("--prompts", type=int, default=10, help="of each length")
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--plot", type=Path, help="where a PNG goes")
+    arguments = parser.parse_args()
+    results: dict[str, list[Case]] = {}
+    for backend in ["stock", *(backend for backend in arguments.backends if backend != "stock")]:
+        results[backend] = _alone(run, backend, arguments.prompts)
+    for backend in results:
+        if backend != "stock":
+            results[backend].append(_alone(run_documents, backend))
+    console = Console()
+    console.print(table(results))
+    if arguments.plot:
+        plot(results, arguments.plot)
+    if arguments.json:
+        content = {backend: [asdict(case) | {"logprobs": []} for case in cases] for backend, cases in results.items()}
+        result = {"machine": machine("asked_again", "cpu"), "results": content}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

@@ -1,0 +1,111 @@
+"""When the hashes of a block and of its exact pages are published, so that requests may hit them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+
+class Scheduled(NamedTuple):
+    """A request of the step that is being scheduled: what may be hit of it, and what of that the step computes."""
+
+    request: Request
+    tokens: int
+    computed: int
+
+
+class PublishingManager(SingleTypeKVCacheManager):
+    """Publishes what is sealed, or will be before a step that reads it sealed.
+
+    A block is sealed when the worker plans the step after the one that completed it. What a step completes of a prompt
+    is sealed then whoever is in that step; other blocks are sealed if their owner goes on, and published a step later.
+    vLLM would publish while the step is scheduled that completes a block, but that step's request may yet be preempted
+    by one that comes after it. So hashes are published when the first request of the step looks for a hit, which vLLM
+    lets none do after it has preempted another, or before the next step, or when the request ends.
+    """
+
+    _of_pool: ClassVar[weakref.WeakKeyDictionary[BlockPool, list[PublishingManager]]] = weakref.WeakKeyDictionary()
+    """VLLM looks for hits with a class, not with a manager."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._of_pool.setdefault(self.block_pool, []).append(self)
+        self._caches = self.enable_caching
+        # Where vLLM zeroes pages that it gives away, a block is sealed only if its owner goes on (worker/sealing.py).
+        self._zeroed = self.kv_cache_spec.pages_are_zeroed
+        self._scheduled: dict[str, Scheduled] = {}
+        self._being_scheduled: str | None = None
+        self._begins = 0
+        self.labels: dict[str, str] | None = None
+        """Of the engine's metrics; None: not known yet."""
+
+    @classmethod
+    def of_pool(cls, pool: BlockPool) -> list[PublishingManager]:
+        """The managers of a pool, of every kind."""
+        return cls._of_pool.get(pool, [])
+
+    def new_step_starts(self) -> None:
+        """Publishes what the step before has completed, or sealed."""
+        self.publish()
+        self._scheduled.clear()
+
+    def publish(self) -> None:
+        """Publishes what the step that is being scheduled completes, or finds sealed; again, it does nothing."""
+        for scheduled in self._scheduled.values():
+            self._publish(scheduled)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """As vLLM; notes where the request's step begins."""
+        self._begins = total_computed_tokens
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """As vLLM; notes whose step this is."""
+        self._being_scheduled = request_id
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Notes which blocks will be sealed.
+
+        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the
+        output of a step; that schedules nothing, so such a call changes nothing.
+        """
+        if self._being_scheduled != request.request_id:
+            return
+        self._being_scheduled, computed = None, self._begins
+        of_prompt = num_tokens - computed > 1 and computed < request.num_prompt_tokens
+        if not of_prompt or self._zeroed:
+            num_tokens = min(num_tokens, computed)
+        # A hit is of whole blocks.
+        self._scheduled[request.request_id] = Scheduled(
+            request, num_tokens // self.scheduler_block_size * self.scheduler_block_size, computed
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """A finished request's last step has run, or will; that of one that is preempted while it is scheduled not."""
+        scheduled = self._scheduled.pop(request_id, None)
+        if scheduled is not None and scheduled.request.is_finished():
+            self._publish(scheduled)
+        return super().pop_blocks_for_free(request_id)
+
+    def _publish(self, scheduled: Scheduled) -> None:
+        if self._caches:
+            super().cache_blocks(scheduled.request, scheduled.tokens, replay_boundaries=())
