@@ -31,7 +31,16 @@ class Workload:
     Factors and landmarks are random bytes; exact pages and the host pool repeat a few megabytes of normal values.
     """
 
-    def __init__(self, shape: str, sealed: int, open_tokens: int, batch: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: str,
+        sealed: int,
+        open_tokens: int,
+        batch: int,
+        device: str,
+        dtype: torch.dtype,
+        with_sources: bool = False,
+    ) -> None:
         """Allocates and fills.
 
         Args:
@@ -41,6 +50,7 @@ class Workload:
             batch: requests.
             device: "cpu" or "cuda".
             dtype: of keys and values.
+            with_sources: the exact pages that blocks were sealed from are there, too, for `set_resident`.
         """
         self.heads, kv_heads, size = SHAPES[shape]
         self.config = ShadowKVConfig()
@@ -49,9 +59,10 @@ class Workload:
         blocks = sealed // layout.block_size
         slot_pages = layout.slot_pages(self.config.slot_chunks)
         exact_pages = -(-open_tokens // layout.exact_tokens)
-        counts = [batch * blocks, batch * slot_pages, batch * exact_pages]
+        per_block = layout.block_size // layout.exact_tokens
+        counts = [batch * blocks, batch * slot_pages, batch * exact_pages, batch * blocks * per_block * with_sources]
         order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1).int()
-        sealed_ids, slot_ids, exact_ids = order.split(counts)
+        sealed_ids, slot_ids, exact_ids, source_ids = order.split(counts)
         generator = torch.Generator(device).manual_seed(0)
         pages = torch.empty(1 + sum(counts), layout.page_bytes // 8, dtype=torch.int64, device=device)
         if device == "cpu":
@@ -63,8 +74,8 @@ class Workload:
         for name in ("slot_tags", "slot_used", "slot_epoch"):
             layout.view(pages, name)[slot_ids.long().to(device)] = 0
         for view in layout.exact_views(pages):
-            chosen = exact_ids.long().to(device)
-            view[chosen] = normal(view[chosen].shape, dtype, generator)
+            for chosen in torch.cat((exact_ids, source_ids)).long().to(device).split(256):
+                view[chosen] = normal(view[chosen].shape, dtype, generator)
 
         positions = torch.arange(sealed + open_tokens)[:, None] * 500_000.0 ** (-torch.arange(0, size, 2) / size)
         table = copy_in_huge_pages(torch.cat((positions.cos(), positions.sin()), -1), torch.float32).to(device)
@@ -77,8 +88,10 @@ class Workload:
             slot_pages=pages,
             host_pool=pool,
         )
-        self.state = BlockState(len(pages), layout.block_size // layout.exact_tokens, torch.device(device))
-        self.state.seal(sealed_ids.long(), None)
+        self.state = BlockState(len(pages), per_block, torch.device(device))
+        sources = source_ids.view(-1, per_block).to(device) if with_sources else None
+        self.state.seal(sealed_ids.long(), sources)
+        self._sources = self.state.sources.clone()
         first_exact = sealed // layout.exact_tokens
         exact_table = torch.zeros(batch, first_exact + exact_pages, dtype=torch.int32)
         exact_table[:, first_exact:] = exact_ids.view(batch, exact_pages)
@@ -99,6 +112,10 @@ class Workload:
     def attend(self) -> None:
         """One decode step over sealed blocks and open tokens."""
         self.workspace.attend(self.memory, self.state, self.rows, self.query, self.scale, self.output, self.slot_counts)
+
+    def set_resident(self, resident: bool) -> None:
+        """Whether what a step misses is in the pages that it was sealed from; that is how a workload begins."""
+        self.state.sources.copy_(self._sources if resident else torch.zeros_like(self._sources))
 
     def force_hits(self, rate: float) -> None:
         """Makes a step hit this share of its chunks: of those in the slots, it forgets others at random.

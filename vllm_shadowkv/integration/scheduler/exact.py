@@ -91,11 +91,8 @@ class ExactManager(PublishingManager):
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         """Tokens that vLLM pads with nulls at admission: those of a prefix hit, if it is not asked for their pages."""
-        return (
-            0
-            if self.kv_cache_spec.prefix_cacheable
-            else num_computed_tokens // self.boundary.block_size * self.boundary.block_size
-        )
+        size = self.boundary.block_size
+        return 0 if self.kv_cache_spec.prefix_cacheable else num_computed_tokens // size * size
 
     def add_local_computed_blocks(
         self,
