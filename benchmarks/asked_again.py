@@ -1,10 +1,9 @@
 """What is asked again, or by several at once, beside the stock backend: `python -m benchmarks.asked_again`.
 
 The needle model in float32, in a pool with room for everything. Of every case: tokens from the prefix cache, seconds,
-and how the second answer differs from the first; a hit of shadowkv is of whole blocks of 1,024 tokens. `sealed` is
-shadowkv without resident pages: what it does once memory is short. The last cases are a prompt beyond the window that
-is kept exact, whose log-probabilities are held against stock's, and a pool that documents fill to the brim, each of which
-is asked for again in random order.
+and how the second answer differs from the first. `sealed` is shadowkv without resident pages: what it does once memory
+is short. The last cases are a prompt beyond the window that is kept exact, whose log-probabilities are held against
+stock's, and a pool that documents fill to the brim, each of which is asked for again in random order.
 """
 
 from __future__ import annotations

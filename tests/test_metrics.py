@@ -68,7 +68,7 @@ def test_counts_become_metrics() -> None:
     assert not any(nothing.values())
     worker.steps.__dict__.update(sealed_blocks=5, sealed_prefills=2, table_reads=4, used_blocks=3, steps=9)
     worker.steps.expanded_tokens, worker.steps.resident_tokens = 7 * LAYOUT.block_size, 3 * LAYOUT.block_size
-    worker.slots.tensor += torch.tensor([100, 60, 39, 9])
+    worker.slots.tensor += torch.tensor([100, 60, 9, 30])
     metrics.count_hit(worker.labels, 30, 20)
     metrics.count_ownerless_seals(worker.labels, 2)
     assert worker.read() == {
@@ -147,7 +147,7 @@ def test_a_line_in_the_log_now_and_then(clock: Clock, caplog: pytest.LogCaptureF
         return [record.getMessage() for record in caplog.records]
 
     worker.steps.steps, worker.steps.sealed_blocks = 1, 2
-    worker.slots.tensor += torch.tensor([400, 300, 100, 40])
+    worker.slots.tensor += torch.tensor([400, 300, 40, 60])
     assert lines(9) == []
     (line,) = lines(1)
     assert line.startswith(

@@ -153,13 +153,13 @@ class Meter:
         elif now - self._last_step[1] > IDLE_SECONDS:
             steps.used_blocks = 0
         steps.wants_used_blocks = True
-        selected, hits, misses, resident = self._slots.latest()
-        fetched = (misses - resident) * self._chunk_bytes
+        selected, hits, resident, others = self._slots.latest()
+        fetched = others * self._chunk_bytes
         expanded_tokens = steps.expanded_tokens
         expanded = expanded_tokens // self._block_size * self._row_bytes
         self._follow(SELECTED_CHUNKS, selected)
         self._follow(SLOT_HITS, hits)
-        self._follow(SLOT_MISSES, misses)
+        self._follow(SLOT_MISSES, resident + others)
         self._follow(RESIDENT_CHUNKS, resident)
         self._follow(FETCHED_BYTES, fetched, phase="decode")
         self._follow(FETCHED_BYTES, expanded, phase="prefill")

@@ -166,8 +166,7 @@ def plan_slots(
             chunk without a slot.
         misses: int32 `[B, Hkv, K]`, written: the places in `chunk_ids` whose slots must be filled, ascending, then -1.
         num_misses: int32 `[B, Hkv]`, written.
-        counts: int64 `[4]`, of which three are added to: chunks that want a slot, that were found in one, and that were
-            given one; the difference was left out.
+        counts: int64 `[4]`, of which the first two are added to: chunks that want a slot, and that were found in one.
     """
     _ops.plan_slots(
         chunk_ids,
@@ -222,7 +221,7 @@ def fill_slots(
         exact_values: as `exact_keys`, the last stride 1.
         slot_pages: uint8 `[N, P]`; keys and values of the missing slots are written.
         layout: of the pages.
-        counts: int64 `[4]`; the last is added to: chunks that were copied from their sources.
+        counts: int64 `[4]`, of which the last two are added to: chunks that were copied from their sources, and others.
     """
     _ops.fill_slots(
         chunk_ids,

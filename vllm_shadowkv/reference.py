@@ -296,7 +296,7 @@ def plan_slots(
                 row_used[slot] = int(clock)
             misses[row, head, : len(missed)] = torch.tensor(missed, dtype=torch.int32)
             num_misses[row, head] = len(missed)
-            counts[:3] += torch.tensor([wanted, hits, len(missed)])
+            counts[:2] += torch.tensor([wanted, hits])
             tags[pages, head] = row_tags.unflatten(0, (len(pages), layout.slots_per_page))
             used[pages, head] = row_used.unflatten(0, (len(pages), layout.slots_per_page))
 
@@ -342,13 +342,14 @@ def fill_slots(
                 continue
             tokens = slice(inside * layout.chunk_size, (inside + 1) * layout.chunk_size)
             source = int(sources[block, tokens.start // layout.exact_tokens])
-            if 0 < source < len(exact_keys) and epochs[source] < epochs[block]:
-                resident = torch.arange(tokens.start, tokens.stop) % layout.exact_tokens
-                keys, values = exact_keys[source, head, resident], exact_values[source, head, resident]
-                counts[3] += 1
+            is_resident = 0 < source < len(exact_keys) and bool(epochs[source] < epochs[block])
+            if is_resident:
+                at = source, head, torch.arange(tokens.start, tokens.stop) % layout.exact_tokens
+                keys, values = exact_keys[at], exact_values[at]
             else:
                 keys = rebuild_keys(pages, block, index * layout.block_size, cos_sin, is_neox, layout)[tokens, head]
                 values = fetch_values(host_pool, block, layout)[tokens, head]
+            counts[2 + (not is_resident)] += 1
             slot_keys[page, head, place] = keys.to(layout.dtype)
             slot_values[page, head, place] = values.to(layout.dtype)
 
@@ -380,8 +381,7 @@ def sparse_attention(
         start, end = max(int(exact_start[row]), 0), min(int(seq_lens[row]), exact_table.shape[1] * layout.exact_tokens)
         tokens = torch.arange(start, max(end, start))
         exact = exact_table[row, tokens // layout.exact_tokens].long()
-        valid = (exact > 0) & (exact < len(exact_keys))
-        tokens, exact = tokens[valid], exact[valid]
+        tokens, exact = (x[(exact > 0) & (exact < len(exact_keys))] for x in (tokens, exact))
         for head in range(layout.num_kv_heads):
             slots = slot_ids[row, head]
             slots = slots[(slots >= 0) & (slots < slot_table.shape[1] * layout.slots_per_page)].long()

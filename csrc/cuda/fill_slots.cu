@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
   if (begin == end) return;
 
   const int chunks = static_cast<int>(layout.block_size) / kTokens;
-  int resident = 0;
+  int resident = 0, fetched = 0;
   Rebuilder<T, kHeadSize, kTokens> rebuild(layout);
   // Other CTAs hide the lookups. To have two misses' values under way would take moves between
   // registers, and a move waits for the link.
@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
       ++resident;
       continue;
     }
+    ++fetched;
     ValueTile<T, kHeadSize, kTokens> values;
     const uint8_t* row_of_block = p.host_pool + miss.block * p.host_pool_stride;
     values.load(layout,
@@ -125,8 +126,9 @@ __global__ void __launch_bounds__(kRebuildThreads, rebuild_ctas(kHeadSize, kToke
     }
     values.store(layout, slot_values, kHeadSize);
   }
-  if (resident > 0 && threadIdx.x == 0) {
-    atomic_add(&p.counts[3], static_cast<int64_t>(resident));
+  if (threadIdx.x == 0) {
+    if (resident > 0) atomic_add(&p.counts[2], static_cast<int64_t>(resident));
+    if (fetched > 0) atomic_add(&p.counts[3], static_cast<int64_t>(fetched));
   }
 }
 

@@ -201,7 +201,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) plan_kernel(const SlotPlan pla
     p.num_misses[item] = taken;
     atomic_add(&p.counts[0], hits + missed);
     atomic_add(&p.counts[1], hits);
-    atomic_add(&p.counts[2], taken);
   }
 }
 

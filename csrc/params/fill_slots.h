@@ -40,7 +40,7 @@ struct FillSlotsParams {
   const void* exact_values;
   ExactStrides key_strides;
   ExactStrides value_strides;
-  int64_t* counts;  // [4]; the last one is added to: chunks that were copied from resident pages
+  int64_t* counts;  // [4], the last two are added to: chunks copied from resident pages, fetched
 
   // The page that has the tokens of a chunk of a block as they were, or 0.
   constexpr int resident_page(int64_t block, int chunk) const {

@@ -25,7 +25,7 @@ struct PlanSlotsParams {
   int32_t* slot_ids;    // [num_rows, num_kv_heads, columns]
   int32_t* misses;      // [num_rows, num_kv_heads, columns]
   int32_t* num_misses;  // [num_rows, num_kv_heads]
-  int64_t* counts;      // [4], added to: chunks selected, found in a slot, given one
+  int64_t* counts;      // [4], the first two are added to: chunks selected, found in a slot
   int64_t columns;
   int64_t num_rows;
 };

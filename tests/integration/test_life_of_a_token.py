@@ -257,8 +257,9 @@ def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
     of_some = ("prefill", "expanded", "used", "refused", "fetched", "resident", "hit_tokens", "ownerless")
     assert all(value for name, value in metrics.items() if not any(word in name for word in of_some))
     assert metrics["host_pool_used_bytes"] < metrics["host_pool_bytes"]
-    missed = metrics["slot_misses_total"] - metrics["resident_chunks_total"]
-    assert metrics["fetched_bytes_total decode"] == missed * (metrics["fetched_bytes_total decode"] // max(missed, 1))
+    fetched = metrics["slot_misses_total"] - metrics["resident_chunks_total"]
+    assert metrics["fetched_bytes_total decode"] % max(fetched, 1) == 0
+    assert bool(metrics["fetched_bytes_total decode"]) == bool(fetched)
     assert bool(metrics["resident_chunks_total"]) == is_resident
     prefixes = "prefixes" in trial.scenarios
     for name in ("sealed_prefills_total", "expanded_tokens_total", "fetched_bytes_total prefill", "hit_tokens_total"):
@@ -329,7 +330,7 @@ def test_a_second_ask_equals_the_first_while_there_is_room(trials: Trials, trial
     for one, is_equal in ((trial, True), (COMPRESSED, False)):
         found = trials(one).sequences["prefixes"]
         first = {what: found["first"][what][:8] for what in ("tokens", "logprobs")}
-        assert found["again"]["cached"] == 512
+        assert found["again"]["cached"] == (736 if is_equal else 512), "and less than a block of exact pages"
         assert (differences({"": found["again"]}, {"": first}, TOLERANCE) == []) == is_equal
 
 

@@ -80,8 +80,8 @@ def test_a_finished_request_publishes_what_its_last_step_sealed(asynchronous: bo
 def test_of_what_the_last_step_completed_only_the_prompts_blocks_are_published(
     asynchronous: bool, generated: int
 ) -> None:
-    """Nothing seals one that ends with a generated token. The asynchronous scheduler offers it for caching when it has
-    that step's output."""
+    """Nothing seals one that ends with a generated token: less than a block of its exact pages is hit. The asynchronous
+    scheduler offers it for caching when it has that step's output."""
     engine = Engine(asynchronous=asynchronous, max_step=256)
     total = 4 * BLOCK
     first = engine.add(prompt(total - generated + 1), max_tokens=generated)
@@ -91,7 +91,7 @@ def test_of_what_the_last_step_completed_only_the_prompts_blocks_are_published(
     assert published(engine, first) == blocks
     second = engine.add([*first.all_token_ids, 4, 5], max_tokens=4)
     engine.finish()
-    assert engine.hits[second.request_id] == blocks * BLOCK
+    assert engine.hits[second.request_id] == (total if generated == 1 else blocks * BLOCK + BLOCK - PAGE)
 
 
 @BOTH
@@ -189,7 +189,7 @@ def test_a_preempted_request_hits_what_it_has_published(asynchronous: bool, runn
     engine.step()
     engine.step()
     assert request.num_preemptions == 1
-    assert engine.hits[request.request_id] == own * BLOCK
+    assert engine.hits[request.request_id] == own * BLOCK + BLOCK - PAGE
     engine.finish()
     assert request.num_output_tokens == 3 * BLOCK
 
@@ -201,7 +201,7 @@ def test_generated_tokens_are_shared_too(asynchronous: bool) -> None:
     engine.finish()
     second = engine.add([*first.all_token_ids, 7], max_tokens=2)
     engine.finish()
-    assert engine.hits[second.request_id] == 2 * BLOCK
+    assert engine.hits[second.request_id] == (40 + 2 * BLOCK - 1) // PAGE * PAGE
 
 
 @BOTH
@@ -215,13 +215,13 @@ def test_generated_tokens_are_shared_too(asynchronous: bool) -> None:
     ids=str,
 )
 def test_requests_of_one_step_hit_each_other(asynchronous: bool, chosen: dict[str, int]) -> None:
-    """Not beyond what the later one may read exactly: nothing is sealed yet."""
+    """As far as the later one may read exactly: nothing is sealed yet."""
     engine = Engine(max_step=640, asynchronous=asynchronous, **chosen)
     texts = {name: prompt(200 + 30 * place) for place, name in enumerate("abc")}
     names = [engine.add(text, 4, name).request_id for name, text in texts.items()]
     engine.step()
     alone = chosen.get("prefill_exact_tokens") == 0
-    assert [engine.hits[name] for name in names] == ([0, 0, 0] if alone else [0, 192, 192])
+    assert [engine.hits[name] for name in names] == ([0, 48, 48] if alone else [0, 192, 224])
     engine.finish()
     assert engine.worker.sealed == (10 if alone else 4), "three shared, and one more"
 
@@ -232,7 +232,7 @@ def test_a_later_request_hits_what_a_running_one_computes_in_the_same_step() -> 
     engine.step()
     second = engine.add(prompt(600), max_tokens=2)
     engine.step()
-    assert (first.num_computed_tokens, engine.hits[second.request_id]) == (600, 576)
+    assert (first.num_computed_tokens, engine.hits[second.request_id]) == (600, 592)
     engine.finish()
 
 
@@ -249,11 +249,22 @@ def test_requests_of_one_step_do_not_hit_each_other_without_resident_pages() -> 
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize(
-    ("shared", "total", "hit"),
-    [(63, 300, 0), (64, 300, 64), (127, 128, 64), (200, 300, 192), (256, 257, 256), (256, 256, 192)],
+    ("shared", "total", "sealed", "tail"),
+    [
+        (63, 300, 0, 48),
+        (64, 300, 64, 0),
+        (127, 128, 64, 48),
+        (200, 300, 192, 0),
+        (230, 300, 192, 32),
+        (256, 257, 256, 0),
+        (256, 256, 192, 48),
+    ],
 )
-def test_a_hit_is_whole_blocks(shared: int, total: int, hit: int, resident: bool) -> None:
-    """Below the dense threshold with their exact pages."""
+def test_a_hit_is_whole_blocks_and_a_tail_of_exact_pages(
+    shared: int, total: int, sealed: int, tail: int, resident: bool
+) -> None:
+    """Below the dense threshold with the blocks' exact pages, too."""
+    hit = sealed + tail * resident
     engine = Engine(max_step=640, resident_pages=resident)
     engine.add(prompt(300), max_tokens=4)
     engine.finish()
@@ -261,7 +272,7 @@ def test_a_hit_is_whole_blocks(shared: int, total: int, hit: int, resident: bool
     engine.step()
     assert engine.hits[second.request_id] == hit
     _, exact, slots = held(engine, second)
-    start = 0 if resident and hit < 128 else hit
+    start = 0 if resident and hit < 128 else sealed
     assert real(exact) == [place * PAGE >= start for place in range(-(-total // PAGE))]
     assert len(slots) == 3, "a hit, or more tokens than the dense threshold, may read sealed blocks"
     engine.finish()
@@ -452,7 +463,7 @@ def test_a_long_prompt_in_an_empty_pool_is_exact(asynchronous: bool, runner: str
     assert worker.resident_chunks == worker.filled > 0
     again = engine.add(prompt(9 * BLOCK), max_tokens=30)
     engine.finish()
-    assert engine.hits[again.request_id] == 8 * BLOCK
+    assert engine.hits[again.request_id] == 9 * BLOCK - PAGE
     assert worker.prefilled_over_sealed == 0
     assert worker.resident_chunks == worker.filled
 
@@ -508,8 +519,8 @@ def test_the_prefix_cache_holds_as_many_tokens_as_without_resident_pages(asked: 
         for seed in asked:
             requests.append(engine.add(prompt(600, seed), max_tokens=2))
             engine.finish()
-        hits.append([engine.hits[request.request_id] for request in requests])
-    assert hits == [[576] * len(asked)] * 2
+        hits.append([engine.hits[request.request_id] // BLOCK for request in requests])
+    assert hits == [[9] * len(asked)] * 2
 
 
 def test_admission_asks_for_no_more_pages_than_without_resident_pages() -> None:
@@ -589,6 +600,7 @@ def storm(seed: int, **options: object) -> Engine:
         "decode_exact_tokens": draw.choice([0, 0, 70]),
         "prefill_exact_tokens": draw.choice([None, 0, 128]),
         "compression": draw.choice([1, 2, 4]),
+        "resident_pages": seed % 3 > 0,
     }
     engine = Engine(**(chosen | options))  # type: ignore[arg-type]
     heads = [prompt(400, seed=head) for head in range(2)]
@@ -617,8 +629,12 @@ def test_storms(seed: int) -> None:
     storm(seed)
 
 
-def test_a_storm_meets_all_that_there_is() -> None:
-    engine = storm(4)
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_storm_meets_all_that_there_is(seed: int) -> None:
+    engine = storm(seed)
+    resident = engine.config.resident_pages
+    assert resident == (seed == 4)
     assert sum(engine.hits.values())
     assert engine.worker.decoded
-    assert engine.worker.prefilled_over_sealed
+    assert resident or engine.worker.prefilled_over_sealed
+    assert bool(engine.worker.resident_chunks) == bool(engine.worker.resident_tokens) == resident

@@ -89,7 +89,8 @@ def metrics(server: Server) -> dict[str, float]:
     """Our metrics by short name and phase. They have the labels of vLLM's own."""
     found = {}
     for name, value in server.metrics().items():
-        match = re.fullmatch(r'vllm:shadowkv_(\w+)\{engine="0",model_name="needle"(?:,(?:phase|kind)="(\w+)")?\}', name)
+        labels = r'engine="0",(?:kind="(\w+)",)?model_name="needle"(?:,phase="(\w+)")?'
+        match = re.fullmatch(rf"vllm:shadowkv_(\w+)\{{{labels}\}}", name)
         assert match or "shadowkv" not in name, name
         if match:
             found[" ".join(filter(None, match.groups()))] = value
@@ -198,7 +199,7 @@ def end(server: Server, directory: Path, how: str) -> None:
     eventually(lambda: server.metrics()['vllm:num_requests_running{engine="0",model_name="needle"}'])
     traces = Traces(server.pid, directory / "tmp")
     assert len(traces.processes) >= 3, "the server, the engine, a worker"
-    assert len(traces.sockets()) == 1
+    assert 1 <= len(traces.sockets()) <= 2, "the worker's, and the engine's once a request has hit the prefix cache"
     assert traces.shared, "the engine's and the worker's queues"
     if how == "SIGTERM":
         os.kill(server.pid, signal.SIGTERM)

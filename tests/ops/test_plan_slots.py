@@ -93,7 +93,7 @@ class State:
                 placed, filled = placed + len(used), filled + count
                 assert self.misses[row, head, :count].tolist() == missed
                 assert (self.misses[row, head, count:] == -1).all()
-        assert counts[1:] == [placed - filled, filled, 0], "not the hits and the misses"
+        assert counts[1:] == [placed - filled, 0, 0], "not the hits"
         assert counts[0] >= placed
 
 
@@ -256,7 +256,8 @@ def test_more_chunks_than_slots_leave_the_last_ones_out() -> None:
     state.step(chunks)
     assert state.slot_ids[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, -1, -1, -1]
     assert state.num_misses.tolist() == [[7, 7]]
-    assert (state.counts - counts).tolist() == [20, 0, 14, 0], "6 were left out"
+    assert (state.counts - counts).tolist() == [20, 0, 0, 0]
+    assert int(state.num_misses.sum()) == 14, "6 were left out"
     state.run_both()  # the same clock again: everything that is used stays
     assert state.num_misses.tolist() == [[0, 0]]
 

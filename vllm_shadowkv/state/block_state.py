@@ -14,8 +14,8 @@ class BlockState:
     from, or lying in, an earlier life of the block is known to be stale.
 
     Attributes:
-        sealed: bool `[num_blocks]`, on the host. It speaks of what requests have as blocks: a block that is reused as
-            an exact or a slot page keeps it until it becomes an open block again.
+        sealed: bool `[num_blocks]`. It speaks of what requests have as blocks: a block that is reused as an exact or a
+            slot page keeps it until it becomes an open block again.
         epochs: int64 `[num_blocks]`, positive; no two seals share one.
         sources: int32 `[num_blocks, pages]`, the exact pages that a block was sealed from, in token order; 0: not kept.
             One whose epoch is lower than its block's was not written to since: it is resident.
@@ -23,7 +23,7 @@ class BlockState:
     """
 
     def __init__(self, num_blocks: int, pages_per_block: int, device: torch.device) -> None:
-        self.sealed = torch.zeros(num_blocks, dtype=torch.bool)
+        self.sealed = torch.zeros(num_blocks, dtype=torch.bool, device=device)
         self.epochs = torch.ones(num_blocks, dtype=torch.int64, device=device)
         self.clock = torch.ones(1, dtype=torch.int64, device=device)
         self.sources = torch.zeros(num_blocks, pages_per_block, dtype=torch.int32, device=device)
@@ -60,10 +60,6 @@ class BlockState:
         sources = self.sources[block_ids]
         intact = (sources > 0) & (self.epochs[sources.long()] < self.epochs[block_ids, None])
         return sources.where(intact, 0)
-
-    def unsealed(self, block_ids: Tensor) -> Tensor:
-        """Mask of the blocks that are not sealed; the null block counts as sealed."""
-        return ~self.sealed[block_ids] & (block_ids > 0)
 
     def seal(self, block_ids: Tensor, sources: Tensor | None) -> None:
         """Blocks that were sealed in this step; each gets an epoch of its own.

@@ -15,7 +15,7 @@ class SlotCounts:
 
     Attributes:
         tensor: int64 `[4]` on the device, which `ops.plan_slots` and `ops.fill_slots` add to: chunks that wanted a
-            slot, were found in one, were given one, and of the last were copied from resident pages. It never moves,
+            slot, were found in one, were copied to one from resident pages, were rebuilt and fetched. It never moves,
             so graphs hold it.
     """
 

@@ -165,7 +165,7 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
   if (begin == end) return -1;
   Misses<T> misses(p, first_miss, begin);
   Miss<T> miss = misses.at(begin);
-  int64_t resident = 0;
+  int64_t resident = 0, fetched = 0;
   for (int64_t index = begin; index < end; ++index) {
     const Miss<T> next = index + 1 < end ? misses.at(index + 1) : Miss<T>{};
     Ahead ahead = memory_of(p, next, miss);
@@ -179,6 +179,7 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
         copy_exact<T, kHeadSize>(miss.exact_keys, p.key_strides, layout.chunk_size, keys);
         copy_exact<T, kHeadSize>(miss.exact_values, p.value_strides, layout.chunk_size, values);
       } else {
+        ++fetched;
         rebuild_chunk<T, kHeadSize>(layout, miss.page, miss.head, miss.chunk, miss.position,
                                     p.rotary, ahead, keys, kHeadSize);
         fetch_chunk<T, kHeadSize>(layout, miss.values, miss.head, miss.chunk, values, kHeadSize);
@@ -187,9 +188,9 @@ int64_t fill_slots(const FillSlotsParams& p, const int64_t* first_miss, int64_t 
     ahead.finish();
     miss = next;
   }
-  if (resident > 0) {  // other threads count at the same time
-    std::atomic_ref(p.counts[3]).fetch_add(resident, std::memory_order_relaxed);
-  }
+  // Other threads count at the same time.
+  std::atomic_ref(p.counts[2]).fetch_add(resident, std::memory_order_relaxed);
+  std::atomic_ref(p.counts[3]).fetch_add(fetched, std::memory_order_relaxed);
   return misses.beyond();
 }
 

@@ -140,7 +140,6 @@ void plan_slots_kernel(const PlanSlotsParams& p, int64_t row, int64_t head) {
   }
   std::fill(misses + taken, misses + missed, -1);
   p.num_misses[item] = static_cast<int32_t>(taken);
-  add(p.counts[2], taken);
 }
 
 }  // namespace shadowkv::SHADOWKV_ISA

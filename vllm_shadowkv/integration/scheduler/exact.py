@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import get_group_id, resolve_block_hashes
@@ -45,28 +46,49 @@ class ExactManager(PublishingManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Pages beside the sealed blocks of a hit, which is as long without them: null, then an unbroken run.
+        """Pages beside the sealed blocks of a hit: null, then an unbroken run. They never shorten it.
 
-        vLLM asks for full attention first, so that `max_length` is what is sealed, or will be.
+        vLLM asks for full attention first: `max_length` is what is sealed, or will be, and the tail that `find_tail`
+        has found behind it.
         """
         (manager,) = (manager for manager in cls.of_pool(block_pool) if isinstance(manager, cls))
         pages = manager.find_hit(block_hashes, max_length)
         nulls = [block_pool.null_block] * (max_length // manager.block_size - len(pages))
         return tuple([*nulls, *pages] for _ in kv_cache_group_ids), max_length
 
-    def find_hit(self, block_hashes: Any, length: int) -> list[KVCacheBlock]:
-        """The last pages of a hit, whole blocks of them: what its request will attend to exactly when it decodes.
-
-        Further ones, as far as its prefill is exact, only if another request holds them anyway. Pages that nobody holds
-        are left out, from the first on, as far as the request could otherwise be admitted without them.
+    def find_tail(self, block_hashes: Any, sealed: int, most: int) -> int:
+        """Tokens behind a hit's sealed blocks whose exact pages are there, less than a block.
 
         Args:
             block_hashes: of the request.
-            length: tokens of the hit, a multiple of the block size.
+            sealed: tokens of its sealed blocks.
+            most: tokens of the longest hit.
+        """
+        if not self._caches:
+            return 0
+        size = self.block_size
+        hashes = resolve_block_hashes(block_hashes, self.block_pool.hash_block_size, size)
+        end = min(most, sealed + self.boundary.block_size - 1) // size
+        pages = (
+            self.block_pool.get_cached_block(hashes[place], [self.kv_cache_group_id])
+            for place in range(sealed // size, end)
+        )
+        return size * sum(1 for _ in takewhile(bool, pages))
+
+    def find_hit(self, block_hashes: Any, length: int) -> list[KVCacheBlock]:
+        """The last pages of a hit from the begin of a block on: what its request will decode over exactly.
+
+        Further ones, as far as its prefill is exact, only if another request holds them anyway. Pages of sealed blocks
+        that nobody holds are left out, from the first on, as far as the request could be admitted without them.
+
+        Args:
+            block_hashes: of the request.
+            length: tokens of the hit, of its sealed blocks and of a tail.
         """
         if not self._caches:
             return []
         boundary, per_block = self.boundary, self.boundary.block_size // self.block_size
+        tail = length // self.block_size % per_block
         hashes = resolve_block_hashes(block_hashes, self.block_pool.hash_block_size, self.block_size)
         furthest = boundary.exact_start(length, prefilling=True) // self.block_size
         needed = boundary.exact_start(length, prefilling=False) // self.block_size
@@ -76,16 +98,16 @@ class ExactManager(PublishingManager):
             if not found or (place < needed and not found[0].ref_cnt):
                 break
             run.append(found[0])
-        run = run[: len(run) // per_block * per_block][::-1]
-        spare = self.block_pool.get_num_free_blocks() - self._most_needed(len(hashes), length)
-        while sum(not page.ref_cnt for page in run) > max(spare, 0):
+        run = run[: tail + (len(run) - tail) // per_block * per_block][::-1]
+        spare = self.block_pool.get_num_free_blocks() - self._most_needed(len(hashes), length - tail * self.block_size)
+        while sum(not page.ref_cnt for page in run[: len(run) - tail]) > max(spare, 0):
             del run[:per_block]
         return run
 
-    def _most_needed(self, num_hashes: int, hit: int) -> int:
-        """Free blocks that a request may need to be admitted, without exact pages of its hit."""
+    def _most_needed(self, num_hashes: int, sealed: int) -> int:
+        """Free blocks that a request may need to be admitted, without exact pages of its sealed blocks."""
         tokens, boundary = (num_hashes + 1) * self.block_size, self.boundary
-        exact = min((tokens - hit) // self.block_size, boundary.max_exact_pages)
+        exact = min((tokens - sealed) // self.block_size, boundary.max_exact_pages)
         beside = boundary.other_pages - boundary.max_sealed_blocks
         return beside + tokens // boundary.block_size + 1 + exact
 
@@ -106,7 +128,7 @@ class ExactManager(PublishingManager):
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
         exact = sum(not page.is_null for page in new_computed_blocks) * self.block_size
-        if self.labels is not None:
+        if self.labels is not None and num_local_computed_tokens:
             count_hit(self.labels, exact, num_local_computed_tokens - exact)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """As full attention, over what may be hit by now.
+        """As full attention, over what may be hit by now, and a part of a block whose exact pages are there.
 
         Blocks that are sealed only after this step are hit if their exact pages come with them (`ExactManager`), and
         all of them are beyond the request's exact boundary.
@@ -58,6 +58,7 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         (shadow,) = (manager for manager in managers if isinstance(manager, cls))
         (exact,) = (manager for manager in managers if isinstance(manager, ExactManager))
         size = shadow.block_size
+        length += exact.find_tail(block_hashes, length, max_length)
         first = next((place for place, block in enumerate(hits[0]) if block.block_id in shadow._unsealed), None)
         if first is None:
             return hits, length
@@ -65,8 +66,12 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         if exact.boundary.exact_start(length, prefilling=True, hit=start) > first * size:
             for blocks in hits:
                 del blocks[first:]
-            length = first * size
+            length = first * size + exact.find_tail(block_hashes, first * size, max_length)
         return hits, length
+
+    def _has_partial_local_hit(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: a part of a block that is hit is in exact pages, and its new owner begins a shadow page for it."""
+        return False
 
     def _publish(self, scheduled: Scheduled) -> None:
         super()._publish(scheduled)
@@ -78,7 +83,8 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         scheduled = self._scheduled.get(request_id)
         if scheduled is not None and scheduled.request.is_finished() and self.labels is not None:
             ownerless = max(scheduled.tokens - scheduled.computed, 0) // self.block_size
-            count_ownerless_seals(self.labels, ownerless)
+            if ownerless:
+                count_ownerless_seals(self.labels, ownerless)
         return super().pop_blocks_for_free(request_id)
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
@@ -112,7 +118,7 @@ class SlotManager(CircularBufferManager):
         spec, missing = self.kv_cache_spec, 0
         if not self.req_to_blocks.get(request_id):
             first = request_id not in self.req_to_blocks
-            hit = num_local_computed_tokens if first else int(request_id in self._with_hit)
+            hit = num_local_computed_tokens // spec.block_size if first else int(request_id in self._with_hit)
             decodes = request_id not in self._never_decode or num_tokens - total_computed_tokens == 1
             missing = spec.pages_per_request if decodes and spec.boundary.reads_sealed(num_tokens, hit) else 0
         self._missing[request_id] = missing
@@ -136,7 +142,7 @@ class SlotManager(CircularBufferManager):
         num_external_computed_tokens: int,
     ) -> None:
         """Notes that a request starts on sealed blocks."""
-        if num_local_computed_tokens > 0:
+        if num_local_computed_tokens >= self.kv_cache_spec.block_size:
             self._with_hit.add(request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

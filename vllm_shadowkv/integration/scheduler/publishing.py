@@ -43,7 +43,7 @@ class PublishingManager(SingleTypeKVCacheManager):
         self._zeroed = self.kv_cache_spec.pages_are_zeroed
         self._scheduled: dict[str, Scheduled] = {}
         self._being_scheduled: str | None = None
-        self._begins = 0
+        self._begins = self._ends = 0
         self.labels: dict[str, str] | None = None
         """Of the engine's metrics; None: not known yet."""
 
@@ -78,8 +78,8 @@ class PublishingManager(SingleTypeKVCacheManager):
         )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """As vLLM; notes whose step this is."""
-        self._being_scheduled = request_id
+        """As vLLM; notes whose step this is, and where it ends."""
+        self._being_scheduled, self._ends = request_id, num_tokens_main_model
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -91,13 +91,11 @@ class PublishingManager(SingleTypeKVCacheManager):
         if self._being_scheduled != request.request_id:
             return
         self._being_scheduled, computed = None, self._begins
-        of_prompt = num_tokens - computed > 1 and computed < request.num_prompt_tokens
+        tokens = min(self._ends, request.num_tokens)  # vLLM offers those of whole sealed blocks only
+        of_prompt = tokens - computed > 1 and computed < request.num_prompt_tokens
         if not of_prompt or self._zeroed:
-            num_tokens = min(num_tokens, computed)
-        # A hit is of whole blocks.
-        self._scheduled[request.request_id] = Scheduled(
-            request, num_tokens // self.scheduler_block_size * self.scheduler_block_size, computed
-        )
+            tokens = min(tokens, computed)
+        self._scheduled[request.request_id] = Scheduled(request, tokens, computed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """A finished request's last step has run, or will; that of one that is preempted while it is scheduled not."""

@@ -78,10 +78,13 @@ class Planner:
         bound.exact_start.zero_()
         rows = [] if capturing else read_rows(shadow, self._geometry.max_drafts)
         if not capturing:
-            self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
+            opened = self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
             self.counts.steps += 1
             bound.slots.step()
             self._sealer.seal_due(bound)
+            # Afterwards, for what was due may have been given away. A row may begin within a block, in a step that does
+            # not read its table.
+            bound.state.write_open(opened)
         # One way of attending for all rows, and persistent tensors only: what a graph replays.
         attention = self._attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
@@ -100,22 +103,25 @@ class Planner:
         bound.state.start_step()
         written = step.slot_mapping.clamp_min(0) // self._geometry.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
-        if uniform:
-            step.decode = [DecodeBatch(None, everything)]
-        else:
-            self._use_resident(bound, rows, everything, block_table)
-            self._sort(step, rows, everything, shadow.query_start_loc)
+        step.decode = [DecodeBatch(None, everything)] if uniform else self._decode_batches(rows, everything)
         if step.decode and not capturing:
             reading = step.decode[0].rows
             bound.state.write_slots(reading.slot_table.where(reading.exact_start[:, None] > 0, 0).long())
+        if not uniform:
+            self._use_resident(bound, rows, everything, block_table)
+            self._sort(step, rows, everything, shadow.query_start_loc)
 
     def _may_seal_or_begin(self, rows: list[Row]) -> bool:
         """Whether a row may have a block to seal, or begins one, in a step of single tokens."""
         size = self._geometry.layout.block_size
         return any(row.computed % size == 0 or self._sealer.may_have_work(row) for row in rows)
 
-    def _find_boundary(self, bound: Bound, rows: list[Row], everything: DecodeRows, starts: Tensor) -> None:
-        """Writes every row's exact boundary; 0 for dummy rows, whose table is null."""
+    def _find_boundary(self, bound: Bound, rows: list[Row], everything: DecodeRows, starts: Tensor) -> Tensor:
+        """Writes every row's exact boundary, 0 for dummy rows, whose table is null.
+
+        Returns:
+            The block that each row ends in: int64 `[rows]`, on the device, 0 for dummy rows.
+        """
         device, size = starts.device, self._geometry.layout.exact_tokens
         flags = torch.zeros(len(everything.seq_lens), dtype=torch.bool)
         flags[[row.index for row in rows if row.prefilling]] = True
@@ -129,6 +135,8 @@ class Planner:
             everything.seq_lens - counts, flags.to(device, non_blocking=True), hit.int()
         )
         everything.exact_start.copy_(start.where(real, 0))
+        opened = (last * size // self._geometry.layout.block_size).clamp_max(everything.block_table.shape[1] - 1)
+        return everything.block_table.gather(1, opened[:, None])[:, 0].where(real, 0).long()
 
     def _drop_dummies(self, rows: list[Row], exact_table: Tensor) -> list[Row]:
         """The rows without those whose newest token has no page."""
@@ -189,15 +197,12 @@ class Planner:
         self.counts.wants_used_blocks = False
 
     def _sort(self, step: Step, rows: list[Row], everything: DecodeRows, query_start_loc: Tensor) -> None:
-        """Puts each row where it attends."""
+        """Puts each row that does not decode over sealed blocks where it attends."""
         dense = [row for row in rows if not row.exact_start]
-        decode = [row for row in rows if row.exact_start and not row.prefilling]
         if dense:
             step.dense = self._dense_batch(
                 dense, all_rows=len(dense) == len(everything.seq_lens), of=everything, starts=query_start_loc
             )
-        for number in range(max((row.seq_len - row.computed for row in decode), default=0)):
-            step.decode.append(self._decode_batch(decode, number, everything))
         step.prefills = [
             PrefillRow(
                 row.tokens,
@@ -211,6 +216,12 @@ class Planner:
         ]
         self.counts.sealed_prefills += len(step.prefills)
         self.counts.expanded_tokens += sum(row.exact_start for row in step.prefills)
+
+    def _decode_batches(self, rows: list[Row], everything: DecodeRows) -> list[DecodeBatch]:
+        """The rows that decode over sealed blocks, token by token."""
+        rows = [row for row in rows if row.exact_start and not row.prefilling]
+        most = max((row.seq_len - row.computed for row in rows), default=0)
+        return [self._decode_batch(rows, number, everything) for number in range(most)]
 
     def _decode_batch(self, rows: list[Row], number: int, everything: DecodeRows) -> DecodeBatch:
         """Token `number` of those rows that have so many: the first is certain, the others are drafts to verify."""

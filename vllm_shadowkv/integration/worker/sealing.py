@@ -57,9 +57,10 @@ class Sealer:
         found: dict[int, tuple[Tensor, int]] = {}
         # A row may have hit what another one computes only in this step.
         open_blocks = {block for row in rows for block in self._open_blocks(row, block_table).tolist()}
+        sealed = bound.state.sealed.cpu()
         for row in rows:
             blocks = block_table[row.index, : row.computed // layout.block_size].long()
-            for place in bound.state.unsealed(blocks).nonzero().flatten().tolist():
+            for place in (~sealed[blocks] & (blocks > 0)).nonzero().flatten().tolist():
                 if int(blocks[place]) in open_blocks:
                     continue
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
