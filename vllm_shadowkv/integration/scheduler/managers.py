@@ -82,8 +82,8 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         """Counts blocks that the last step completed, and that are sealed without their owner."""
         scheduled = self._scheduled.get(request_id)
         if scheduled is not None and scheduled.request.is_finished() and self.labels is not None:
-            ownerless = max(scheduled.tokens - scheduled.computed, 0) // self.block_size
-            if ownerless:
+            ownerless = scheduled.tokens // self.block_size - scheduled.computed // self.block_size
+            if ownerless > 0:
                 count_ownerless_seals(self.labels, ownerless)
         return super().pop_blocks_for_free(request_id)
 
