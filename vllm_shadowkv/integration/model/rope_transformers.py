@@ -42,6 +42,7 @@ def _if_use_rope(parent: Any) -> bool:
 _ATTENTION_CLASSES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "arcee.modeling_arcee.ArceeAttention": (_always, True),
     "cwm.modeling_cwm.CwmAttention": (_always, True),
+    "dots1.modeling_dots1.Dots1Attention": (_always, True),
     "flex_olmo.modeling_flex_olmo.FlexOlmoAttention": (_always, True),
     "glm.modeling_glm.GlmAttention": (_always, False),
     "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": (_always, True),
@@ -53,6 +54,7 @@ _ATTENTION_CLASSES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "phi.modeling_phi.PhiAttention": (_always, True),
     "seed_oss.modeling_seed_oss.SeedOssAttention": (_always, True),
     "smollm3.modeling_smollm3.SmolLM3Attention": (_if_use_rope, True),
+    "solar_open.modeling_solar_open.SolarOpenAttention": (_always, True),
     "starcoder2.modeling_starcoder2.Starcoder2Attention": (_always, True),
 }
 
