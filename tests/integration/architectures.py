@@ -37,6 +37,11 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+SLIDING = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 96,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 
@@ -91,7 +96,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2 + ["sliding_attention"],
         "sliding_window": 96,
         "query_pre_attn_scalar": 256,
-        "tie_word_embeddings": True,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -109,6 +113,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         **EXPERTS,
+    },
+    "command-a": {"model_type": "cohere2", "tie_word_embeddings": True, "logit_scale": 1.0, **SLIDING},
+    "olmo-3": {"model_type": "olmo3", **SLIDING},
+    "exaone-4": {"model_type": "exaone4", **SLIDING},
+    "exaone-4-1.2b": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "exaone-moe": {"model_type": "exaone_moe", "num_experts": 4, "num_shared_experts": 1, **EXPERTS, **SLIDING},
+    "trinity": {
+        "model_type": "afmoe",
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+        **EXPERTS,
+        **SLIDING,
+    },
+    "llama-4": {
+        "model_type": "llama4_text",
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 128,
+        "intermediate_size_mlp": 256,
+        "num_local_experts": 4,
+        "floor_scale": 128,
     },
     "solar-open": {"model_type": "solar_open", "n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
 }
@@ -137,7 +166,7 @@ CHATGLM: dict[str, Any] = {
     "pad_token_id": 0,
 }
 NAMES = (*CONFIGS, "glm-4")
-SEEDS = {"qwen2.5": 8}
+SEEDS = {"qwen2.5": 8, "gemma-3": 1}
 
 
 def write_model(name: str, directory: Path) -> None:
@@ -194,7 +223,7 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
     if name.endswith(".bias"):
         values.copy_(random * 0.5)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
-        values.copy_(ATTENTION + random * 0.2)
+        values.add_(ATTENTION - 1 + random * 0.2)  # from 1 on, and where a model adds 1 itself from 0
     elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3
         values.add_(2 + random * 0.1)
     elif values.dim() == 1:  # of another norm

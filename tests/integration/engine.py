@@ -53,7 +53,6 @@ class Trial:
         plants: errors to plant, one after the other, each with the first scenario; names in `plants.PLANTS`.
         in_process: scheduler and worker in the process of the `LLM`.
         extras: what the engine has beside the model; names in `extras.EXTRAS`.
-        full_attention_only: layers with a sliding window stay with the stock backend.
         quick: those of `scenarios` that `make test` asks; None: all. Without any the trial is left to `make test-all`.
     """
 
@@ -69,7 +68,6 @@ class Trial:
     plants: tuple[str, ...] = ()
     in_process: bool = True
     extras: tuple[str, ...] = ()
-    full_attention_only: bool = False
     quick: tuple[str, ...] | None = None
 
     @property

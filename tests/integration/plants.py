@@ -13,6 +13,7 @@ import torch
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
+from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import seal
 from vllm_shadowkv.state.decode import DecodeRows
 
@@ -102,6 +103,17 @@ def not_turned_back() -> Any:
     return _patched(seal, "undo", lambda undo, rotary, keys, positions: keys.float())
 
 
+def turned() -> Any:
+    """Compresses keys turned by a RoPE of theta 10,000, as if a model without RoPE had one."""
+
+    def turn(undo: Any, rotary: Any, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        size = keys.shape[-1]
+        angles = torch.outer(torch.arange(8192), 10_000.0 ** -(torch.arange(0, size, 2) / size))
+        return undo(Rotary(torch.cat((angles.cos(), angles.sin()), dim=-1), size, is_neox=True), keys, positions)
+
+    return _patched(seal, "undo", turn)
+
+
 def rounding() -> Any:
     """Changes what the stock backend's attention gives as another order of its sums does: in the last few bits."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -123,6 +135,7 @@ PLANTS: dict[str, Callable[[], Any]] = {
     "no lag": no_lag,
     "not cleared": not_cleared,
     "not turned back": not_turned_back,
+    "turned": turned,
     "rounding": rounding,
     **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},
     "nothing": nullcontext,

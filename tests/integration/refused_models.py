@@ -58,6 +58,14 @@ DEEPSEEK = {
     "moe_intermediate_size": 64,
     "first_k_dense_replace": 2,
 }
+HRM_TEXT = {
+    "model_type": "hrm_text",
+    "architectures": ["HrmTextForCausalLM"],
+    "num_layers_per_stack": 1,
+    "H_cycles": 1,
+    "L_cycles": 1,
+    "L_bp_cycles": [1],
+}
 LLAMA_4 = {
     "model_type": "llama4_text",
     "architectures": ["Llama4ForCausalLM"],
@@ -90,10 +98,9 @@ RNJ_1 = {
     "rope_parameters": {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE},
 }
 
-WINDOW = "does not support layers with a sliding window ({} tokens); {}, or lower --max-model-len to the window"
-KINDS = (
-    "if the model has others too, give it those, with --attention-config.backend_per_kind "
-    """'{"full_attention": "SHADOWKV"}' in place of --attention-backend"""
+WINDOW = (
+    "serves layers without a sliding window, and this model has none; use another --attention-backend, or lower "
+    "--max-model-len to the window"
 )
 PAGES = (
     "ValueError: shadowkv's pages of {} bytes are not a multiple of those of the other layers ({} bytes, 128 tokens); "
@@ -120,31 +127,23 @@ VALUES: list[tuple[str, Fields, tuple[Platform, ...]]] = [
     ("values of another size by kind", ONE_KIND, ("cuda",)),
 ]
 MODELS: list[Case] = [
-    value(
-        "window",
-        WINDOW.format(64, OTHER_BACKEND),
-        OTHER,
-        options(max_model_len=64),
-        on="cpu",
-        model=MISTRAL,
-    ),
-    value("window", WINDOW.format(64, KINDS), options(max_model_len=64), on="cuda", model=MISTRAL),
-    value("windows", WINDOW.format(96, OTHER_BACKEND), OTHER, options(max_model_len=96), on="cpu", model=GEMMA_3),
-    value(
-        "windows",
-        WINDOW.format(96, KINDS),
-        options(**ONE_KIND),
-        options(max_model_len=96),
-        on="cuda",
-        quick=True,
-        model=GEMMA_3,
-    ),
+    value("window", WINDOW, OTHER, options(max_model_len=64), quick=True, model=MISTRAL),
     layer("ALiBi", BLOOM, "with ALiBi"),
     layer("soft cap", GEMMA_2, "with a logits soft cap (50.0)"),
     layer("sinks", GPT_OSS, "with attention sinks"),
     layer("shared KV", GEMMA_3N, "with a KV cache shared between layers"),
     layer("encoder", BERT, "with encoder_only attention", options={"runner": "pooling", "skip_tokenizer_init": False}),
-    layer("chunks", LLAMA_4, "of vLLM's ChunkedLocalAttention, which is not plain causal attention"),
+    value(
+        "prefixes of chunks",
+        "serves models with layers that attend in chunks without prefix caching only, because vLLM finds no prefixes "
+        "in chunks beside pages of another block size; add --no-enable-prefix-caching, or use another "
+        "--attention-backend",
+        options(enable_prefix_caching=False),
+        OTHER,
+        quick=True,
+        model=LLAMA_4,
+    ),
+    layer("prefixes", HRM_TEXT, "of vLLM's PrefillPrefixLMAttention, which is not plain causal attention"),
     *(
         Case(
             name,
@@ -211,12 +210,11 @@ MODELS: list[Case] = [
         "pages of windows",
         PAGES.format(32768, 65536, 64, 128),
         options(**ours(block_size=256, compression=2)),
-        options(attention_config=None),
-        on="cuda",
+        OTHER,
         model=FEWER_FULL,
-        options=ONE_KIND | ours(block_size=128, compression=2),
+        options=ours(block_size=128, compression=2),
     ),
-    value("groups", GROUPS, options(attention_config=None), on="cuda", model=FEWER_WINDOWS, options=ONE_KIND),
+    value("groups of windows", GROUPS, OTHER, model=FEWER_WINDOWS),
     value(
         "groups",
         GROUPS,

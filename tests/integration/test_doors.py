@@ -133,6 +133,13 @@ def test_the_first_engine_of_a_process_may_name_ours_in_a_dictionary(platform: P
     check_open(door, ask(door))
 
 
+@on_both
+def test_layers_with_windows_stay_with_vllms_backend(platform: Platform, ask: Ask) -> None:
+    """What they compute is what `test_models.py` compares."""
+    door = Door(GEMMA_3, platform=platform)
+    check_open(door, ask(door))
+
+
 def test_the_first_engine_of_a_process_may_name_ours_for_one_kind(ask: Ask) -> None:
     door = Door(GEMMA_3, ONE_KIND, platform="cuda")
     check_open(door, ask(door))

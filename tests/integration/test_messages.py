@@ -170,14 +170,6 @@ def mla_on_cuda(patch: Patch, folder: Path) -> None:
     GroupBackend.validate_configuration(use_mla=True, use_sparse=False)
 
 
-def window_on(device: str) -> Trigger:
-    def trigger(patch: Patch, folder: Path) -> None:
-        on(patch, device, built_with_cuda=True)
-        layer(sliding_window=4096)(patch, folder)
-
-    return trigger
-
-
 def streaming_input(patch: Patch, folder: Path) -> None:
     patch.setattr(refusals, "count_refusal", lambda labels: None)
     refusals.check_request(SimpleNamespace(resumable=True), vllm_config())
@@ -288,8 +280,8 @@ TRIGGERS: list[Trigger] = [
     lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
     lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),
     layer(attn_type="encoder_only"),
-    window_on("cpu"),
-    window_on("cuda"),
+    lambda patch, folder: refusals.check_served(0, 1),
+    lambda patch, folder: refusals.check_chunks(engine(cache_config__enable_prefix_caching=True)),
     layer(alibi_slopes=[0.5]),
     layer(logits_soft_cap=50.0),
     layer(kv_sharing_target_layer_name="layers.0"),

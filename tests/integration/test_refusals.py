@@ -29,6 +29,7 @@ from vllm_shadowkv.integration.refusals import (
     check_layer,
     check_module,
     check_process,
+    check_served,
 )
 from vllm_shadowkv.integration.worker import geometry, machine, memory, runtime
 from vllm_shadowkv.integration.worker.runtime import Runtime
@@ -315,12 +316,10 @@ def test_shapes_beyond_the_cuda_kernels(shape: tuple[int, int, int], sentence: s
 
 PLAIN: dict[str, Any] = {
     "attn_type": "decoder",
-    "sliding_window": None,
     "alibi_slopes": None,
     "logits_soft_cap": None,
     "kv_sharing_target_layer_name": None,
     "sinks": None,
-    "max_model_len": 8192,
 }
 
 
@@ -341,30 +340,14 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(changes: dict[str,
         check_layer(**(PLAIN | changes))
 
 
-@pytest.mark.parametrize(
-    ("device", "way_out"),
-    [
-        ("cpu", "use another --attention-backend"),
-        (
-            "cuda",
-            r"if the model has others too, give it those, with --attention-config\.backend_per_kind "
-            r"""'{"full_attention": "SHADOWKV"}' in place of --attention-backend""",
-        ),
-    ],
-)
-def test_a_sliding_window_is_refused_with_its_way_out(
-    device: str, way_out: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on(monkeypatch, device, built_with_cuda=True)
-    sentence = (
-        rf"^shadowkv does not support layers with a sliding window \(8191 tokens\); {way_out}, or lower "
-        r"--max-model-len to the window\.$"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        check_layer(**(PLAIN | {"sliding_window": 8191}))
+def test_a_model_without_a_layer_of_ours_is_refused() -> None:
+    check_served(1, num_stages=1)
+    check_served(0, num_stages=2)
+    with pytest.raises(ValueError, match=r"this model has none; use .*, or lower --max-model-len to the window\.$"):
+        check_served(0, num_stages=1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}, {"sliding_window": 8192}])
+@pytest.mark.parametrize("changes", [{}, {"logits_soft_cap": 0.0}])
 def test_plain_attention_is_accepted(changes: dict[str, Any]) -> None:
     check_layer(**(PLAIN | changes))
 
@@ -562,15 +545,40 @@ def test_a_draft_model_is_not_served(make_runtime: Callable[..., Runtime]) -> No
         Runtime.of(drafting(made))
 
 
-@pytest.mark.parametrize("other", [None, "windows", "draft"])
-def test_pages_are_zeroed_for_layers_of_other_backends(other: str | None, make_runtime: Callable[..., Runtime]) -> None:
+def test_pages_are_zeroed_for_layers_of_other_backends(make_runtime: Callable[..., Runtime]) -> None:
     """VLLM does so where dtypes differ."""
     made = beside(make_runtime())
-    if other == "windows":
-        made.geometry.vllm_config.attention_config = SimpleNamespace(backend_per_kind={"full_attention": "SHADOWKV"})
-    if other == "draft":
-        made.geometry.vllm_config = drafting(made)
-    assert made.layers.spec_fields(LAYER)["dtype"] == (torch.uint8 if other else torch.bfloat16)
+    for layers_beside in False, True:
+        made.geometry.layers_beside = layers_beside
+        assert made.layers.spec_fields(LAYER)["dtype"] == (torch.uint8 if layers_beside else torch.bfloat16)
+        assert made.geometry.pages_are_zeroed == layers_beside
+
+
+def test_what_a_configuration_says_of_layers_of_other_backends(make_runtime: Callable[..., Runtime]) -> None:
+    made = make_runtime()
+    config = copy.copy(made.geometry.vllm_config)
+    assert not other_layers.may_have_layers_beside(config)
+    assert other_layers.may_have_layers_beside(drafting(made))
+    config.attention_config = SimpleNamespace(backend_per_kind={"full_attention": "SHADOWKV"})  # type: ignore[assignment]
+    assert other_layers.may_have_layers_beside(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stages", "beside"),
+    [
+        ({"sliding_window": 96}, 2, True),
+        ({"attention_chunk_size": 8192}, 2, True),
+        ({"sliding_window": None, "attention_chunk_size": 0}, 2, False),
+        ({"sliding_window": 96}, 1, False),  # seen where layers are built
+    ],
+)
+def test_all_stages_say_the_same_of_windows(
+    fields: dict[str, Any], stages: int, beside: bool, make_runtime: Callable[..., Runtime]
+) -> None:
+    config = copy.copy(make_runtime().geometry.vllm_config)
+    config.parallel_config = SimpleNamespace(pipeline_parallel_size=stages)  # type: ignore[assignment]
+    config.model_config.hf_text_config = SimpleNamespace(**fields)  # type: ignore[assignment]
+    assert other_layers.may_have_layers_beside(config) == beside
 
 
 def test_the_pool_is_bounded_by_what_the_host_can_back(make_runtime: Callable[..., Runtime]) -> None:

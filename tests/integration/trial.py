@@ -186,10 +186,6 @@ def start(trial: dict[str, Any], extras: dict[str, Any]) -> Any:
     backend: dict[str, Any] = {}
     if trial["shadowkv"] is not None:
         backend = {"attention_backend": "shadowkv", "additional_config": {"shadowkv": trial["shadowkv"]}}
-    if trial["full_attention_only"]:
-        _select_per_kind()
-        del backend["attention_backend"]
-        backend["attention_config"] = {"backend_per_kind": {"full_attention": "SHADOWKV"}}
     options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True}
     options |= {"enforce_eager": True, "max_model_len": 2048, "max_num_batched_tokens": 200, "max_num_seqs": 8}
     return LLM(**({"model": trial["model"]} | options | backend | extras | trial["options"]))
@@ -207,21 +203,6 @@ def _allow_asynchronous_scheduling() -> None:
         vllm_config.scheduler_config.async_scheduling = True
 
     platform.check_and_update_config = staticmethod(check_and_turn_on)
-
-
-def _select_per_kind() -> None:
-    """VLLM's CPU platform has one backend for all layers; let it take the one that it is asked for, as on CUDA."""
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    platform = type(current_platform)
-    stock = AttentionBackendEnum.CPU_ATTN.value  # whatever overrides it
-
-    def select_ours(selected: Any, *args: Any, **kwargs: Any) -> str:
-        ours = selected is not None and selected.name == "SHADOWKV"
-        return selected.get_path() if ours else stock
-
-    platform.get_attn_backend_cls = staticmethod(select_ours)
 
 
 def _count_events(counts: dict[str, int]) -> None:

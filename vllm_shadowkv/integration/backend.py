@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -17,13 +18,14 @@ check_process()
 class ShadowKVBackend(GroupBackend):
     """The layer itself: sealed blocks."""
 
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """The layer's forward pass; its pseudo-layers come with it."""
-        from vllm_shadowkv.integration import pseudo_layers
+    @classmethod
+    def get_impl_cls(cls) -> Any:
+        """What makes the layer's forward pass: ours, whose pseudo-layers come with it, or another backend's."""
+        from vllm_shadowkv.integration import left_layers, pseudo_layers
 
         pseudo_layers.attach_to_layers()
-        return GroupBackend.get_impl_cls()
+        # `vllm/model_executor/layers/attention/chunked_local_attention.py` derives a class of this name.
+        return functools.partial(left_layers.make_impl, cls.__name__.startswith("ChunkedLocalAttention_"))
 
     @staticmethod
     def get_builder_cls() -> Any:

@@ -27,7 +27,8 @@ def __getattr__(name: str) -> Any:
     one_kind = any(backend.name == NAME for backend in per_kind)
     if one_kind and of_cpu:
         raise ValueError(
-            "shadowkv cannot serve one kind of layers on the CPU, whose platform has one backend for all; drop "
+            "shadowkv cannot be asked for one kind of layers on the CPU, whose platform has one backend for all; use "
+            "--attention-backend shadowkv, which leaves layers with windows to vLLM's own, in place of "
             "--attention-config.backend_per_kind."
         )
     selected = vllm_config.attention_config.backend if vllm_config else None

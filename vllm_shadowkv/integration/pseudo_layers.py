@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from vllm_shadowkv.integration.group_backend import GroupBackend
+from vllm_shadowkv.integration.left_layers import give_back
 from vllm_shadowkv.integration.refusals import check_module
 from vllm_shadowkv.integration.specs import ExactSpec, SlotSpec
 from vllm_shadowkv.integration.worker.builders import ExactBuilder, SlotBuilder
@@ -121,6 +122,7 @@ def _attach(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         ValueError: a module that is not supported (`refusals.check_module`).
     """
     attention: Any = module
+    give_back(attention)
     impl = getattr(attention, "impl", None)
     if isinstance(impl, ShadowKVImpl) and impl.layer_name is None:
         check_module(attention)

@@ -187,29 +187,16 @@ def check_cuda_shape(num_heads: int, num_kv_heads: int, slots: int) -> None:
 
 def check_layer(
     attn_type: str,
-    sliding_window: int | None,
     alibi_slopes: Any,
     logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
     sinks: torch.Tensor | None,
-    max_model_len: int,
 ) -> None:
     """Refuses attention that the kernels do not compute.
-
-    A window that no request can exceed is full attention.
 
     Raises:
         ValueError: the sentence names the feature and the way out.
     """
-    if sliding_window is not None and sliding_window < max_model_len:
-        cure = (
-            "if the model has others too, give it those, with --attention-config.backend_per_kind "
-            """'{"full_attention": "SHADOWKV"}' in place of --attention-backend"""
-        )
-        raise ValueError(
-            f"shadowkv does not support layers with a sliding window ({sliding_window} tokens); "
-            f"{OTHER_BACKEND if current_platform.is_cpu() else cure}, or lower --max-model-len to the window."
-        )
     for wrong, what in (
         (attn_type != "decoder", f"{str.__str__(attn_type)} attention"),
         (alibi_slopes is not None, "ALiBi"),
@@ -219,6 +206,37 @@ def check_layer(
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support layers with {what}; {OTHER_BACKEND} for this model.")
+
+
+def check_served(num_layers: int, num_stages: int) -> None:
+    """Refuses a model all of whose layers stay with vLLM's own backend (`left_layers.py`).
+
+    Args:
+        num_layers: our layers.
+        num_stages: of a pipeline; one of several may have none.
+
+    Raises:
+        ValueError: the sentence names the ways out.
+    """
+    if not num_layers and num_stages == 1:
+        raise ValueError(
+            "shadowkv serves layers without a sliding window, and this model has none; "
+            f"{OTHER_BACKEND}, or lower --max-model-len to the window."
+        )
+
+
+def check_chunks(vllm_config: VllmConfig) -> None:
+    """Refuses prefix caching beside layers that attend in chunks, which vLLM's manager of such layers would meet later.
+
+    Raises:
+        ValueError: the sentence names the way out.
+    """
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "shadowkv serves models with layers that attend in chunks without prefix caching only, because vLLM finds "
+            "no prefixes in chunks beside pages of another block size; add --no-enable-prefix-caching, or "
+            f"{OTHER_BACKEND}."
+        )
 
 
 def check_request(request: Any, vllm_config: VllmConfig) -> None:

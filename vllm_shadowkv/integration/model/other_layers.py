@@ -57,20 +57,30 @@ def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], n
     return pages
 
 
-def spec_dtype(vllm_config: VllmConfig, dtype: torch.dtype) -> torch.dtype:
+def spec_dtype(dtype: torch.dtype, layers_beside: bool) -> torch.dtype:
     """The dtype that our specs name: the keys', or bytes where there are other layers.
 
     What is left of our bytes in a page that such a layer gets may be NaN to it. Where dtypes differ, vLLM zeroes pages
     before they are used (`KVCacheConfig.needs_kv_cache_zeroing`).
     """
-    return torch.uint8 if zeroes_pages(vllm_config) else dtype
+    return torch.uint8 if layers_beside else dtype
 
 
-def zeroes_pages(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM zeroes the pages that it gives away, between a step's scheduling and its planning."""
+def may_have_layers_beside(vllm_config: VllmConfig) -> bool:
+    """Whether there are, or may be, layers of other backends, as far as the configuration tells.
+
+    Of a model's own layers this process sees those that it builds. All stages of a pipeline must say the same of ours,
+    and one may have all the windows: there the model's configuration decides, if it names any.
+    """
     drafts = vllm_config.speculative_config
     drafted = drafts is not None and drafts.uses_draft_model()
-    return drafted or bool(vllm_config.attention_config.backend_per_kind)
+    per_kind = bool(vllm_config.attention_config.backend_per_kind)
+    staged = vllm_config.parallel_config.pipeline_parallel_size > 1
+    return drafted or per_kind or (staged and _names_windows(vars(vllm_config.model_config.hf_text_config)))
+
+
+def _names_windows(config: dict[str, Any]) -> bool:
+    return any(value and ("window" in name or "chunk" in name) for name, value in config.items())
 
 
 def check_group(layer_names: list[str], num_layers: int) -> None:

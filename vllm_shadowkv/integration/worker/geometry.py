@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration.model.other_layers import zeroes_pages
+from vllm_shadowkv.integration.model.other_layers import may_have_layers_beside
 from vllm_shadowkv.integration.refusals import check_cuda_shape, check_engine
 from vllm_shadowkv.page import PageLayout, plan_page
 from vllm_shadowkv.state.boundary import ExactBoundary
@@ -24,6 +24,7 @@ class Geometry:
         vllm_config: of the engine.
         config: the settings, checked.
         boundary: the rule of exact pages, with what is known so far of the pages beside them.
+        layers_beside: the model has layers of other backends.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -42,6 +43,7 @@ class Geometry:
             vllm_config.model_config.max_model_len,
             vllm_config.max_concurrent_batches,
         )
+        self.layers_beside = may_have_layers_beside(vllm_config)
         self._shape: tuple[int, int, int, torch.dtype] | None = None
         self._layout: PageLayout | None = None
 
@@ -74,8 +76,11 @@ class Geometry:
 
     @property
     def pages_are_zeroed(self) -> bool:
-        """Whether vLLM zeroes pages that it gives away."""
-        return zeroes_pages(self.vllm_config)
+        """Whether vLLM zeroes pages that it gives away, between a step's scheduling and its planning.
+
+        Known for certain once the model is built.
+        """
+        return self.layers_beside
 
     @property
     def has_resident_pages(self) -> bool:

@@ -42,15 +42,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
             ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.
         """
         vllm_config = get_current_vllm_config()
-        check_layer(
-            attn_type,
-            sliding_window,
-            alibi_slopes,
-            logits_soft_cap,
-            kv_sharing_target_layer_name,
-            sinks,
-            vllm_config.model_config.max_model_len,
-        )
+        check_layer(attn_type, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, sinks)
         if unknown:
             raise ValueError(
                 f"shadowkv does not support layers with {', '.join(unknown)}; use another --attention-backend."

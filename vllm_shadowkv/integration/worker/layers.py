@@ -97,7 +97,7 @@ class Layers:
         """The shadow spec in place of vLLM's full-attention spec of a layer."""
         geometry = self._geometry
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
-        fields |= {"block_size": geometry.layout.block_size, "dtype": spec_dtype(geometry.vllm_config, spec.dtype)}
+        fields |= {"block_size": geometry.layout.block_size, "dtype": spec_dtype(spec.dtype, geometry.pages_are_zeroed)}
         return ShadowSpec(**fields, shadow_page_bytes=geometry.layout.page_bytes)
 
     def spec_fields(self, layer: Any) -> dict[str, Any]:
@@ -110,6 +110,6 @@ class Layers:
         return {
             "num_kv_heads": layer.num_kv_heads,
             "head_size": layer.head_size,
-            "dtype": spec_dtype(geometry.vllm_config, layer.kv_cache_torch_dtype),
+            "dtype": spec_dtype(layer.kv_cache_torch_dtype, geometry.pages_are_zeroed),
             "boundary": geometry.boundary,
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 
+from vllm_shadowkv.integration.refusals import check_served
 from vllm_shadowkv.integration.worker.bound import Bound, make_bound
 from vllm_shadowkv.integration.worker.geometry import Geometry
 from vllm_shadowkv.integration.worker.layers import Layers
@@ -93,7 +94,11 @@ class Memory:
         Args:
             measure: vLLM's own.
             server: the same in all workers of a server.
+
+        Raises:
+            ValueError: no layer of the model is ours.
         """
+        check_served(len(self._layers), self._geometry.vllm_config.parallel_config.pipeline_parallel_size)
         self._measuring = True
         try:
             available = measure()

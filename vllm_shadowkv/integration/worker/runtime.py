@@ -86,7 +86,6 @@ class Runtime:
         if self.geometry.fit(num_heads, num_kv_heads, head_size, dtype):
             self._attention = choice.of_platform(self.geometry.layout, num_heads)
             self.memory.reserve(num_heads)
-            self._planner = Planner(self.geometry, self.memory, self._attention, self.metering.steps)
 
     @property
     def attention(self) -> AttentionLibrary:
@@ -96,8 +95,9 @@ class Runtime:
 
     @property
     def planner(self) -> Planner:
-        """Of the worker's steps."""
-        assert self._planner is not None, "no layer was built"
+        """Of the worker's steps; made for the first one, when it is known what layers the model has beside ours."""
+        if self._planner is None:
+            self._planner = Planner(self.geometry, self.memory, self.attention, self.metering.steps)
         return self._planner
 
 
