@@ -139,6 +139,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "floor_scale": 128,
     },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **SLIDING,
+    },
     "solar-open": {"model_type": "solar_open", "n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
 }
 
@@ -226,6 +232,8 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
         values.add_(ATTENTION - 1 + random * 0.2)  # from 1 on, and where a model adds 1 itself from 0
     elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3
         values.add_(2 + random * 0.1)
+    elif name.endswith("sinks"):  # of the size that sums of e^logit have
+        values.copy_(10 + random * 3)
     elif values.dim() == 1:  # of another norm
         values.add_(random * 0.1)
     elif name.endswith(("lm_head.weight", "output_layer.weight", "gate.weight")) or (tied and "embed" in name):

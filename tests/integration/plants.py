@@ -13,6 +13,7 @@ import torch
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
+from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.rotary import Rotary
 from vllm_shadowkv.state import seal
 from vllm_shadowkv.state.decode import DecodeRows
@@ -103,6 +104,18 @@ def not_turned_back() -> Any:
     return _patched(seal, "undo", lambda undo, rotary, keys, positions: keys.float())
 
 
+@contextmanager
+def no_sinks() -> Iterator[None]:
+    """Attends as if the model had no attention sinks."""
+    memories = Runtime.latest().memory.bind().memories.values()
+    sinks = [memory.sinks for memory in memories]
+    for memory in memories:
+        object.__setattr__(memory, "sinks", None)
+    yield
+    for memory, of_layer in zip(memories, sinks, strict=True):
+        object.__setattr__(memory, "sinks", of_layer)
+
+
 def turned() -> Any:
     """Compresses keys turned by a RoPE of theta 10,000, as if a model without RoPE had one."""
 
@@ -135,6 +148,7 @@ PLANTS: dict[str, Callable[[], Any]] = {
     "no lag": no_lag,
     "not cleared": not_cleared,
     "not turned back": not_turned_back,
+    "no sinks": no_sinks,
     "turned": turned,
     "rounding": rounding,
     **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},

@@ -36,13 +36,6 @@ GEMMA_4 = {
 }
 BLOOM = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "n_layer": 2, "n_head": 4}
 BERT = {"model_type": "bert", "architectures": ["BertModel"], "max_position_embeddings": 512}
-GPT_OSS = {
-    "model_type": "gpt_oss",
-    "architectures": ["GptOssForCausalLM"],
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 4096,
-}
 DEEPSEEK = {
     "model_type": "deepseek_v2",
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -130,7 +123,6 @@ MODELS: list[Case] = [
     value("window", WINDOW, OTHER, options(max_model_len=64), quick=True, model=MISTRAL),
     layer("ALiBi", BLOOM, "with ALiBi"),
     layer("soft cap", GEMMA_2, "with a logits soft cap (50.0)"),
-    layer("sinks", GPT_OSS, "with attention sinks"),
     layer("shared KV", GEMMA_3N, "with a KV cache shared between layers"),
     layer("encoder", BERT, "with encoder_only attention", options={"runner": "pooling", "skip_tokenizer_init": False}),
     value(

@@ -30,7 +30,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 def pseudo_layer(runtime: Runtime) -> SlotPages:
     layer = torch.nn.Module()
-    layer.layer_name, layer.num_heads, layer.impl = "layer", 2, SimpleNamespace(runtime=runtime)  # type: ignore[assignment]
+    layer.layer_name, layer.num_heads, layer.impl = "layer", 2, SimpleNamespace(runtime=runtime, sinks=None)  # type: ignore[assignment]
     return SlotPages(layer)
 
 

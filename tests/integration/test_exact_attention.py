@@ -53,24 +53,28 @@ def sides(request: pytest.FixtureRequest, layout: PageLayout, caplog: pytest.Log
     return CpuAttention(layout, HEADS), cuda
 
 
-def make_memory(layout: PageLayout) -> LayerMemory:
+def make_memory(layout: PageLayout, sinks: Tensor | None = None) -> LayerMemory:
     pages = torch.zeros(NUM_BLOCKS, layout.page_bytes, dtype=torch.uint8)
     empty = torch.empty(0, 0)
-    return LayerMemory(layout, Rotary.identity(), empty, pages, pages, pages, empty)
+    return LayerMemory(layout, Rotary.identity(), empty, pages, pages, pages, empty, sinks)
+
+
+each_sinks = pytest.mark.parametrize("sinks", [None, torch.tensor([8.0, 8.5, 9.0, 11.0])], ids=["plain", "sinks"])
 
 
 def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.float(), other.float(), atol=0.03, rtol=0.03)
 
 
-def test_rows_over_exact_pages(sides: Sides, layout: PageLayout) -> None:
+@each_sinks
+def test_rows_over_exact_pages(sides: Sides, layout: PageLayout, sinks: Tensor | None) -> None:
     """New tokens are written, then whole rows attend: a prompt's beginning, its end, and one decoded token."""
     generator, size = generators.make_generator("dense"), layout.exact_tokens
     lengths, counts = [130, 300, 77], [130, 44, 1]
     table = (torch.randperm(NUM_BLOCKS - 1, generator=generator)[:15] + 1).int().view(3, 5)
     outputs = []
     for attention in sides:
-        memory, generator = make_memory(layout), generators.make_generator("tokens")
+        memory, generator = make_memory(layout, sinks), generators.make_generator("tokens")
         for row, length in enumerate(lengths):
             key, value = (generators.randn(generator, length, 2, 64, dtype=torch.bfloat16) for _ in range(2))
             at = torch.arange(length)
@@ -86,8 +90,9 @@ def test_rows_over_exact_pages(sides: Sides, layout: PageLayout) -> None:
     close(*outputs)
 
 
+@each_sinks
 @pytest.mark.parametrize("new", [60, 300 - 128, 1])
-def test_parts_that_are_merged(sides: Sides, layout: PageLayout, new: int) -> None:
+def test_parts_that_are_merged(sides: Sides, layout: PageLayout, new: int, sinks: Tensor | None) -> None:
     """Exact tokens [128, 300), the newest of them queries; then a tile of others."""
     generator, size = generators.make_generator("parts"), layout.exact_tokens
     exact_row = (torch.randperm(NUM_BLOCKS - 1, generator=generator)[:6] + 1).int()
@@ -101,7 +106,10 @@ def test_parts_that_are_merged(sides: Sides, layout: PageLayout, new: int) -> No
         memory = make_memory(layout)
         attention.write(memory, key, value, slots)
         exact = attention.attend_exact(memory, query, exact_row, 128, 300, SCALE)
-        merged.append(attention.merge(exact, attention.attend_all(query, keys, values, SCALE))[0])
+        parts = attention.merge(exact, attention.attend_all(query, keys, values, SCALE))
+        merged.append(attention.finish(parts, sinks))
+        if sinks is not None:
+            assert (merged[-1].norm(dim=-1).mean(dim=0) < 0.9 * parts[0].float().norm(dim=-1).mean(dim=0)).all()
     close(*merged)
 
 

@@ -285,7 +285,6 @@ TRIGGERS: list[Trigger] = [
     layer(alibi_slopes=[0.5]),
     layer(logits_soft_cap=50.0),
     layer(kv_sharing_target_layer_name="layers.0"),
-    layer(sinks=torch.zeros(8)),
     lambda patch, folder: refusals.check_module(module(ChunkedLocalAttention)),
     lambda patch, folder: refusals.check_module(module(head_size_v=32)),
     unknown_argument,

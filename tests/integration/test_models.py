@@ -36,13 +36,15 @@ def _engines(name: str) -> tuple[Trial, ...]:
     engines = (STOCK, REBUILT, LOSSLESS)
     if name in WINDOWED:
         engines = tuple(replace(engine, options=BESIDE) for engine in engines)
+    if name == "gpt-oss":
+        engines = tuple(replace(e, plants=(*e.plants, "no sinks") if e.plants else ()) for e in engines)
     if name in UNTURNED:
         engines = tuple(replace(engine, plants=("turned",) if engine.plants else ()) for engine in engines)
     return engines
 
 
 MIXED = "gemma-3"
-WINDOWED = {MIXED, "command-a", "olmo-3", "exaone-4", "exaone-moe", "trinity", "llama-4"}
+WINDOWED = {MIXED, "command-a", "olmo-3", "exaone-4", "exaone-moe", "trinity", "llama-4", "gpt-oss"}
 """Those with layers that stay with vLLM's own backend."""
 UNTURNED = {"command-a", "exaone-4", "exaone-moe", "trinity", "llama-4"}
 """Those whose layers of ours do not rotate."""
@@ -80,8 +82,8 @@ def test_keys_are_rebuilt_as_the_model_turned_them(trials: Trials, trial: ModelT
     ours, stock = trials(trial)["rebuilt"], trials(trial)["stock"].sequences["scored"]
     assert _prompt_error(ours.sequences["scored"], stock) < 0.03
     assert _decode_error(ours.sequences["scored"], stock) < 0.2
-    (planted,) = ours.planted.values()
-    assert _prompt_error(planted, stock) > 0.15
+    for planted in ours.planted.values():
+        assert _prompt_error(planted, stock) > 0.15
 
 
 def _prompt_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
@@ -104,6 +106,44 @@ def _decode_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
     ]
     assert len(errors) > len(stock) / 2
     return sum(errors) / len(errors)
+
+
+# The two that most people run of those with layers beside ours: on the V2 runner, and with CUDA's planner and kernels.
+# Without graphs, which vLLM's CPU backend of the other layers has none of.
+# vLLM runs Gemma 3 in no float16, and in bfloat16 rounding alone is as large as some errors.
+HALF = BESIDE | {"dtype": "float16"}
+HALF_TOLERANCE = 0.03  # measured: at most 0.008
+V2_MODELS = [
+    ModelTrial(f"{name}, v2", name, (replace(LOSSLESS, runner="v2", options=BESIDE),), "v2", slow=True)
+    for name in ("gemma-3", "gpt-oss")
+]
+CUDA_MODELS = [
+    ModelTrial(
+        f"{name}, CUDA",
+        name,
+        (
+            Trial("stock", ("short",), shadowkv=None, options=HALF),
+            replace(LOSSLESS, scenarios=("short",), options=HALF, emulated_cuda="flash_attention"),
+        ),
+        slow=True,
+    )
+    for name in ("olmo-3", "gpt-oss")
+]
+
+
+@each_trial(*V2_MODELS)
+def test_equals_stock_on_the_v2_runner(trials: Trials, trial: ModelTrial) -> None:
+    ours = trials(trial)["lossless"]
+    (stock,) = (trials(of_v1)["stock"] for of_v1 in MODELS if of_v1.name == trial.architecture)
+    for scenario in ("short", "scored"):
+        assert differences(ours.sequences[scenario], stock.sequences[scenario], TOLERANCE) == []
+    assert ours.counts["seals"] > 4
+
+
+@each_trial(*CUDA_MODELS)
+def test_equals_stock_with_the_kernels_of_cuda(trials: Trials, trial: ModelTrial) -> None:
+    ours, stock = (trials(trial)[engine].sequences["short"] for engine in ("lossless", "stock"))
+    assert differences(ours, stock, HALF_TOLERANCE, undecided=2 * HALF_TOLERANCE) == []
 
 
 @each_trial(*LONG_MODELS)

@@ -319,7 +319,6 @@ PLAIN: dict[str, Any] = {
     "alibi_slopes": None,
     "logits_soft_cap": None,
     "kv_sharing_target_layer_name": None,
-    "sinks": None,
 }
 
 
@@ -331,7 +330,6 @@ PLAIN: dict[str, Any] = {
         ({"alibi_slopes": [0.5]}, "ALiBi"),
         ({"logits_soft_cap": 50.0}, r"a logits soft cap \(50.0\)"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
-        ({"sinks": torch.zeros(8)}, "attention sinks"),
     ],
 )
 def test_attention_that_the_kernels_do_not_compute_is_refused(changes: dict[str, Any], what: str) -> None:

@@ -69,7 +69,10 @@ def test_every_tile_is_read_while_it_is_there(
     streams.current.work.append(lambda: sealed.append(1))  # what the step did before
     query = torch.zeros(2, 4, 64, dtype=torch.bfloat16)
     attention: Any = SimpleNamespace(
-        attend_exact=streams.attend_exact, attend_all=streams.attend_all, merge=streams.merge
+        finish=lambda merged, sinks: merged[0],
+        attend_exact=streams.attend_exact,
+        attend_all=streams.attend_all,
+        merge=streams.merge,
     )
     prefill.attend_prefill(
         memory, attention, query, row, row, num_blocks * BLOCK, num_blocks * BLOCK + 2, 1.0, torch.zeros(1)

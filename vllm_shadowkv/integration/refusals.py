@@ -190,7 +190,6 @@ def check_layer(
     alibi_slopes: Any,
     logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
-    sinks: torch.Tensor | None,
 ) -> None:
     """Refuses attention that the kernels do not compute.
 
@@ -202,7 +201,6 @@ def check_layer(
         (alibi_slopes is not None, "ALiBi"),
         (bool(logits_soft_cap), f"a logits soft cap ({logits_soft_cap})"),
         (kv_sharing_target_layer_name is not None, "a KV cache shared between layers"),
-        (sinks is not None, "attention sinks"),
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support layers with {what}; {OTHER_BACKEND} for this model.")

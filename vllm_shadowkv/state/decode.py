@@ -171,7 +171,7 @@ class DecodeWorkspace:
         )
 
     def attend_tokens(self, memory: LayerMemory, rows: DecodeRows, query: Tensor, scale: float, output: Tensor) -> None:
-        """Attends to the picked chunks and the exact tokens, and merges the rest."""
+        """Attends to the picked chunks and the exact tokens, and merges the rest; sinks take their share."""
         count = len(query)
         exact_keys, exact_values = memory.exact_views
         ops.sparse_attention(
@@ -192,6 +192,8 @@ class DecodeWorkspace:
             self._lse[:count],
             self._scratch,
         )
+        if memory.sinks is not None:
+            output.mul_((self._lse[:count] - memory.sinks).sigmoid().unsqueeze(-1))
 
     def misses(self, count: int) -> int:
         """Chunks that the last plan of `count` rows did not find in the slots. It waits for the device."""

@@ -23,6 +23,8 @@ class LayerMemory:
         exact_pages: uint8 `[N, page_bytes]`, the exact group's view.
         slot_pages: uint8 `[N, page_bytes]`, the slots group's view.
         host_pool: uint8 `[N, value_row_bytes]`.
+        sinks: float `[Hq]`, logits of keys whose values are nothing, which every query of a head sees; None: there are
+            none.
     """
 
     layout: PageLayout
@@ -32,6 +34,7 @@ class LayerMemory:
     exact_pages: Tensor
     slot_pages: Tensor
     host_pool: Tensor
+    sinks: Tensor | None = None
 
     @cached_property
     def exact_views(self) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,9 @@ class ExactAttention(Protocol):
     def merge(self, one: Partial, other: Partial) -> Partial:
         """Attention over the union of two disjoint sets of keys."""
 
+    def finish(self, merged: Partial, sinks: Tensor | None) -> Tensor:
+        """The output over all keys, and over sinks (`LayerMemory.sinks`)."""
+
 
 def attend_prefill(
     memory: LayerMemory,
@@ -74,7 +77,7 @@ def attend_prefill(
     merged = attention.attend_exact(memory, query, exact_row, exact_start, seq_len, scale)
     for keys, values in tiles:
         merged = attention.merge(merged, attention.attend_all(query, keys, values, scale))
-    output.copy_(merged[0])
+    output.copy_(attention.finish(merged, memory.sinks))
 
 
 class _SealedTiles:

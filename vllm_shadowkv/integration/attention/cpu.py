@@ -70,7 +70,7 @@ class CpuAttention:
             block_table=batch.block_table,
             softcap=0,
             scheduler_metadata=batch.plan,
-            s_aux=None,
+            s_aux=_sinks_of_kernel(memory.sinks),
         )
 
     def attend_exact(
@@ -93,6 +93,16 @@ class CpuAttention:
         lse = torch.logaddexp(one[1], other[1])
         out = one[0] * (one[1] - lse).exp().unsqueeze(-1) + other[0] * (other[1] - lse).exp().unsqueeze(-1)
         return out, lse
+
+    def finish(self, merged: Partial, sinks: Tensor | None) -> Tensor:
+        """See `state.prefill.ExactAttention`."""
+        out, lse = merged
+        return out if sinks is None else out * (lse - sinks).sigmoid().unsqueeze(-1)
+
+
+def _sinks_of_kernel(sinks: Tensor | None) -> Tensor | None:
+    """VLLM's kernel takes them in bfloat16 or float32."""
+    return sinks if sinks is None or sinks.dtype == torch.bfloat16 else sinks.float()
 
 
 def _vllm_caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:

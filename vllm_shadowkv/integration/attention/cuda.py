@@ -38,6 +38,11 @@ class CudaAttention:
         merge_attn_states(out, one[0], one[1], other[0], other[1], lse)
         return out, lse
 
+    def finish(self, merged: Partial, sinks: Tensor | None) -> Tensor:
+        """See `state.prefill.ExactAttention`."""
+        out, lse = merged
+        return out if sinks is None else out * (lse.T - sinks).sigmoid().unsqueeze(-1)
+
 
 def caches(memory: LayerMemory) -> tuple[Tensor, Tensor]:
     """Exact pages as vLLM's CUDA kernels take them: K and V `[num_blocks, tokens, Hkv, D]`."""

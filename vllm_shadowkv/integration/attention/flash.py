@@ -40,7 +40,7 @@ class FlashAttention(CudaAttention):
     def attend_dense(self, memory: LayerMemory, batch: DenseBatch, query: Tensor, scale: float, output: Tensor) -> None:
         """Causal attention of whole rows over their exact pages; query and output `[tokens, Hq, D]`."""
         keys, values = caches(memory)
-        fa_utils.flash_attn_varlen_func(
+        found = fa_utils.flash_attn_varlen_func(
             q=query,
             k=keys,
             v=values,
@@ -52,8 +52,11 @@ class FlashAttention(CudaAttention):
             softmax_scale=scale,
             causal=True,
             block_table=batch.block_table,
+            return_softmax_lse=memory.sinks is not None,
             fa_version=self.version,
         )
+        if memory.sinks is not None:  # only some versions take them
+            output.copy_(self.finish(found, memory.sinks))
 
     def attend_exact(
         self, memory: LayerMemory, query: Tensor, exact_row: Tensor, start: int, end: int, scale: float

@@ -55,7 +55,8 @@ class XformersAttention(CudaAttention):
         """Causal attention of whole rows over their exact pages; query and output `[tokens, Hq, D]`."""
         for exact_row, (first, last, length) in zip(batch.block_table, batch.plan, strict=True):
             if first < last:
-                output[first:last] = self.attend_exact(memory, query[first:last], exact_row, 0, length, scale)[0]
+                found = self.attend_exact(memory, query[first:last], exact_row, 0, length, scale)
+                output[first:last] = self.finish(found, memory.sinks)
 
     def attend_exact(
         self, memory: LayerMemory, query: Tensor, exact_row: Tensor, start: int, end: int, scale: float

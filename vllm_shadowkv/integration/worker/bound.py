@@ -87,6 +87,7 @@ def make_bound(
             exact_pages=_pages(layer.exact.kv_cache, layout),
             slot_pages=_pages(layer.slots.kv_cache, layout),
             host_pool=pool.expand(num_blocks, -1),
+            sinks=layer.attention.impl.sinks,
         )
         for (name, layer), pool in zip(layers.items(), pools, strict=True)
     }

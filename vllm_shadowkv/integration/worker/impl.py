@@ -42,7 +42,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
             ValueError: the engine, the model or the layer is not supported; one sentence says what and what to do.
         """
         vllm_config = get_current_vllm_config()
-        check_layer(attn_type, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name, sinks)
+        check_layer(attn_type, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name)
         if unknown:
             raise ValueError(
                 f"shadowkv does not support layers with {', '.join(unknown)}; use another --attention-backend."
@@ -50,6 +50,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.sinks = None if sinks is None else sinks.detach()  # a parameter of the model, which has no weights yet
         self.runtime = Runtime.of(vllm_config)
         self.runtime.lay_out(num_heads, self.num_kv_heads, head_size, vllm_config.model_config.dtype)
         self.layer_name: str | None = None  # set when it is attached to its parent (pseudo_layers.py)
