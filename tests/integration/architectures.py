@@ -37,6 +37,7 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+NTK_ALPHA = {"rope_type": "dynamic", "rope_theta": 10_000.0, "alpha": 1000.0, "factor": 1.0}
 SLIDING = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -139,6 +140,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "floor_scale": 128,
     },
+    "hunyuan": {"model_type": "hunyuan_v1_dense", "rope_parameters": NTK_ALPHA},
+    "hunyuan-a13b": {
+        "model_type": "hunyuan_v1_moe",
+        "num_experts": 4,
+        "moe_topk": 2,
+        "rope_parameters": NTK_ALPHA,
+    },
     "gpt-oss": {
         "model_type": "gpt_oss",
         "num_local_experts": 4,
@@ -228,6 +236,8 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
     random = torch.randn(values.shape, generator=generator)
     if name.endswith(".bias"):
         values.copy_(random * 0.5)
+    elif name.endswith(("query_layernorm.weight", "key_layernorm.weight")):  # after RoPE, in HunYuan
+        values.copy_(ATTENTION + random.clamp(-2, 2) * 0.8)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
         values.add_(ATTENTION - 1 + random * 0.2)  # from 1 on, and where a model adds 1 itself from 0
     elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3

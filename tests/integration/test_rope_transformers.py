@@ -15,7 +15,7 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from vllm_shadowkv.integration.model import rope, rope_transformers
-from vllm_shadowkv.rotary import apply
+from vllm_shadowkv.rotary import apply, undo
 
 LAYER, HEADS, POSITIONS = "model.layers.1.self_attn.attn", 4, 300
 PATHS = sorted(rope_transformers._ATTENTION_CLASSES)
@@ -138,12 +138,10 @@ def test_layers_share_one_table() -> None:
     assert first is second
 
 
-@pytest.mark.parametrize("path", ["hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1Attention"])
+@pytest.mark.parametrize("path", ["vaultgemma.modeling_vaultgemma.VaultGemmaAttention"])
 def test_other_classes_are_refused_by_name(path: str) -> None:
     parent = make_parent(path, torch.float32, SimpleNamespace())
-    with pytest.raises(
-        ValueError, match=r"HunYuanDenseV1Attention \(of transformers\..*use another --attention-backend"
-    ):
+    with pytest.raises(ValueError, match=r"VaultGemmaAttention \(of transformers\..*use another --attention-backend"):
         rope.rotary_of(parent, LAYER, 64, max_positions=POSITIONS)
 
 
@@ -162,7 +160,45 @@ def test_forward_turns_keys_once_and_changes_them_no_more(path: str) -> None:
     guarded = path.startswith("smollm3")
     assert keys[turned[0]][1] == (("self.use_rope",) if guarded else ())
     later = [value for value, guards in keys[turned[0] + 1 :] if not any("is not None" in guard for guard in guards)]
-    assert later == (["torch.cat((key_rot, key_pass), dim=-1)"] if path.startswith("phi.") else [])
+    norm = rope_transformers._NORMS_AFTER.get(path)
+    expected = [f"self.{norm}(key_states)"] if norm else []
+    assert later == (["torch.cat((key_rot, key_pass), dim=-1)"] if path.startswith("phi.") else expected)
+
+
+@pytest.mark.parametrize("path", sorted(rope_transformers._NORMS_AFTER))
+def test_without_the_weight_a_key_that_was_normalised_after_rope_can_be_turned_back(path: str) -> None:
+    config = make_config(path)
+    parent = make_parent(path, torch.float32, config)
+    norm = type(parent).__name__.replace("Attention", "RMSNorm")
+    parent.key_layernorm = getattr(source_module(path), norm)(64)
+    generator = torch.Generator().manual_seed(1)
+    parent.key_layernorm.weight.data = 1 + torch.rand(64, generator=generator)
+    keys, positions = torch.randn(50, HEADS, 64, generator=generator), torch.arange(50) * 5
+    rotary = rope.rotary_of(parent, LAYER, 64, max_positions=POSITIONS)
+    weight = rope.weight_after(parent)
+    assert weight is parent.key_layernorm.weight
+    found = parent.key_layernorm(rotated_by_transformers(path, config, keys, positions))
+    expected = keys / keys.pow(2).mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(undo(rotary, found.detach() / weight.detach(), positions), expected, atol=1e-4, rtol=0)
+    assert (undo(rotary, found.detach(), positions) / weight.detach() - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("longest", "steady"), [(POSITIONS, True), (POSITIONS + 1, False)])
+def test_hunyuans_scaling_does_not_depend_on_the_step_up_to_the_models_length(longest: int, steady: bool) -> None:
+    path = "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1Attention"
+    config = make_config(path)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+    parent = make_parent(path, torch.float32, config)
+    if not steady:
+        with pytest.raises(ValueError, match="scales RoPE by dynamic, which depends on the step"):
+            rope.rotary_of(parent, LAYER, 64, max_positions=longest)
+        return
+    rotary = rope.rotary_of(parent, LAYER, 64, max_positions=longest)
+    keys = torch.randn(50, HEADS, 64, generator=torch.Generator().manual_seed(1))
+    for positions in torch.arange(50), torch.arange(250, 300):
+        torch.testing.assert_close(
+            apply(rotary, keys, positions), rotated_by_transformers(path, config, keys, positions), atol=1e-4, rtol=0
+        )
 
 
 def _names(target: ast.expr) -> list[ast.Name]:

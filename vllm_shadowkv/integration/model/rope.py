@@ -276,6 +276,18 @@ def rotary_of(
         raise _refusal(parent, layer_name, str(error)) from error
 
 
+def weight_after(parent: nn.Module) -> Tensor | None:
+    """What the model multiplies a layer's keys with after RoPE, per dimension.
+
+    Args:
+        parent: the module that holds the attention layer, of a class that `rotary_of` accepts.
+
+    Returns:
+        The model's own parameter `[head_size]`; None: nothing.
+    """
+    return rope_transformers.weight_after(parent) if rope_transformers.knows(parent) else None
+
+
 def _refusal(parent: nn.Module | None, layer_name: str, reason: str) -> ValueError:
     """Write the one sentence that refuses a layer: class, layer, reason, way out."""
     name = "a layer without a parent module" if parent is None else type(parent).__name__

@@ -38,7 +38,7 @@ def _if_use_rope(parent: Any) -> bool:
 # i + rotary_dim / 2 (else 2i with 2i + 1). Each class calls its file's `apply_rotary_pos_emb` once, on keys that only a
 # reshape or the other, unturned part of a head joins afterwards.
 #
-# Not here: HunYuan, which normalises keys after RoPE, and VaultGemma, whose attention has a soft cap.
+# Not here: VaultGemma, whose attention has a soft cap.
 _ATTENTION_CLASSES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "arcee.modeling_arcee.ArceeAttention": (_always, True),
     "cwm.modeling_cwm.CwmAttention": (_always, True),
@@ -46,6 +46,8 @@ _ATTENTION_CLASSES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "flex_olmo.modeling_flex_olmo.FlexOlmoAttention": (_always, True),
     "glm.modeling_glm.GlmAttention": (_always, False),
     "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": (_always, True),
+    "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1Attention": (_always, True),
+    "hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1Attention": (_always, True),
     "jais2.modeling_jais2.Jais2Attention": (_always, True),
     "mellum.modeling_mellum.MellumAttention": (_always, True),
     "olmo.modeling_olmo.OlmoAttention": (_always, True),
@@ -56,6 +58,13 @@ _ATTENTION_CLASSES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "smollm3.modeling_smollm3.SmolLM3Attention": (_if_use_rope, True),
     "solar_open.modeling_solar_open.SolarOpenAttention": (_always, True),
     "starcoder2.modeling_starcoder2.Starcoder2Attention": (_always, True),
+}
+
+# Classes that normalise keys after RoPE -> the norm. It divides a token by a number, which leaves a turned key a turned
+# key, but its weight stretches dimensions that were turned into one another.
+_NORMS_AFTER = {
+    "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1Attention": "key_layernorm",
+    "hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1Attention": "key_layernorm",
 }
 
 # By value, because the layers of a model share a configuration, which is not hashable.
@@ -98,7 +107,9 @@ def rotary_of(
     parameters = config.rope_parameters
     per_type = layer_type in parameters
     rope_type = (parameters[layer_type] if per_type else parameters)["rope_type"]
-    if rope_type not in _STEADY_ROPE_TYPES:
+    # HunYuan's way of scaling, which takes no other frequencies up to the length that the model was made for.
+    steady = "alpha" in parameters and rope_type == "dynamic" and max_positions <= config.max_position_embeddings
+    if rope_type not in _STEADY_ROPE_TYPES and not steady:
         raise Unsupported(f"scales RoPE by {rope_type}, which depends on the step")
     key = (cls, config.to_json_string(), layer_type if per_type else None, max_positions, dtype, str(device))
     known = _known.get(key)
@@ -109,6 +120,12 @@ def rotary_of(
             raise Unsupported(f"turns {table.shape[1]} dimensions, but its attention heads have {head_size}")
         known = _known[key] = Rotary(cos_sin=table.to(device), rotary_dim=table.shape[1], is_neox=is_neox)
     return known
+
+
+def weight_after(parent: Any) -> Tensor | None:
+    """What a class that `knows` accepts multiplies keys with after RoPE, `[head_size]`; None: nothing."""
+    norm = _NORMS_AFTER.get(_path(parent))
+    return None if norm is None else getattr(parent, norm).weight
 
 
 def _path(parent: nn.Module) -> str:

@@ -53,6 +53,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
         self.sinks = None if sinks is None else sinks.detach()  # a parameter of the model, which has no weights yet
         self.runtime = Runtime.of(vllm_config)
         self.runtime.lay_out(num_heads, self.num_kv_heads, head_size, vllm_config.model_config.dtype)
+        self.key_weight: Tensor | None = None  # read with the rotation
         self.layer_name: str | None = None  # set when it is attached to its parent (pseudo_layers.py)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -96,9 +97,13 @@ class ShadowKVImpl(AttentionImpl[Step]):
         assert self.layer_name is not None
         step, bound = attn_metadata, self.runtime.memory.bind()
         memory = bound.memories[self.layer_name]
-        query, out = query[: step.num_tokens], output[: step.num_tokens]
+        query, key, out = query[: step.num_tokens], key[: step.num_tokens], output[: step.num_tokens]
+        if self.key_weight is not None:  # a key is turned back without it, so queries carry it
+            weight = self.key_weight.float()
+            query = (query * weight).to(query.dtype)
+            key = (key / weight.where(weight != 0, 1)).to(key.dtype)  # where it is 0, so is the key
         attention = self.runtime.attention
-        attention.write(memory, key[: step.num_tokens], value[: step.num_tokens], step.slot_mapping)
+        attention.write(memory, key, value[: step.num_tokens], step.slot_mapping)
         if step.is_empty:  # vLLM's dummy rows, whose output goes through the rest of the model
             out.zero_()
         if step.dense is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.platforms import current_platform
 
 from vllm_shadowkv.integration.model.other_layers import foreign_pages, spec_dtype
-from vllm_shadowkv.integration.model.rope import rotary_of
+from vllm_shadowkv.integration.model.rope import rotary_of, weight_after
 from vllm_shadowkv.integration.refusals import check_positions
 from vllm_shadowkv.integration.specs import ShadowSpec
 from vllm_shadowkv.integration.worker.geometry import Geometry
@@ -68,7 +68,7 @@ class Layers:
         self.by_name[name] = layer
 
     def read_rotary(self, name: str) -> None:
-        """Reads a layer's rotation; its parent is complete once weights are loaded.
+        """Reads a layer's rotation, and what else happens to its keys; its parent is complete once weights are loaded.
 
         Raises:
             ValueError: a rotation, or a use of it, that is not supported.
@@ -82,6 +82,7 @@ class Layers:
         device = torch.device(current_platform.device_type)
         geometry = self._geometry
         layer.rotary = rotary_of(parent, name, geometry.layout.head_size, device, geometry.boundary.max_model_len)
+        layer.attention.impl.key_weight = weight_after(parent)
         table = layer.rotary.cos_sin
         if table is not None:
             check_positions(len(table), geometry.boundary.max_model_len)
