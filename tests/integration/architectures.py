@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sharp_model import VOCABULARY
 from torch import Tensor
 
@@ -179,7 +179,43 @@ CHATGLM: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-NAMES = (*CONFIGS, "glm-4")
+
+
+def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections, **more}}
+
+
+EYE = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
+DEEP_EYE = EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+THREE = _mrope([8, 12, 12])
+INTERLEAVED = _mrope([12, 10, 10], mrope_interleaved=True)
+PARTIAL = _mrope([4, 6, 6], partial_rotary_factor=0.5)
+# Models that also take images: name -> model type, what of the text's configuration differs from `SHAPE`, the vision's.
+VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2-vl": ("qwen2_vl", THREE, {"depth": 1, "embed_dim": 64, "hidden_size": 256, "num_heads": 2}),
+    "qwen2.5-vl": ("qwen2_5_vl", THREE, EYE | {"fullatt_block_indexes": [0]}),
+    "qwen3-vl": ("qwen3_vl", INTERLEAVED, DEEP_EYE),
+    "qwen3-vl-moe": ("qwen3_vl_moe", INTERLEAVED | {"num_experts": 4, "norm_topk_prob": True, **EXPERTS}, DEEP_EYE),
+    "glm-4.1v": ("glm4v", PARTIAL, EYE),
+    "glm-4.5v": (
+        "glm4v_moe",
+        PARTIAL
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": False, **EXPERTS},
+        EYE,
+    ),
+    "gemma-3-mm": (
+        "gemma3",
+        {name: value for name, value in CONFIGS["gemma-3"].items() if name != "model_type"},
+        {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
+    "mistral-3.1": (
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32,
+         "num_attention_heads": 2},
+    ),
+}  # fmt: skip
+NAMES = (*CONFIGS, "glm-4", *VISION)
 SEEDS = {"qwen2.5": 8, "gemma-3": 1}
 
 
@@ -188,16 +224,30 @@ def write_model(name: str, directory: Path) -> None:
     seed = SEEDS.get(name, 7)
     if name == "glm-4":
         return _write_chatglm(directory, seed)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    fields = SHAPE | CONFIGS[name]
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config)
+    if name in VISION:
+        kind, text, vision = VISION[name]
+        config = AutoConfig.for_model(kind, text_config=SHAPE | text, vision_config=vision, tie_word_embeddings=False)
+        config.dtype = torch.float32
+        model = AutoModelForImageTextToText.from_config(config)
+    else:
+        fields = SHAPE | CONFIGS[name]
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config.dtype = torch.float32
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter, values in model.named_parameters():
         _fill(parameter, values.data, generator, tied=config.tie_word_embeddings)
     model.save_pretrained(directory)
+    if name == "qwen3-vl-moe":
+        _transpose_experts(directory / "model.safetensors")
+
+
+def _transpose_experts(path: Path) -> None:
+    """vLLM reads them as the model was published, and Transformers 5 writes them the other way."""
+    weights = {name: w.mT.contiguous() if ".experts." in name else w for name, w in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _write_chatglm(directory: Path, seed: int) -> None:

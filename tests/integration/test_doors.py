@@ -19,7 +19,11 @@ from vllm_shadowkv.integration import refusals
 DECODE_CONTEXT = (
     "ValueError: shadowkv does not support decode context parallelism; drop --decode-context-parallel-size."
 )
-NO_DOOR = ("prefill context parallelism", "enable_adaptive_verification", "plans a step", "runs on CUDA and on the CPU")
+NO_DOOR = (
+    *("prefill context parallelism", "enable_adaptive_verification", "plans a step", "runs on CUDA and on the CPU"),
+    # Models that take images import torchvision, which does not import beside a CPU torch.
+    *("turns keys back by their place", "which would lose too much", "shadowkv.compression to 1, or"),
+)
 Ask = Callable[[Door], Answer]
 
 

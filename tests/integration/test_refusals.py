@@ -182,6 +182,7 @@ def engine(**changes: Any) -> Any:
 def model(**changes: Any) -> Any:
     """What the checks read of a model's configuration."""
     usual = {"is_hybrid": False, "is_mm_prefix_lm": False, "rswa_window": None, "dtype": torch.bfloat16}
+    usual |= {"uses_mrope": False, "supports_multimodal_inputs": False}
     return SimpleNamespace(**(usual | changes))
 
 
@@ -217,6 +218,10 @@ ENGINES: list[tuple[dict[str, Any], str]] = [
     (
         {"model_config": model(is_mm_prefix_lm=True)},
         r"image tokens that see each other both ways \(is_mm_prefix_lm\); use another --attention-backend",
+    ),
+    (
+        {"model_config": model(uses_mrope=True, supports_multimodal_inputs=True)},
+        "those of images, which would lose too much; add --language-model-only, or set shadowkv.key_codec to none and ",
     ),
     (
         {"model_config": model(rswa_window=64)},
@@ -273,6 +278,13 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
 )
 def test_an_engine_that_works_is_accepted(changes: dict[str, Any]) -> None:
     check_engine(engine(**changes), ShadowKVConfig())
+
+
+def test_images_are_taken_where_keys_are_not_compressed() -> None:
+    takes_images = engine(model_config=model(uses_mrope=True, supports_multimodal_inputs=True))
+    check_engine(takes_images, ShadowKVConfig(key_codec="none", compression=1))
+    check_engine(engine(model_config=model(uses_mrope=True)), ShadowKVConfig())
+    check_engine(engine(model_config=model(supports_multimodal_inputs=True)), ShadowKVConfig())
 
 
 def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,8 +59,11 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
 
 def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     """Writes a model, and runs several trials of it one after the other; see `engine.ModelTrial`."""
-    from architectures import write_model
+    import without_torchvision
+    from architectures import VISION, write_model
 
+    if trial["architecture"] in VISION:
+        without_torchvision.install()
     inspect_models_here()
     gc.collect = lambda generation=2: 0  # vLLM calls it several times per engine; it would take most of the time
     with tempfile.TemporaryDirectory() as model:

@@ -118,6 +118,12 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             f"{OTHER_BACKEND}",
         ),
         (
+            model.uses_mrope and model.supports_multimodal_inputs and config.key_codec != "none",
+            "turns keys back by their place in the prompt, as M-RoPE has turned those of text and not those of images, "
+            "which would lose too much; add --language-model-only, or set shadowkv.key_codec to none and "
+            f"shadowkv.compression to 1, or {OTHER_BACKEND}",
+        ),
+        (
             vllm_config.attention_config.use_non_causal,
             f"computes causal attention only, and use_non_causal is set; {OTHER_BACKEND}",
         ),

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    MRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
@@ -68,8 +69,12 @@ def _long_or_short(module: Any) -> tuple[Tensor, slice]:
     return module.long_short_cos_sin_cache, rows
 
 
-# Not here: every class whose `forward` does more than turn pairs by one row per token (M-RoPE and
-# its kin, dual chunk, FoPE), whose cache is not rounded like this (DeepSeek's YaRN), or that is not
+# M-RoPE turns a token of text by one row, as the others do, but one after an image by an earlier row
+# than its place, and one of an image by three. Turning back and forth by its place is the identity all
+# the same, and what it costs is rank: nothing for text, because what remains is one rotation of a whole
+# block, and about as much as not turning at all for images (`refusals.check_engine`).
+# Not here: every class whose `forward` does more than turn pairs by one row per token (M-RoPE's other
+# kin, dual chunk, FoPE), whose cache is not rounded like this (DeepSeek's YaRN), or that is not
 # for text keys (Llama 4's vision). Gemma 4's proportional RoPE and NTK's fixed scaling only fill
 # the cache in another way, but nobody has tried them here yet.
 _ROTARY_CLASSES: dict[type[nn.Module], Callable[[Any], tuple[Tensor, slice]]] = {
@@ -80,6 +85,7 @@ _ROTARY_CLASSES: dict[type[nn.Module], Callable[[Any], tuple[Tensor, slice]]] = 
     DynamicNTKScalingRotaryEmbedding: _whole_cache,
     LinearScalingRotaryEmbedding: _first_factor,
     Phi3LongRoPEScaledRotaryEmbedding: _long_or_short,
+    MRotaryEmbedding: _whole_cache,
 }
 
 
@@ -319,7 +325,7 @@ def _rotary(parent: nn.Module, layer_name: str, head_size: int, device: torch.de
             f"but its attention heads have {head_size} dimensions"
         )
     cache, rows = read_rows(module)
-    rounds_again = isinstance(module, RotaryEmbedding)
+    rounds_again = isinstance(module, RotaryEmbedding | MRotaryEmbedding)
     dtype = _layer_dtype(parent, layer_name) if rounds_again else cache.dtype
     key = dtype, cache.device if device is None else torch.empty(0, device=device).device
     known = _known.setdefault(module, {})

@@ -89,7 +89,8 @@ class Layers:
         if table is not None and not layer.cos_sin.numel():
             known = (other.cos_sin for other in self.by_name.values() if other.rotary.cos_sin is table)
             same = next((other for other in known if other.numel()), None)
-            layer.cos_sin = copy_in_huge_pages(table, torch.float32) if same is None else same
+            rows = table[: geometry.boundary.max_model_len]  # M-RoPE's table is for positions in videos too
+            layer.cos_sin = copy_in_huge_pages(rows, torch.float32) if same is None else same
             # vLLM's sleep mode of level 2 brings back the model's buffers, and nothing else that was made with them.
             layer.attention.register_buffer("shadowkv_table", table, persistent=False)
             layer.attention.register_buffer("shadowkv_cos_sin", layer.cos_sin, persistent=False)
