@@ -153,6 +153,54 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         **SLIDING,
     },
+    "lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim", "conv_dim_out"), 256),
+    },
+    "lfm2-moe": {
+        "model_type": "lfm2_moe",
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "num_experts": 4,
+        "num_dense_layers": 1,
+        **EXPERTS,
+    },
+    "granite-4-h": {
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 4,
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 64,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 256,
+        "position_embedding_type": "rope",
+    },
+    "falcon-h1": {
+        "model_type": "falcon_h1",
+        "mamba_d_ssm": 512,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 64,
+    },
+    "nemotron-h": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["mamba", "attention", "mlp"] * 2,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "chunk_size": 64,
+    },
     "solar-open": {"model_type": "solar_open", "n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
 }
 
@@ -216,7 +264,7 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 NAMES = (*CONFIGS, "glm-4", *VISION)
-SEEDS = {"qwen2.5": 8, "gemma-3": 1}
+SEEDS = {"qwen2.5": 8, "gemma-3": 1, "lfm2-moe": 1}
 
 
 def write_model(name: str, directory: Path) -> None:
@@ -288,7 +336,7 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
         values.copy_(random * 0.5)
     elif name.endswith(("query_layernorm.weight", "key_layernorm.weight")):  # after RoPE, in HunYuan
         values.copy_(ATTENTION + random.clamp(-2, 2) * 0.8)
-    elif name.endswith(("q_norm.weight", "k_norm.weight")):
+    elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
         values.add_(ATTENTION - 1 + random * 0.2)  # from 1 on, and where a model adds 1 itself from 0
     elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3
         values.add_(2 + random * 0.1)
@@ -298,9 +346,9 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
         values.add_(random * 0.1)
     elif name.endswith(("lm_head.weight", "output_layer.weight", "gate.weight")) or (tied and "embed" in name):
         values.copy_(random * OUTPUT / math.sqrt(values.shape[-1]))
-    elif name.endswith(("o_proj.weight", "dense.weight")):
+    elif name.endswith(("o_proj.weight", "dense.weight", "self_attn.out_proj.weight")):
         values.copy_(random * RESIDUAL / math.sqrt(values.shape[-1]))
-    elif "self_att" in name:
+    elif "self_att" in name or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
         values.copy_(random * ATTENTION / math.sqrt(values.shape[-1]))
     else:
         values.copy_(random * USUAL / math.sqrt(values.shape[-1]))

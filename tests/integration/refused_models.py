@@ -71,8 +71,7 @@ LLAMA_4 = {
     "use_qk_norm": False,
     "attention_chunk_size": 256,
 }
-LFM_2 = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv", "full_attention"]}
-LFM_2 |= {"conv_dim": 256, "block_dim": 256, "block_ff_dim": 256, "conv_dim_out": 256}
+GRANITE_4_H = CONFIGS["granite-4-h"] | {"architectures": ["GraniteMoeHybridForCausalLM"], "mamba_d_state": 128}
 MIMO = {
     "model_type": "mimo_v2_flash",
     "architectures": ["MiMoV2FlashForCausalLM"],
@@ -148,7 +147,16 @@ MODELS: list[Case] = [
         )
         for name, asked, platforms in VALUES
     ),
-    value("Mamba", "does not support models with Mamba layers; use another --attention-backend", model=LFM_2),
+    case(
+        "large state",
+        "ValueError: shadowkv's pages of 65536 bytes hold no state of the model's other layers (… bytes); set "
+        "shadowkv.block_size to 5120, or lower shadowkv.compression, or use another --attention-backend for this "
+        "model.",
+        options(**ours(block_size=5120)),
+        options(**ours(compression=1)),
+        OTHER,
+        model=GRANITE_4_H,
+    ),
     value(
         "MLA",
         "does not support MLA models, whose keys are compressed already; use another --attention-backend",

@@ -22,7 +22,7 @@ import torch
 from cli.test_model import LLAMA
 from pydantic import ValidationError
 from simulation import vllm_config
-from test_refusals import ENGINES, PLAIN, drafting, engine, module, odd_pages, on, runtime_of
+from test_refusals import ENGINES, PLAIN, drafting, engine, module, odd_pages, on, runtime_of, state
 from test_refusals import LAYER as OUR_LAYER
 from test_rope import LAYER, blank, make_parent, make_rope, stand_in
 from test_rope_transformers import LAYER as TRANSFORMERS_LAYER
@@ -290,6 +290,7 @@ TRIGGERS: list[Trigger] = [
     unknown_argument,
     unequal_layers,
     lambda patch, folder: odd_pages(runtime_of(patch)).layers.spec_fields(OUR_LAYER),
+    lambda patch, folder: state(runtime_of(patch), 33).layers.spec_fields(OUR_LAYER),
     lambda patch, folder: other_layers.check_group(["layers.0"], 2),
     lambda patch, folder: Runtime.of(drafting(runtime_of(patch))),
     streaming_input,

@@ -46,9 +46,19 @@ def _engines(name: str) -> tuple[Trial, ...]:
 
 
 MIXED = "gemma-3"
-WINDOWED = {MIXED, "command-a", "olmo-3", "exaone-4", "exaone-moe", "trinity", "llama-4", "gpt-oss", "gemma-3-mm"}
+WINDOWED = {
+    MIXED,
+    "command-a",
+    "olmo-3",
+    "exaone-4",
+    "exaone-moe",
+    "trinity",
+    "llama-4",
+    "gpt-oss",
+    "gemma-3-mm",
+}
 """Those with layers that stay with vLLM's own backend."""
-UNTURNED = {"command-a", "exaone-4", "exaone-moe", "trinity", "llama-4"}
+UNTURNED = {"command-a", "exaone-4", "exaone-moe", "trinity", "llama-4", "nemotron-h"}
 """Those whose layers of ours do not rotate."""
 BESIDE = POOL | {"block_size": 64, "num_gpu_blocks_override": 200}  # the others' pages fit ours
 QUICK = {"llama-3.1", "phi-4-mini", "smollm3", "exaone-4"}
@@ -80,12 +90,12 @@ def test_equals_stock(trials: Trials, trial: ModelTrial) -> None:
 
 @each_trial(*MODELS)
 def test_keys_are_rebuilt_as_the_model_turned_them(trials: Trials, trial: ModelTrial) -> None:
-    """Measured: up to 0.015 in the prompts and 0.09 in decode; 0.26 to 0.43 where keys are not turned back."""
+    """Measured: up to 0.027 in the prompts and 0.09 in decode; at least 14 times as much with an error."""
     ours, stock = trials(trial)["rebuilt"], trials(trial)["stock"].sequences["scored"]
     assert _prompt_error(ours.sequences["scored"], stock) < 0.03
     assert _decode_error(ours.sequences["scored"], stock) < 0.2
     for planted in ours.planted.values():
-        assert _prompt_error(planted, stock) > 0.15
+        assert _prompt_error(planted, stock) > max(0.04, 10 * _prompt_error(ours.sequences["scored"], stock))
 
 
 def _prompt_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
@@ -177,19 +187,22 @@ FULL_LAYERS = Trial(
     poison=True,
 )
 WINDOWS = ModelTrial("windows", MIXED, (FULL_LAYERS,), slow=True)
-STOCK_WINDOWS = ModelTrial(
-    "windows, stock", MIXED, (Trial("stock", SHARED, shadowkv=None, options={"max_model_len": 1024}),)
-)
+# Of a short convolution: beside cached prefixes vLLM 0.32's Mamba 2 takes one prompt a step on the CPU.
+STATES = ModelTrial("states", "lfm2", (FULL_LAYERS,), slow=True)
+STOCK_BESIDE = Trial("stock", SHARED, shadowkv=None, options={"max_model_len": 1024})
+STOCK_OF = {
+    trial.name: ModelTrial(f"{trial.name}, stock", trial.architecture, (STOCK_BESIDE,)) for trial in (WINDOWS, STATES)
+}
 
 
-@each_trial(WINDOWS)
-def test_layers_with_sliding_windows_stay_with_the_stock_backend(trials: Trials, trial: ModelTrial) -> None:
-    """They share one pool of pages: vLLM zeroes what they get of ours (`other_layers.spec_dtype`)."""
-    ours, stock = trials(trial)["full layers"], trials(STOCK_WINDOWS)["stock"]
+@each_trial(WINDOWS, STATES)
+def test_layers_of_other_backends_share_the_pool(trials: Trials, trial: ModelTrial) -> None:
+    """VLLM zeroes what they get of ours (`other_layers.spec_dtype`)."""
+    ours, stock = trials(trial)["full layers"], trials(STOCK_OF[trial.name])["stock"]
     for scenario in SHARED:
         assert differences(ours.sequences[scenario], stock.sequences[scenario], DEEP_TOLERANCE) == []
     check_choices(stock, "preemption")
-    assert ours.counts["preemptions"] > 0
+    assert ours.counts["preemptions"] > 0 or trial is STATES  # its layers need too few pages
     assert ours.counts["seals"] > 20
     assert ours.counts["poisoned"] > 100
     assert ours.sequences["prefixes"]["again"]["cached"] == 640

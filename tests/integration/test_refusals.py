@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
@@ -214,7 +214,6 @@ ENGINES: list[tuple[dict[str, Any], str]] = [
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},
         "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
     ),
-    ({"model_config": model(is_hybrid=True)}, "models with Mamba layers; use another --attention-backend"),
     (
         {"model_config": model(is_mm_prefix_lm=True)},
         r"image tokens that see each other both ways \(is_mm_prefix_lm\); use another --attention-backend",
@@ -526,6 +525,21 @@ def test_pages_that_do_not_fit_are_refused(make_runtime: Callable[..., Runtime])
     )
     with pytest.raises(ValueError, match=sentence):
         odd_pages(make_runtime()).layers.spec_fields(LAYER)
+
+
+def state(made: Runtime, kib: int) -> Runtime:
+    """Beside a layer with a state of so many KiB."""
+    other = Other()
+    other.spec = MambaSpec(block_size=1024, shapes=((kib, 256),), dtypes=(torch.float32,))  # type: ignore[assignment]
+    return beside(made, other)
+
+
+def test_a_state_takes_a_page(make_runtime: Callable[..., Runtime]) -> None:
+    alone = beside(make_runtime()).layers.spec_fields(LAYER)["boundary"].other_pages
+    assert state(make_runtime(), 32).layers.spec_fields(LAYER)["boundary"].other_pages == alone + 1
+    sentence = r"hold no state of the model's other layers \(33792 bytes\); set shadowkv.block_size to 2048, or lower"
+    with pytest.raises(ValueError, match=sentence):
+        state(make_runtime(), 33).layers.spec_fields(LAYER)
 
 
 def test_a_group_without_all_layers_is_refused() -> None:

@@ -64,12 +64,30 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
 
     if trial["architecture"] in VISION:
         without_torchvision.install()
+    if trial["architecture"].startswith("lfm2"):
+        _turn_heads_in_three_dimensions()
     inspect_models_here()
     gc.collect = lambda generation=2: 0  # vLLM calls it several times per engine; it would take most of the time
     with tempfile.TemporaryDirectory() as model:
         write_model(trial["architecture"], Path(model))
         of_model = {"model": model, "result": trial["result"]}
         return {engine["name"]: run(engine | of_model, shut_down=True) for engine in trial["engines"]}
+
+
+def _turn_heads_in_three_dimensions() -> None:
+    """LFM2 turns queries and keys `[tokens, heads, head_size]`, with which vLLM 0.32's kernel for the CPU turns others.
+
+    What its stock backend says depends on what else is in a batch then; so both are compared with that mended.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    forward = RotaryEmbedding.forward_cpu
+
+    def forward_flat(self: Any, positions: Any, query: Any, key: Any = None, *more: Any) -> Any:
+        turned = forward(self, positions, query.flatten(1), key.flatten(1), *more)
+        return turned[0].view_as(query), turned[1].view_as(key)
+
+    RotaryEmbedding.forward_cpu = forward_flat
 
 
 def inspect_models_here() -> None:

@@ -35,9 +35,14 @@ class ShadowKVBackend(GroupBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Turns vLLM's full-attention spec into the shadow spec; vLLM calls this several times."""
+        """Turns vLLM's full-attention spec into the shadow spec; vLLM calls this several times.
+
+        With a spec of one token it asks what a token takes, to pad states beside ours to our pages
+        (`vllm/platforms/interface.py`, `_align_hybrid_block_size`).
+        """
         if isinstance(spec, ShadowSpec) or not isinstance(spec, FullAttentionSpec):
             return spec
         from vllm_shadowkv.integration.worker.runtime import Runtime
 
-        return Runtime.latest().layers.shadow_spec(spec)
+        layers = Runtime.latest().layers
+        return layers.token_spec(spec) if spec.block_size == 1 else layers.shadow_spec(spec)

@@ -111,7 +111,6 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True,
             "needs vLLM's hybrid KV cache manager; drop --disable-hybrid-kv-cache-manager",
         ),
-        (model.is_hybrid, f"does not support models with Mamba layers; {OTHER_BACKEND}"),
         (
             model.is_mm_prefix_lm,
             "computes causal attention, and not that of image tokens that see each other both ways (is_mm_prefix_lm); "

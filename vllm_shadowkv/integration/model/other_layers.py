@@ -1,4 +1,4 @@
-"""Layers of other backends beside ours: those with sliding windows, those of a draft model.
+"""Layers of other backends beside ours: with windows or chunks, with a state of fixed size, those of a draft model.
 
 They share our pool of pages. vLLM makes all pages equal, by giving such a layer as many tokens per page as fit ours,
 and puts layers in groups of equal size, each with a block table of its own (`vllm/v1/core/kv_cache_utils.py`,
@@ -7,6 +7,7 @@ and puts layers in groups of equal size, each with a block table of its own (`vl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Set
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_shadowkv.page import PageLayout
 
@@ -40,6 +42,10 @@ def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], n
             others.update([] if spec is None else [spec])
     pages = 0
     for spec, count in others.items():
+        groups = -(-count // num_layers)
+        if isinstance(spec, MambaSpec):
+            pages += groups * _state_pages(spec, vllm_config, layout)
+            continue
         ratio, rest = divmod(layout.page_bytes, spec.page_size_bytes)
         if rest:
             # Tokens of ours that fill whole pages of theirs; block_size / compression is a multiple of 16.
@@ -52,9 +58,24 @@ def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], n
                 f"multiple of {tokens}, or use another --attention-backend for this model."
             )
         scaled = spec.copy_with_new_block_size(spec.block_size * ratio)
-        groups = -(-count // num_layers)
         pages += groups * -(-scaled.max_memory_usage_bytes(vllm_config) // layout.page_bytes)
     return pages
+
+
+def _state_pages(spec: MambaSpec, vllm_config: VllmConfig, layout: PageLayout) -> int:
+    """Pages that a request's states of one layer take; vLLM pads each to one of ours, if it is smaller."""
+    state = spec.state_content_size_bytes
+    if state > layout.page_bytes:
+        tokens = layout.block_size * -(-state // layout.page_bytes)
+        raise ValueError(
+            f"shadowkv's pages of {layout.page_bytes} bytes hold no state of the model's other layers ({state} bytes); "
+            f"set shadowkv.block_size to {tokens}, or lower shadowkv.compression, or use another --attention-backend "
+            "for this model."
+        )
+    return (
+        dataclasses.replace(spec, page_size_padded=layout.page_bytes).max_memory_usage_bytes(vllm_config)
+        // layout.page_bytes
+    )
 
 
 def spec_dtype(dtype: torch.dtype, layers_beside: bool) -> torch.dtype:
@@ -74,9 +95,10 @@ def may_have_layers_beside(vllm_config: VllmConfig) -> bool:
     """
     drafts = vllm_config.speculative_config
     drafted = drafts is not None and drafts.uses_draft_model()
-    per_kind = bool(vllm_config.attention_config.backend_per_kind)
+    if drafted or vllm_config.attention_config.backend_per_kind or vllm_config.model_config.is_hybrid:
+        return True
     staged = vllm_config.parallel_config.pipeline_parallel_size > 1
-    return drafted or per_kind or (staged and _names_windows(vars(vllm_config.model_config.hf_text_config)))
+    return staged and _names_windows(vars(vllm_config.model_config.hf_text_config))
 
 
 def _names_windows(config: dict[str, Any]) -> bool:

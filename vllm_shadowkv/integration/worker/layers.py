@@ -102,6 +102,12 @@ class Layers:
         fields |= {"block_size": geometry.layout.block_size, "dtype": spec_dtype(spec.dtype, geometry.pages_are_zeroed)}
         return ShadowSpec(**fields, shadow_page_bytes=geometry.layout.page_bytes)
 
+    def token_spec(self, spec: Any) -> Any:
+        """Vllm's full-attention spec of one token, with the bytes that a sealed one takes."""
+        layout = self._geometry.layout
+        token_bytes = layout.page_bytes // layout.block_size
+        return dataclasses.replace(spec, num_head_slots=1, tokens_per_state=1, state_content_bytes=token_bytes)
+
     def spec_fields(self, layer: Any) -> dict[str, Any]:
         """What the specs of a layer's pseudo-layers share. All layers are built by now, those of other backends too."""
         geometry = self._geometry
