@@ -105,18 +105,25 @@ def _load(model: str) -> dict[str, Any]:
 
 
 def _refuse(config: dict[str, Any]) -> None:
-    """Refuses what the engine would refuse, as far as a config.json tells."""
+    """Refuses what the engine would, as far as a config.json tells, and layers beside ours, which are not counted."""
     layer_types = set(config.get("layer_types") or ())
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     for wrong, what in (
         (config.get("kv_lora_rank"), "MLA attention"),
-        (layer_types - {"full_attention"}, f"layers of type {', '.join(sorted(layer_types - {'full_attention'}))}"),
-        (window and not layer_types, f"a sliding window ({window} tokens)"),
         (config.get("attn_logit_softcapping"), "a logits soft cap"),
-        (config.get("ssm_cfg") or config.get("mamba_d_state"), "Mamba layers"),
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support models with {what}; {OTHER_BACKEND}.")
+    for beside, what in (
+        (layer_types - {"full_attention"}, f"of type {', '.join(sorted(layer_types - {'full_attention'}))}"),
+        (window and not layer_types, f"with a sliding window ({window} tokens)"),
+        (config.get("ssm_cfg") or config.get("mamba_d_state"), "with a state"),
+    ):
+        if beside:
+            raise ValueError(
+                f"shadowkv: this command does not count layers {what}, which share the pool with those that shadowkv "
+                "serves; start the engine, whose log says what its pool holds."
+            )
 
 
 def _first(config: dict[str, Any], what: str) -> Any:
