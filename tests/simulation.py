@@ -341,6 +341,8 @@ class Worker:
         """Of every slot page, the marks of the chunk at each KV head and place. The tags in the page are real ones."""
         self.draw = random.Random(0)
         self.rows: dict[str, _Row] = {}
+        self.names: list[str] = []
+        """Requests of the last step, in the order of its rows."""
         self.known: dict[str, _Row] = {}
         """All rows that ever were; a request that is aborted before it runs has none."""
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
@@ -393,7 +395,8 @@ class Worker:
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
         self._update(output)
-        names = [name for name in self.rows if name in output.num_scheduled_tokens]
+        names = self.names = [name for name in self.rows if name in output.num_scheduled_tokens]
+        self.draw.shuffle(names)  # rows are in any order
         counts = [output.num_scheduled_tokens[name] for name in names]
         rows = [self.rows[name] for name in names]
         self.planner.counts.wants_used_blocks = True

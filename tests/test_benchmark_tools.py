@@ -14,7 +14,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from benchmarks import progress
+from benchmarks import asked_again, progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,3 +70,29 @@ def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 4
     lines = [line for line in log.getvalue().splitlines() if line.startswith("sizes: ")]
     assert lines == ["sizes: 3 of 6 after 0 s", "sizes: 6 of 6 after 0 s"]
+
+
+def test_what_is_asked_again_becomes_a_table_and_a_plot(tmp_path: Path) -> None:
+    stock = [
+        asked_again.Case("again, 1,100", 1100, 1024, 0.5, answers=10, different=2, error=0.123),
+        asked_again.Case("prompt of 24,000", 0, 0, 2.0, logprobs=[-1.0, -2.0]),
+    ]
+    ours = [
+        asked_again.Case("again, 1,100", 1100, 550, 1.0, answers=10, error=2e-6),
+        asked_again.Case("prompt of 24,000", 0, 0, 3.0, logprobs=[-1.0, -2.25]),
+        asked_again.Case("documents", 200, 100, 3.0),
+    ]
+    results = {"stock": stock, "shadowkv": ours}
+    console = Console(file=io.StringIO(), width=200)
+    console.print(asked_again.table(results))
+    assert isinstance(console.file, io.StringIO)
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines() if "│" in line
+    ]
+    assert rows == [
+        ["again, 1,100", "93.1%", "50.0%", "0.50", "1.00", "2, 0.1", "0, 2e-06"],
+        ["prompt of 24,000", "", "", "2.00", "3.00", "0", "0.2"],
+        ["documents", "", "50.0%", "", "3.00", "", ""],
+    ]
+    asked_again.plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -41,11 +42,14 @@ class Pool:
         assert len(page_bytes) == 1, "groups share pages of one size"
         block_bytes = len(LAYERS) * page_bytes.pop()
         self.block_size = max(group.kv_cache_spec.block_size for group in groups)
+        self.hash_size = min(
+            spec.block_size for spec in map(attrgetter("kv_cache_spec"), groups) if spec.prefix_cacheable
+        )
         self.manager = KVCacheManager(
             KVCacheConfig(num_bytes // block_bytes, [], groups),
             max_model_len=MAX_MODEL_LEN,
             scheduler_block_size=self.block_size,
-            hash_block_size=self.block_size,
+            hash_block_size=self.hash_size,
             max_in_flight_tokens=step_tokens,
         )
         self.step_tokens = step_tokens
@@ -65,7 +69,7 @@ class Pool:
             prompt_token_ids=list(range(first, first + tokens)),
             sampling_params=SamplingParams(max_tokens=MAX_MODEL_LEN - tokens),
             pooling_params=None,
-            block_hasher=get_request_block_hasher(self.block_size, sha256),
+            block_hasher=get_request_block_hasher(self.hash_size, sha256),
         )
         # The others go on decoding, one token in a step; they come first.
         while new.num_computed_tokens < tokens:

@@ -141,7 +141,7 @@ class Lives(RuleBasedStateMachine):
     def _check_step(self, output: Any, computed: dict[str, int]) -> None:
         """Of every row that the step computed: what is sealed, what is open, what is exact."""
         worker, config = self.engine.worker, self.engine.config
-        names = [name for name in worker.rows if name in output.num_scheduled_tokens]
+        names = [name for name in worker.names if name in output.num_scheduled_tokens]
         open_blocks = set()
         for name in names:
             end = worker.rows[name].computed

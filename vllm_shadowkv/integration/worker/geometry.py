@@ -37,9 +37,8 @@ class Geometry:
         self.config = ShadowKVConfig.from_vllm(vllm_config.additional_config)
         check_engine(vllm_config, self.config)
         self._warn_of_small_pieces()
-        if (
-            vllm_config.model_config.is_hybrid
-        ):  # vLLM pads states to pages of so many tokens, and keeps some as far apart
+        # vLLM pads states to pages of so many tokens, and keeps some as far apart.
+        if vllm_config.model_config.is_hybrid:
             vllm_config.cache_config.block_size = self.config.block_size
             vllm_config.cache_config.user_specified_block_size = True  # so it chooses no other
         self.boundary = ExactBoundary.of(

@@ -55,21 +55,25 @@ class Sealer:
         layout = self._layout
         pages = layout.block_size // layout.exact_tokens
         found: dict[int, tuple[Tensor, int]] = {}
+        missing: set[int] = set()
         # A row may have hit what another one computes only in this step.
         open_blocks = {block for row in rows for block in self._open_blocks(row, block_table).tolist()}
         sealed = bound.state.sealed.cpu()
         for row in rows:
             blocks = block_table[row.index, : row.computed // layout.block_size].long()
             for place in (~sealed[blocks] & (blocks > 0)).nonzero().flatten().tolist():
-                if int(blocks[place]) in open_blocks:
-                    continue
+                block = int(blocks[place])
                 exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
-                if not (exact_ids > 0).all():
-                    raise RuntimeError(
-                        f"shadowkv: block {int(blocks[place])} is complete and not sealed, but its exact pages are "
-                        "gone; this is a bug, please report it."
-                    )
-                found[int(blocks[place])] = (exact_ids, place * layout.block_size)
+                if block not in open_blocks and (exact_ids > 0).all():
+                    found[block] = (exact_ids, place * layout.block_size)
+                else:
+                    missing.add(block)
+        # A row may have hit what another one, which has the pages, seals in this step.
+        for block in missing - open_blocks - found.keys():
+            raise RuntimeError(
+                f"shadowkv: block {block} is complete and not sealed, but its exact pages are gone; this is a bug, "
+                "please report it."
+            )
         self._seal(bound, found)
 
     def _seal(self, bound: Bound, found: dict[int, tuple[Tensor, int]]) -> None:
