@@ -1,4 +1,5 @@
-"""What `plan` says. That the engine says the same: tests/integration/test_life_of_a_token.py and test_capacity.py."""
+"""What `plan` says. That the engine says the same: tests/integration/test_life_of_a_token.py, test_capacity.py, and
+test_models.py for layers beside ours."""
 
 from __future__ import annotations
 
@@ -8,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.test_model import LLAMA, write
+from cli.test_model import GEMMA3, LLAMA, NEMOTRON_H, OLMO3, write
 
 from vllm_shadowkv.cli import arguments, main
 from vllm_shadowkv.cli.pool_plan import Plan, make
 from vllm_shadowkv.state.host_memory import GIB
 
 
-def plan(folder: Path, *line: str, **settings: Any) -> Plan:
+def plan(folder: Path, *line: str, config: Any = LLAMA, **settings: Any) -> Plan:
     parser = argparse.ArgumentParser()
     arguments.add(parser, plan=True)
-    usual = [write(folder, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024"]
+    usual = [write(folder, config), "--kv-cache-gib", "64", "--host-gib", "1024"]
     return make(parser.parse_args([*usual, "--additional-config", json.dumps({"shadowkv": settings}), *line]))
 
 
@@ -59,6 +60,40 @@ def test_more_slots_leave_room_for_fewer(tmp_path: Path) -> None:
     counts = [made.with_slots(slots).requests("shadowkv", 65_536) for slots in (261, 384, 768, 1536)]
     assert counts == sorted(counts, reverse=True)
     assert len(set(counts)) == 4
+
+
+def test_windows_are_counted_once(tmp_path: Path) -> None:
+    """Eight of 32 layers grow; three groups of windows of 4,096 tokens hold 33 or 34 pages of 128 each, and no more."""
+    made = plan(tmp_path, config=OLMO3)
+    assert made.pool.num_layers == 8
+    assert made.pool.other_pages(100_000, 1) == made.pool.other_pages(131_072, 1) == 3 * 33
+    assert made.pool.other_pages(100, 1) == 3
+    alone = plan(tmp_path, config=LLAMA)
+    assert made.pool.decoding_pages(100_000) == alone.pool.decoding_pages(100_000) + 3 * 34  # with steps in flight
+    # A step of 8,192 tokens twice in flight, and a window that may begin within a page.
+    assert made.min_blocks == alone.min_blocks + 3 * (-(-(4095 + 2 * 8192) // 128) + 1)
+    # Of vLLM's own blocks of 16 tokens.
+    assert made.stock_bytes(100_000) == 16 * 8 * 4096 * (6250 + 3 * (-(-(4095 + 3) // 16) + 1))
+
+
+def test_what_stands_beside_and_what_is_gained_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(config: Any, *line: str) -> str:
+        assert main(["plan", write(tmp_path, config), "--kv-cache-gib", "64", "--host-gib", "1024", *line]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "little to gain" not in said(LLAMA, "--max-model-len", "16384")
+    long = said(GEMMA3)
+    assert "29 layers with a window of 1,024 tokens, which hold 60 blocks of a request" in long
+    assert "little to gain" not in long
+    assert "little to gain, because only 5 of 34 layers grow" in said(GEMMA3, "--max-model-len", "32768")
+    coarse = said(NEMOTRON_H, "--additional-config", '{"shadowkv": {"block_size": 9216}}')
+    assert "5 layers with a state of 4,255,744 bytes, which hold 3 blocks of a request" in coarse
+    assert "little to gain, because pages of 9,216 tokens, which must hold a state, are coarse" in coarse
+
+
+def test_a_page_that_holds_no_state_is_refused_as_in_the_engine(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hold no state .* \(4255744 bytes\); set shadowkv.block_size to 9216"):
+        plan(tmp_path, config=NEMOTRON_H)
 
 
 def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,12 +334,14 @@ TRIGGERS: list[Trigger] = [
     command(plan, config="[]"),
     command(plan, config={}),
     command(explain, config=LLAMA | {"kv_lora_rank": 512}),
-    command(plan, config=LLAMA | {"layer_types": ["full_attention", "sliding_attention"]}),
+    command(plan, config=LLAMA | {"layer_types": ["linear_attention", "full_attention"]}),
     command(plan, config=LLAMA | {"sliding_window": 4096}),
     command(plan, config=LLAMA | {"attn_logit_softcapping": 50.0}),
     command(plan, config=LLAMA | {"mamba_d_state": 16}),
     lambda patch, folder: arguments.model(
-        argparse.Namespace(model=str(folder / "x"), dtype="auto", tensor_parallel_size=1, pipeline_parallel_size=1)
+        argparse.Namespace(
+            model=str(folder / "x"), dtype="auto", tensor_parallel_size=1, pipeline_parallel_size=1, max_model_len=None
+        )
     ),
 ]
 

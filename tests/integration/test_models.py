@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import NAMES, VISION
+from architectures import NAMES, VISION, write_model
 from engine import ModelTrial, Result, Trial, Trials, differences, each_trial
+
+from vllm_shadowkv.cli import arguments
+from vllm_shadowkv.cli.pool_plan import make
 
 pytest.importorskip("vllm")
 
@@ -206,3 +211,30 @@ def test_layers_of_other_backends_share_the_pool(trials: Trials, trial: ModelTri
     assert ours.counts["seals"] > 20
     assert ours.counts["poisoned"] > 100
     assert ours.sequences["prefixes"]["again"]["cached"] == 640
+
+
+POOL_OF_A_GIB = Trial("pool", (), {}, options={"enable_prefix_caching": False})
+PLANNED_MODELS = [
+    ModelTrial(f"{name}, pool", name, (POOL_OF_A_GIB,), slow=name != MIXED)
+    for name in (
+        *(MIXED, "gpt-oss", "command-a", "olmo-3", "exaone-4", "llama-4"),
+        *("lfm2", "granite-4-h", "falcon-h1", "nemotron-h", "llama-3.1"),
+    )
+]
+
+
+@each_trial(*PLANNED_MODELS)
+def test_the_pool_is_what_plan_says(trials: Trials, trial: ModelTrial, tmp_path: Path) -> None:
+    """`vllm-shadowkv plan` counts the layers beside ours from config.json, and imports no vLLM."""
+    counts = trials(trial)["pool"].counts
+    write_model(trial.architecture, tmp_path)
+    parser = argparse.ArgumentParser()
+    arguments.add(parser, plan=True)
+    line = ["--dtype", "float32", "--device", "cpu", "--kv-cache-gib", "1", "--max-model-len", "2048"]
+    plan = make(parser.parse_args([str(tmp_path), *line, "--max-num-batched-tokens", "200"]))
+    assert (trial.architecture == "llama-3.1") == (not plan.pool.others)
+    assert plan.num_blocks == counts["blocks"]
+    assert plan.num_blocks * plan.pool.block_bytes == counts["device bytes"]
+    assert plan.host_pool_bytes == counts["host bytes"]
+    assert plan.pool.boundary.prefill_exact_tokens == counts["exact prompt tokens"]
+    assert plan.min_blocks - 1 == counts["blocks of the longest request"], "the null block is not counted there"

@@ -54,7 +54,13 @@ def model(given: argparse.Namespace) -> ModelShape:
     Raises:
         ValueError: it cannot be read, or not served; one sentence.
     """
-    return read_model(given.model, given.dtype, given.tensor_parallel_size, given.pipeline_parallel_size)
+    return read_model(
+        given.model,
+        given.dtype,
+        given.tensor_parallel_size,
+        given.pipeline_parallel_size,
+        max_model_len=given.max_model_len,
+    )
 
 
 def capacity(given: argparse.Namespace, config: ShadowKVConfig, shape: ModelShape) -> Capacity:
@@ -64,11 +70,10 @@ def capacity(given: argparse.Namespace, config: ShadowKVConfig, shape: ModelShap
         ValueError: the model's shape does not fit the settings; one sentence.
     """
     layout = plan_page(config, shape.num_kv_heads, shape.head_size, shape.dtype)
-    max_model_len = given.max_model_len or shape.max_model_len
     in_flight = 1 if given.no_async_scheduling or given.device == "cpu" else 2
     steps = max(in_flight, given.pipeline_parallel_size)
-    boundary = ExactBoundary.of(config, given.max_num_batched_tokens, max_model_len, steps)
-    return Capacity.of(config, layout, shape.num_layers, boundary)
+    boundary = ExactBoundary.of(config, given.max_num_batched_tokens, shape.max_model_len, steps)
+    return Capacity.of(config, layout, shape.num_layers, boundary, shape.others)
 
 
 def num_blocks(given: argparse.Namespace, config: ShadowKVConfig, pool: Capacity) -> tuple[int, bool]:

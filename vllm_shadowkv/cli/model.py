@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from vllm_shadowkv.cli.layers import layers_of_stages
 from vllm_shadowkv.config import OTHER_BACKEND
+from vllm_shadowkv.state.layers_beside import LayersBeside
 
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -21,24 +23,36 @@ _FIELDS = {
     "layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
     "kv_heads": ("num_key_value_heads", "multi_query_group_num"),
-    "head_size": ("head_dim", "kv_channels"),
+    "head_size": ("head_dim", "attention_head_dim", "kv_channels"),
     "hidden_size": ("hidden_size", "n_embd"),
     "length": ("max_position_embeddings", "seq_length", "max_sequence_length"),
     "dtype": ("dtype", "torch_dtype"),
 }
+_DEFAULTS = {
+    "gemma3_text": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "gpt_oss": {"head_dim": 64},
+}
+"""What published files of a family leave out, as Transformers takes it."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One rank's attention layers.
+    """One rank's layers.
 
     Attributes:
-        num_layers: of the pipeline stage that has most.
+        num_layers: that see the whole context, of the pipeline stage that has most.
         num_heads, num_kv_heads: query and KV heads of this rank's shard; a KV head is repeated where there are fewer
             than ranks, as vLLM does it.
         head_size: dimensions of a head.
         dtype: of keys and values.
-        max_model_len: longest context that the configuration names.
+        max_model_len: longest context: as given, or that the configuration names.
+        others: layers that stand beside them in that stage.
     """
 
     num_layers: int
@@ -47,9 +61,16 @@ class ModelShape:
     head_size: int
     dtype: torch.dtype
     max_model_len: int
+    others: tuple[LayersBeside, ...] = ()
 
 
-def read_model(model: str, dtype: str = "auto", tensor_parallel: int = 1, pipeline_parallel: int = 1) -> ModelShape:
+def read_model(
+    model: str,
+    dtype: str = "auto",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    max_model_len: int | None = None,
+) -> ModelShape:
     """Reads a model's shape.
 
     Args:
@@ -57,6 +78,7 @@ def read_model(model: str, dtype: str = "auto", tensor_parallel: int = 1, pipeli
         dtype: as vLLM's `--dtype`; "auto": what the file says, bfloat16 in the place of float32.
         tensor_parallel: ranks that share the heads.
         pipeline_parallel: ranks that share the layers.
+        max_model_len: longest context; None: what the file says. A window that is as long is none.
 
     Returns:
         One rank's part.
@@ -66,7 +88,7 @@ def read_model(model: str, dtype: str = "auto", tensor_parallel: int = 1, pipeli
     """
     config = _load(model)
     _refuse(config)
-    heads, layers = _number(config, "heads"), _number(config, "layers")
+    heads = _number(config, "heads")
     grouped = config.get("multi_query_attention", True)  # ChatGLM says False where every head is a KV head
     kv_heads = _first(config, "kv_heads") if grouped else None
     kv_heads = int(kv_heads or heads)
@@ -76,13 +98,20 @@ def read_model(model: str, dtype: str = "auto", tensor_parallel: int = 1, pipeli
             f"shadowkv: {heads} query and {kv_heads} KV heads cannot be divided among {tensor_parallel} ranks; lower "
             "--tensor-parallel-size."
         )
+    longest, of_dtype = max_model_len or _number(config, "length"), _dtype(config, dtype)
+    layers = len(config.get("layers_block_type") or config.get("hybrid_override_pattern") or ()) or _number(
+        config, "layers"
+    )
+    stages = layers_of_stages(config, layers, pipeline_parallel, longest, tensor_parallel, of_dtype.itemsize)
+    ours, others = max(stages, key=lambda stage: stage[0])
     return ModelShape(
-        num_layers=-(-layers // pipeline_parallel),
+        num_layers=ours,
         num_heads=heads // tensor_parallel,
         num_kv_heads=max(kv_heads // tensor_parallel, 1),
         head_size=int(head_size),
-        dtype=_dtype(config, dtype),
-        max_model_len=_number(config, "length"),
+        dtype=of_dtype,
+        max_model_len=longest,
+        others=others,
     )
 
 
@@ -101,29 +130,18 @@ def _load(model: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"shadowkv: {path} holds no JSON object; name a model's config.json.")
     text = config.get("text_config")  # of a model that also takes images
-    return {**config, **text} if isinstance(text, dict) else config
+    config = {**config, **text} if isinstance(text, dict) else config
+    return {**_DEFAULTS.get(config.get("model_type", ""), {}), **config}
 
 
 def _refuse(config: dict[str, Any]) -> None:
-    """Refuses what the engine would, as far as a config.json tells, and layers beside ours, which are not counted."""
-    layer_types = set(config.get("layer_types") or ())
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    """Refuses what the engine would, as far as a config.json tells."""
     for wrong, what in (
         (config.get("kv_lora_rank"), "MLA attention"),
         (config.get("attn_logit_softcapping"), "a logits soft cap"),
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support models with {what}; {OTHER_BACKEND}.")
-    for beside, what in (
-        (layer_types - {"full_attention"}, f"of type {', '.join(sorted(layer_types - {'full_attention'}))}"),
-        (window and not layer_types, f"with a sliding window ({window} tokens)"),
-        (config.get("ssm_cfg") or config.get("mamba_d_state"), "with a state"),
-    ):
-        if beside:
-            raise ValueError(
-                f"shadowkv: this command does not count layers {what}, which share the pool with those that shadowkv "
-                "serves; start the engine, whose log says what its pool holds."
-            )
 
 
 def _first(config: dict[str, Any], what: str) -> Any:

@@ -10,10 +10,15 @@ from rich.table import Table
 
 from vllm_shadowkv.cli.plot import draw
 from vllm_shadowkv.cli.pool_plan import BACKENDS, Plan, make
+from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.state.host_memory import GIB
 
+DEFAULT = ShadowKVConfig.from_vllm({})
 BAR = 40
 """Columns of the longest bar."""
+LITTLE = 4
+"""Times less device memory for a long request, below which it is said of a model with layers beside ours that there is
+little to gain; where all layers see the whole context it is six at 122,880 tokens (test_capacity.py)."""
 SLOT_BUDGETS = (1, 2, 3, 4)
 """Multiples of the budget whose effect on the number of requests is shown."""
 
@@ -32,7 +37,11 @@ def show(plan: Plan, console: Console) -> None:
     """Prints the plan."""
     console.print(_page(plan))
     console.print(_pool(plan))
+    for sentence in _others(plan):
+        console.print(sentence)
     console.print(_requests(plan))
+    if plan.pool.others and plan.gain < LITTLE:
+        console.print(_little(plan))
     for backend in ("bf16", "fp8"):
         even = plan.break_even(backend)
         where = f"from {even:,} tokens on" if even else "at no context length"
@@ -77,6 +86,39 @@ def _pool(plan: Plan) -> Table:
             ("prompts are exact over", f"their newest {pool.boundary.prefill_exact_tokens:,} tokens"),
             ("least that starts", f"{plan.min_blocks:,} blocks, for one of {pool.boundary.max_model_len:,} tokens\n"),
         ],
+    )
+
+
+def _others(plan: Plan) -> list[str]:
+    """What stands beside the layers that are ours, and what it holds of the longest request while that decodes."""
+    pool, said = plan.pool, []
+    for other in pool.others:
+        what = {"window": "a window of {:,} tokens", "chunk": "chunks of {:,} tokens", "state": "a state of {:,} bytes"}
+        pages = other.held(
+            pool.num_layers, pool.layout.exact_tokens, plan.contexts[-1], pool.boundary.steps_in_flight + 1
+        )
+        said.append(
+            f"Beside them are {other.count} layers with {what[other.kind].format(other.size)}, which hold "
+            f"{pages:,} blocks of a request, however long.\n"
+        )
+    return said
+
+
+def _little(plan: Plan) -> str:
+    """That there is little to gain, and why."""
+    tokens, pool = plan.contexts[-1], plan.pool
+    beside = sum(other.count for other in pool.others if other.kind != "state")
+    changed = plan.config.block_size > DEFAULT.block_size or plan.config.compression < DEFAULT.compression
+    if changed and any(other.kind == "state" for other in pool.others):
+        why = f"pages of {plan.config.block_size:,} tokens, which must hold a state, are coarse"
+    elif beside > pool.num_layers:
+        why = f"only {pool.num_layers} of {pool.num_layers + beside} layers grow with the context"
+    else:
+        why = "contexts are short"
+    ours = pool.peak_decoding_pages(tokens) * pool.block_bytes
+    return (
+        f"There is little to gain, because {why}: a request of {tokens:,} tokens takes {ours / GIB:.2f} GiB of device "
+        f"memory, {plan.stock_bytes(tokens) / GIB:.2f} GiB with vLLM's own backend."
     )
 
 

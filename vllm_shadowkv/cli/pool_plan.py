@@ -46,11 +46,34 @@ class Plan:
         """Requests of so many tokens that decode side by side; `backend` is one of `BACKENDS`."""
         if backend == "shadowkv":
             return self.pool.requests(self.num_blocks, tokens)
-        blocks = self.device_bytes // (STOCK_BLOCK * self.stock_token_bytes(backend)) - 1  # the null block
-        return blocks // -(-tokens // STOCK_BLOCK)
+        block_bytes, pages = self._stock(backend, tokens)
+        return (self.device_bytes // block_bytes - 1) // pages  # the null block
+
+    def stock_bytes(self, tokens: int) -> int:
+        """Device bytes of a request with vLLM's own backend, in the model's dtype."""
+        block_bytes, pages = self._stock("bf16", tokens)
+        return block_bytes * pages
+
+    def _stock(self, backend: str, tokens: int) -> tuple[int, int]:
+        """Bytes of a stock backend's block, and the blocks that a request takes while it decodes.
+
+        vLLM makes blocks longer until a page holds a state.
+        """
+        token_bytes, layers = self.stock_token_bytes(backend), self.shape.num_layers
+        states = max((other.size for other in self.shape.others if other.kind == "state"), default=0)
+        block = STOCK_BLOCK * max(-(-states * layers // (STOCK_BLOCK * token_bytes)), 1)
+        steps = self.pool.boundary.steps_in_flight + 1
+        beside = sum(other.held(layers, block, tokens, steps) for other in self.shape.others)
+        return block * token_bytes, -(-tokens // block) + beside
+
+    @property
+    def gain(self) -> float:
+        """How many times the device memory a request of the longest context takes with vLLM's own backend."""
+        tokens = self.contexts[-1]
+        return self.stock_bytes(tokens) / (self.pool.peak_decoding_pages(tokens) * self.pool.block_bytes)
 
     def stock_token_bytes(self, backend: str) -> int:
-        """Device bytes of a token of a stock backend, all layers: in the model's dtype ("bf16"), or of 8 bits."""
+        """Device bytes of a token of a stock backend, layers beside ours apart: in the model's dtype, or of 8 bits."""
         itemsize = 1 if backend == "fp8" else self.shape.dtype.itemsize
         return 2 * self.shape.num_layers * self.shape.num_kv_heads * self.shape.head_size * itemsize
 
@@ -71,7 +94,7 @@ class Plan:
     def with_slots(self, slot_chunks: int) -> Plan:
         """The same with another `slot_chunks`."""
         config = self.config.model_copy(update={"slot_chunks": slot_chunks})
-        pool = Capacity.of(config, self.pool.layout, self.pool.num_layers, self.pool.boundary)
+        pool = Capacity.of(config, self.pool.layout, self.pool.num_layers, self.pool.boundary, self.pool.others)
         return replace(self, config=config, pool=pool)
 
 

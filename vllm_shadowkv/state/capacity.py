@@ -10,6 +10,7 @@ from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.host_memory import GIB
 from vllm_shadowkv.state.host_pool import Backing
+from vllm_shadowkv.state.layers_beside import LayersBeside, check_state
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,38 @@ class Capacity:
         num_layers: attention layers of this rank.
         boundary: the rule of exact pages, with what is beside them (`ExactBoundary.beside`).
         slot_pages: of a request that attends to sealed blocks.
+        others: layers of other backends, with heads as ours, as far as they are known without vLLM.
     """
 
     layout: PageLayout
     num_layers: int
     boundary: ExactBoundary
     slot_pages: int
+    others: tuple[LayersBeside, ...] = ()
 
     @classmethod
-    def of(cls, config: ShadowKVConfig, layout: PageLayout, num_layers: int, boundary: ExactBoundary) -> Capacity:
-        """Capacity by the settings; `boundary` as `ExactBoundary.of` makes it."""
+    def of(
+        cls,
+        config: ShadowKVConfig,
+        layout: PageLayout,
+        num_layers: int,
+        boundary: ExactBoundary,
+        others: tuple[LayersBeside, ...] = (),
+    ) -> Capacity:
+        """Capacity by the settings; `boundary` as `ExactBoundary.of` makes it.
+
+        Raises:
+            ValueError: a state of the other layers is larger than a page.
+        """
         slot_pages = layout.slot_pages(config.slot_chunks)
-        return cls(layout, num_layers, boundary.beside(slot_pages), slot_pages)
+        for other in others:
+            if other.kind == "state":
+                check_state(layout, other.size)
+        in_flight = boundary.steps_in_flight * boundary.max_step_tokens
+        foreign = sum(
+            other.longest(num_layers, layout.exact_tokens, boundary.max_model_len, in_flight) for other in others
+        )
+        return cls(layout, num_layers, boundary.beside(slot_pages, foreign), slot_pages, others)
 
     @property
     def block_bytes(self) -> int:
@@ -82,7 +103,8 @@ class Capacity:
     def admission_pages(self, tokens: int) -> int:
         """Pages that must be free for a prompt of so many tokens to be admitted. Resolved boundaries only."""
         exact = min(-(-tokens // self.layout.exact_tokens), self.boundary.max_exact_pages)
-        return -(-tokens // self.layout.block_size) + exact + self._slots(tokens)
+        in_flight = self.boundary.steps_in_flight * self.boundary.max_step_tokens
+        return -(-tokens // self.layout.block_size) + exact + self._slots(tokens) + self.other_pages(tokens, in_flight)
 
     def decoding_pages(self, tokens: int) -> int:
         """Pages of a request that decodes its token number `tokens`, one token a step, without a prefix hit."""
@@ -91,7 +113,12 @@ class Capacity:
         settled = max(computed - self.boundary.steps_in_flight, 0)
         start = self.boundary.exact_start(settled, prefilling=False)
         exact = -(-tokens // self.layout.exact_tokens) - start // self.layout.exact_tokens
-        return -(-tokens // self.layout.block_size) + exact + self._slots(tokens)
+        other = self.other_pages(tokens, self.boundary.steps_in_flight + 1)
+        return -(-tokens // self.layout.block_size) + exact + self._slots(tokens) + other
+
+    def other_pages(self, tokens: int, in_flight: int) -> int:
+        """Pages that layers of other backends hold of a request, at most; arguments as of `LayersBeside.held`."""
+        return sum(other.held(self.num_layers, self.layout.exact_tokens, tokens, in_flight) for other in self.others)
 
     def peak_decoding_pages(self, tokens: int) -> int:
         """Most pages while the last block's worth of a context of `tokens` tokens is decoded."""

@@ -1,8 +1,6 @@
 """Layers of other backends beside ours: with windows or chunks, with a state of fixed size, those of a draft model.
 
-They share our pool of pages. vLLM makes all pages equal, by giving such a layer as many tokens per page as fit ours,
-and puts layers in groups of equal size, each with a block table of its own (`vllm/v1/core/kv_cache_utils.py`,
-`get_kv_cache_groups`).
+They share our pool of pages; `state/layers_beside.py` says how.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_shadowkv.page import PageLayout
+from vllm_shadowkv.state.layers_beside import check_state, groups
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,40 +41,31 @@ def foreign_pages(vllm_config: VllmConfig, layout: PageLayout, ours: Set[str], n
             others.update([] if spec is None else [spec])
     pages = 0
     for spec, count in others.items():
-        groups = -(-count // num_layers)
+        # Pages of a request are vLLM's to say, whose managers admit by it; `LayersBeside` says the same without vLLM.
         if isinstance(spec, MambaSpec):
-            pages += groups * _state_pages(spec, vllm_config, layout)
-            continue
-        ratio, rest = divmod(layout.page_bytes, spec.page_size_bytes)
-        if rest:
-            # Tokens of ours that fill whole pages of theirs; block_size / compression is a multiple of 16.
-            token_bytes = layout.page_bytes // layout.exact_tokens
-            tokens = math.lcm(16, spec.page_size_bytes // math.gcd(spec.page_size_bytes, token_bytes))
-            raise ValueError(
-                f"shadowkv's pages of {layout.page_bytes} bytes are not a multiple of those of the other "
-                f"layers ({spec.page_size_bytes} bytes, {spec.block_size} tokens); set shadowkv.block_size and "
-                f"shadowkv.compression so that block_size / compression (now {layout.exact_tokens}) is a "
-                f"multiple of {tokens}, or use another --attention-backend for this model."
-            )
-        scaled = spec.copy_with_new_block_size(spec.block_size * ratio)
-        pages += groups * -(-scaled.max_memory_usage_bytes(vllm_config) // layout.page_bytes)
+            check_state(layout, spec.state_content_size_bytes)
+            spec = dataclasses.replace(spec, page_size_padded=layout.page_bytes)
+        else:
+            ratio = _pages_in(layout, spec.page_size_bytes, spec.block_size)
+            spec = spec.copy_with_new_block_size(spec.block_size * ratio)
+        pages += groups(count, num_layers) * -(-spec.max_memory_usage_bytes(vllm_config) // layout.page_bytes)
     return pages
 
 
-def _state_pages(spec: MambaSpec, vllm_config: VllmConfig, layout: PageLayout) -> int:
-    """Pages that a request's states of one layer take; vLLM pads each to one of ours, if it is smaller."""
-    state = spec.state_content_size_bytes
-    if state > layout.page_bytes:
-        tokens = layout.block_size * -(-state // layout.page_bytes)
+def _pages_in(layout: PageLayout, page_bytes: int, page_tokens: int) -> int:
+    """How many pages of another layer a page of ours is."""
+    ratio, rest = divmod(layout.page_bytes, page_bytes)
+    if rest:
+        # Tokens of ours that fill whole pages of theirs; block_size / compression is a multiple of 16.
+        token_bytes = layout.page_bytes // layout.exact_tokens
+        tokens = math.lcm(16, page_bytes // math.gcd(page_bytes, token_bytes))
         raise ValueError(
-            f"shadowkv's pages of {layout.page_bytes} bytes hold no state of the model's other layers ({state} bytes); "
-            f"set shadowkv.block_size to {tokens}, or lower shadowkv.compression, or use another --attention-backend "
-            "for this model."
+            f"shadowkv's pages of {layout.page_bytes} bytes are not a multiple of those of the other "
+            f"layers ({page_bytes} bytes, {page_tokens} tokens); set shadowkv.block_size and "
+            f"shadowkv.compression so that block_size / compression (now {layout.exact_tokens}) is a "
+            f"multiple of {tokens}, or use another --attention-backend for this model."
         )
-    return (
-        dataclasses.replace(spec, page_size_padded=layout.page_bytes).max_memory_usage_bytes(vllm_config)
-        // layout.page_bytes
-    )
+    return ratio
 
 
 def spec_dtype(dtype: torch.dtype, layers_beside: bool) -> torch.dtype:
