@@ -202,6 +202,134 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "chunk_size": 64,
     },
     "solar-open": {"model_type": "solar_open", "n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
+    "seed-oss": {"model_type": "seed_oss", "attention_bias": True},
+    "apertus": {"model_type": "apertus", "rope_parameters": LLAMA3_SCALING},
+    "arcee": {"model_type": "arcee"},
+    "ernie-4.5": {"model_type": "ernie4_5"},
+    "ernie-4.5-moe": {
+        "model_type": "ernie4_5_moe",
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 128,
+        "moe_layer_start_index": 1,
+    },
+    "starcoder-2": {"model_type": "starcoder2", "sliding_window": None, "use_bias": True},
+    "pythia": {"model_type": "gpt_neox", "rotary_pct": 0.25, "num_key_value_heads": 4},
+    "granite-3": {"model_type": "granite", "attention_multiplier": 0.125, "residual_multiplier": 0.5},
+    "granite-3-moe": {
+        "model_type": "granitemoe",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.125,
+    },
+    "command-r": {"model_type": "cohere", "tie_word_embeddings": True, "logit_scale": 1.0},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 128,
+        **EXPERTS,
+    },
+    "phi-3.5-moe": {
+        "model_type": "phimoe",
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 262_144,
+    },
+    "nemotron-4": {"model_type": "nemotron", "partial_rotary_factor": 0.5},
+    "ministral-3": {"model_type": "ministral3"},
+    "glm-4.5-air": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+        **EXPERTS,
+    },
+    "hy-v3": {
+        "model_type": "hy_v3",
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "expert_hidden_dim": 128,
+        "route_norm": True,
+        "qk_norm": True,
+        **EXPERTS,
+    },
+    "minicpm-4": {
+        "model_type": "llama",
+        "architectures": ["MiniCPMForCausalLM"],
+        "scale_emb": 12,
+        "dim_model_base": 256,
+        "scale_depth": 1.4,
+        "num_experts": 0,
+    },
+    "mimo-7b": {"model_type": "qwen2", "architectures": ["MiMoForCausalLM"]},
+    "internlm-3": {"model_type": "llama", "architectures": ["InternLM3ForCausalLM"]},
+    "granite-4-micro": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention"] * 2,
+        "num_local_experts": 0,
+        "attention_multiplier": 0.125,
+        "shared_intermediate_size": 256,
+        "position_embedding_type": "rope",
+    },
+    "internlm-2.5": {"model_type": "llama", "architectures": ["InternLM2ForCausalLM"]},
+    "ling-2": {
+        "model_type": "qwen3_moe",
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "num_experts": 4,
+        "norm_topk_prob": True,
+        "num_shared_experts": 0,
+        "first_k_dense_replace": 0,
+        "score_function": "sigmoid",
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_router_enable_expert_bias": True,
+        "use_qk_norm": True,
+        "use_rmsnorm": True,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "embedding_dropout": 0.0,
+        "partial_rotary_factor": 0.5,
+        **EXPERTS,
+    },
+    "qwen2.5-yarn": {
+        "model_type": "qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
+    },
+    "falcon-3": {"model_type": "llama", "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+
+# Parts of names in a model that Transformers has not -> in the one of the same shape that writes its weights.
+RENAMED: dict[str, dict[str, str]] = {
+    "internlm-2.5": {
+        "self_attn.qkv": "attention.wqkv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+    },
+    "ling-2": {
+        "self_attn.qkv": "attention.query_key_value",
+        "self_attn.o_proj": "attention.dense",
+        "self_attn.q_norm": "attention.query_layernorm",
+        "self_attn.k_norm": "attention.key_layernorm",
+        "embed_tokens": "word_embeddings",
+    },
 }
 
 
@@ -256,6 +384,11 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {name: value for name, value in CONFIGS["gemma-3"].items() if name != "model_type"},
         {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     ),
+    "internvl-3": (
+        "internvl",
+        {"model_type": "qwen2"},
+        {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
     "mistral-3.1": (
         "mistral3",
         {"model_type": "mistral", "sliding_window": None},
@@ -264,7 +397,7 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 NAMES = (*CONFIGS, "glm-4", *VISION)
-SEEDS = {"qwen2.5": 8, "gemma-3": 1, "lfm2-moe": 1}
+SEEDS = {"hy-v3": 8, "qwen2.5": 8, "arcee": 8, "gemma-3": 1, "lfm2-moe": 1}
 
 
 def write_model(name: str, directory: Path) -> None:
@@ -287,9 +420,29 @@ def write_model(name: str, directory: Path) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter, values in model.named_parameters():
         _fill(parameter, values.data, generator, tied=config.tie_word_embeddings)
+        if name == "nemotron-4" and "norm" in parameter and parameter.endswith(".weight"):
+            values.data.sub_(1)  # it adds 1 itself, and Transformers begins with 1 all the same
     model.save_pretrained(directory)
+    if name in CONFIGS and "architectures" in CONFIGS[name]:  # of vLLM's own, whose weights are another's
+        config.architectures = CONFIGS[name]["architectures"]
+        config.save_pretrained(directory)
+    if name in RENAMED:
+        _rename(directory / "model.safetensors", RENAMED[name])
     if name == "qwen3-vl-moe":
         _transpose_experts(directory / "model.safetensors")
+
+
+def _rename(path: Path, names: dict[str, str]) -> None:
+    """Random weights may be stacked in any order."""
+    weights = load_file(path)
+    for name in [name for name in weights if "q_proj" in name]:
+        parts = [weights.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        weights[name.replace("q_proj", "qkv")] = torch.cat(parts)
+    for name in [name for name in weights if "mlp.gate.weight" in name]:  # Ling's correction of its router
+        weights[name.replace("weight", "expert_bias")] = weights[name][:, 0].float() * 0.1
+    for old, new in names.items():
+        weights = {name.replace(old, new): values for name, values in weights.items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _transpose_experts(path: Path) -> None:
@@ -344,11 +497,15 @@ def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> 
         values.copy_(10 + random * 3)
     elif values.dim() == 1:  # of another norm
         values.add_(random * 0.1)
-    elif name.endswith(("lm_head.weight", "output_layer.weight", "gate.weight")) or (tied and "embed" in name):
+    elif name.endswith(("lm_head.weight", "output_layer.weight", "embed_out.weight", "gate.weight")) or (
+        tied and "embed" in name
+    ):
         values.copy_(random * OUTPUT / math.sqrt(values.shape[-1]))
     elif name.endswith(("o_proj.weight", "dense.weight", "self_attn.out_proj.weight")):
         values.copy_(random * RESIDUAL / math.sqrt(values.shape[-1]))
-    elif "self_att" in name or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+    elif "self_att" in name or name.endswith(
+        ("q_proj.weight", "k_proj.weight", "v_proj.weight", "query_key_value.weight")
+    ):
         values.copy_(random * ATTENTION / math.sqrt(values.shape[-1]))
     else:
         values.copy_(random * USUAL / math.sqrt(values.shape[-1]))
