@@ -36,13 +36,24 @@ ORDINARY = Trial(
 LOSSLESS = Trial("lossless", ("short", "scored"), SMALL | {"key_codec": "none"}, options=POOL, poison=True)
 
 
+def _of(name: str, engine: Trial, **options: Any) -> Trial:
+    """An engine with the options that an architecture asks for."""
+    if name in VISION:  # vLLM asks for a processor of images where it may get one
+        options["language_model_only"] = True
+    if name in MAMBA2:  # beside cached prefixes vLLM 0.32 takes one prompt a step on the CPU
+        options["enable_prefix_caching"] = False
+    return replace(engine, options={**engine.options, **options})
+
+
+MAMBA2 = {"granite-4-h", "falcon-h1", "nemotron-h"}
+
+
 def _engines(name: str) -> tuple[Trial, ...]:
     """The engines of an architecture: some have layers beside ours, or none of ours rotates."""
     engines = (STOCK, REBUILT, LOSSLESS)
     if name in WINDOWED:
         engines = tuple(replace(engine, options=BESIDE) for engine in engines)
-    if name in VISION:  # vLLM asks for a processor of images where it may get one
-        engines = tuple(replace(e, options={**e.options, "language_model_only": True}) for e in engines)
+    engines = tuple(_of(name, engine) for engine in engines)
     if name == "gpt-oss":
         engines = tuple(replace(e, plants=(*e.plants, "no sinks") if e.plants else ()) for e in engines)
     if name in UNTURNED:
@@ -69,8 +80,15 @@ BESIDE = POOL | {"block_size": 64, "num_gpu_blocks_override": 200}  # the others
 QUICK = {"llama-3.1", "phi-4-mini", "smollm3", "exaone-4"}
 """Scaled, partial, by Transformers with layers that do not rotate, with windows; tests of rotations are elsewhere."""
 MODELS = [ModelTrial(name, name, _engines(name), slow=name not in QUICK) for name in NAMES]
-# Eight KV heads of 64 in the first, one of 256 in the second.
-LONG_MODELS = [ModelTrial(f"{name}, ordinary", name, (ORDINARY,), slow=True) for name in ("llama-3.1", "gemma")]
+
+
+# Of full layers: eight KV heads of 64 in the first, one of 256 in the second. Then one of each family: windows, sinks,
+# a norm after RoPE, M-RoPE, short convolutions and Mamba 2.
+FAMILIES = ("gemma-3", "gpt-oss", "hunyuan", "qwen2.5-vl", "lfm2", "granite-4-h")
+LONG_MODELS = [
+    ModelTrial(f"{name}, ordinary", name, (_of(name, ORDINARY),), slow=True)
+    for name in ("llama-3.1", "gemma", *FAMILIES)
+]
 
 
 def check_choices(stock: Result, scenario: str) -> None:
@@ -191,26 +209,33 @@ FULL_LAYERS = Trial(
     options={"max_model_len": 1024, "num_gpu_blocks_override": 45},
     poison=True,
 )
-WINDOWS = ModelTrial("windows", MIXED, (FULL_LAYERS,), slow=True)
-# Of a short convolution: beside cached prefixes vLLM 0.32's Mamba 2 takes one prompt a step on the CPU.
-STATES = ModelTrial("states", "lfm2", (FULL_LAYERS,), slow=True)
 STOCK_BESIDE = Trial("stock", SHARED, shadowkv=None, options={"max_model_len": 1024})
-STOCK_OF = {
-    trial.name: ModelTrial(f"{trial.name}, stock", trial.architecture, (STOCK_BESIDE,)) for trial in (WINDOWS, STATES)
-}
+BLOCKS = {"gemma-3": 45, "gpt-oss": 38, "hunyuan": 34, "qwen2.5-vl": 34, "lfm2": 38, "granite-4-h": 35}
+"""Room for what is admitted, and too little once it grows."""
 
 
-@each_trial(WINDOWS, STATES)
-def test_layers_of_other_backends_share_the_pool(trials: Trials, trial: ModelTrial) -> None:
-    """VLLM zeroes what they get of ours (`other_layers.spec_dtype`)."""
-    ours, stock = trials(trial)["full layers"], trials(STOCK_OF[trial.name])["stock"]
-    for scenario in SHARED:
+def _sharing(name: str, engine: Trial, suffix: str = "", **options: Any) -> ModelTrial:
+    scenarios = tuple(scenario for scenario in SHARED if name not in MAMBA2 or scenario != "prefixes")
+    engine = replace(_of(name, engine, **options), scenarios=scenarios)
+    return ModelTrial(f"{name}, sharing{suffix}", name, (engine,), slow=True)
+
+
+SHARING = [_sharing(name, FULL_LAYERS, num_gpu_blocks_override=BLOCKS[name]) for name in FAMILIES]
+
+
+@each_trial(*SHARING)
+def test_a_pool_that_is_too_small_and_shared(trials: Trials, trial: ModelTrial) -> None:
+    """VLLM zeroes what layers of other backends get of ours (`other_layers.spec_dtype`)."""
+    ours = trials(trial)["full layers"]
+    stock = trials(_sharing(trial.architecture, STOCK_BESIDE, ", stock"))["stock"]
+    for scenario in stock.sequences:
         assert differences(ours.sequences[scenario], stock.sequences[scenario], DEEP_TOLERANCE) == []
     check_choices(stock, "preemption")
-    assert ours.counts["preemptions"] > 0 or trial is STATES  # its layers need too few pages
+    assert ours.counts["preemptions"] > 0 or trial.architecture in MAMBA2  # of no size of pool known yet
     assert ours.counts["seals"] > 20
     assert ours.counts["poisoned"] > 100
-    assert ours.sequences["prefixes"]["again"]["cached"] == 640
+    if "prefixes" in stock.sequences:
+        assert ours.sequences["prefixes"]["again"]["cached"] == 640
 
 
 POOL_OF_A_GIB = Trial("pool", (), {}, options={"enable_prefix_caching": False})
