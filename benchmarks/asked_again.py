@@ -275,6 +275,7 @@ def main() -> None:
         if backend != "stock":
             results[backend].append(_alone(run_documents, backend))
     console = Console()
+    console = console if console.is_terminal else Console(width=120)
     console.print(table(results))
     if arguments.plot:
         plot(results, arguments.plot)
