@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import simulation
 from engine import Trial, Trials, differences, each_trial, noise_of
-from test_life_of_a_token import LOSSLESS, STOCK, TOLERANCE, UNSHARED
+from test_life_of_a_token import LOSSLESS, RESIDENT, STOCK, TOLERANCE, UNSHARED
 from vllm.config import ParallelConfig
 from vllm.v1.engine.core import EngineCore
 
@@ -24,7 +24,9 @@ DRAFTS = Trial("draft-model", ("short", "edges", "prefixes"), SETTINGS, extras=(
 
 FEATURES = ("adapters", "structured")
 STOCK_FEATURES = Trial("stock-features", FEATURES, shadowkv=None, extras=("adapters", "tokenizer"), quick=())
-OUR_FEATURES = Trial("our-features", FEATURES, SETTINGS, extras=("adapters", "tokenizer"), poison=True, quick=())
+OUR_FEATURES = Trial(
+    "our-features", FEATURES, SETTINGS | RESIDENT, extras=("adapters", "tokenizer"), poison=True, quick=()
+)
 
 STOCK_QUANTISED = Trial(
     "stock-quantised", ("short",), shadowkv=None, options=UNSHARED, extras=("quantised",), plants=("rounding",)
@@ -55,7 +57,7 @@ SLEEPER = Trial(
 STAGES = Trial(
     "v2-two-stages",
     ("short", "prefixes"),
-    SETTINGS,
+    SETTINGS | RESIDENT,
     runner="v2",
     options={"pipeline_parallel_size": 2},
     in_process=False,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterable
 from itertools import pairwise, takewhile
 from typing import Any
@@ -638,3 +640,11 @@ def test_a_storm_meets_all_that_there_is(seed: int) -> None:
     assert engine.worker.decoded
     assert resident or engine.worker.prefilled_over_sealed
     assert bool(engine.worker.resident_chunks) == bool(engine.worker.resident_tokens) == resident
+
+
+def test_managers_go_with_their_scheduler() -> None:
+    engine = Engine()
+    managers = [weakref.ref(manager) for manager in engine.managers]
+    del engine
+    gc.collect()
+    assert [manager() for manager in managers] == [None, None, None]

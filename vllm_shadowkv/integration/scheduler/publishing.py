@@ -32,12 +32,14 @@ class PublishingManager(SingleTypeKVCacheManager):
     lets none do after it has preempted another, or before the next step, or when the request ends.
     """
 
-    _of_pool: ClassVar[weakref.WeakKeyDictionary[BlockPool, list[PublishingManager]]] = weakref.WeakKeyDictionary()
+    _of_pool: ClassVar[weakref.WeakKeyDictionary[BlockPool, weakref.WeakSet[PublishingManager]]] = (
+        weakref.WeakKeyDictionary()
+    )
     """VLLM looks for hits with a class, not with a manager."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._of_pool.setdefault(self.block_pool, []).append(self)
+        self._of_pool.setdefault(self.block_pool, weakref.WeakSet()).add(self)
         self._caches = self.enable_caching
         # Where vLLM zeroes pages that it gives away, a block is sealed only if its owner goes on (worker/sealing.py).
         self._zeroed = self.kv_cache_spec.pages_are_zeroed
@@ -50,7 +52,7 @@ class PublishingManager(SingleTypeKVCacheManager):
     @classmethod
     def of_pool(cls, pool: BlockPool) -> list[PublishingManager]:
         """The managers of a pool, of every kind."""
-        return cls._of_pool.get(pool, [])
+        return list(cls._of_pool.get(pool, ()))
 
     def new_step_starts(self) -> None:
         """Publishes what the step before has completed, or sealed."""
