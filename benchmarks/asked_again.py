@@ -29,6 +29,11 @@ from benchmarks.machine import machine
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, make_prompt
 from benchmarks.progress import track
+from vllm_shadowkv.cli.model import read_model
+from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.state.boundary import ExactBoundary
+from vllm_shadowkv.state.capacity import Capacity
 
 OURS: dict[str, Any] = {"attention_backend": "shadowkv"}
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -38,6 +43,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = (1100, 2100, 3000, 6000, 16_000)
 LONG = 24_000
+MODEL_LEN = LONG + 100
 STEP_TOKENS = 8192
 SMALL_STEP_TOKENS = 2048
 DOCUMENTS, DOCUMENT_TOKENS = 6, 20_000
@@ -54,7 +60,8 @@ class Case:
         seconds: of what was asked again, or together.
         answers: of a second ask: how many there are.
         different: of them with other tokens than the first.
-        error: the largest difference of a log-probability from the first answer's, up to the first other token.
+        error: the largest difference of a log-probability: from the first answer's, up to the first other token; of a
+            prompt's, from stock's.
         expanded: sealed tokens that were expanded.
         logprobs: of a prompt's tokens.
     """
@@ -80,7 +87,7 @@ class Engine:
 
         self.llm = LLM(
             str(CHECKPOINT),
-            max_model_len=LONG + 100,
+            max_model_len=MODEL_LEN,
             dtype="float32",
             max_num_batched_tokens=step_tokens,
             enforce_eager=True,
@@ -187,13 +194,13 @@ def run(backend: str, count: int) -> list[Case]:
 
 
 def run_documents(backend: str) -> Case:
-    """Documents that just fit, sealed, beside what one request needs while it is computed."""
-    from vllm_shadowkv.config import ShadowKVConfig
-
-    config = ShadowKVConfig()
-    beside = -(-2 * STEP_TOKENS // config.exact_tokens_per_page) + 140
-    blocks = DOCUMENTS * (DOCUMENT_TOKENS // config.block_size) + beside
-    engine = Engine(backend, num_gpu_blocks_override=blocks)
+    """Documents in a pool that has room for the longest request while it is computed, and for the others sealed."""
+    config, shape = ShadowKVConfig(), read_model(str(CHECKPOINT), "float32", max_model_len=MODEL_LEN)
+    layout = plan_page(config, shape.num_kv_heads, shape.head_size, shape.dtype)
+    boundary = ExactBoundary.of(config, STEP_TOKENS, MODEL_LEN)
+    least = Capacity.of(config, layout, shape.num_layers, boundary).min_blocks
+    others = (DOCUMENTS - 1) * (DOCUMENT_TOKENS // config.block_size)
+    engine = Engine(backend, num_gpu_blocks_override=least + others)
     texts = [random_prompt(DOCUMENT_TOKENS, seed) for seed in range(DOCUMENTS)]
     for text in texts:
         engine.ask([text], 2)
@@ -208,24 +215,26 @@ def table(results: dict[str, list[Case]]) -> Table:
     for what in ("cached", "s", "unlike"):
         for backend in results:
             view.add_column(f"{backend}\n{what}", justify="right")
-    stock = {case.name: case for case in results["stock"]}
     for name in dict.fromkeys(case.name for cases in results.values() for case in cases):
         cells: dict[str, list[str]] = {"cached": [], "s": [], "unlike": []}
         for cases in results.values():
             case = next((case for case in cases if case.name == name), None)
             cells["cached"].append(f"{case.cached / case.tokens:.1%}" if case and case.tokens else "")
             cells["s"].append(f"{case.seconds:.2f}" if case else "")
-            cells["unlike"].append(_difference(case, stock.get(name)) if case else "")
+            cells["unlike"].append(_difference(case) if case else "")
         view.add_row(name, *(cell for kind in cells.values() for cell in kind))
     return view
 
 
-def _difference(case: Case, stock: Case | None) -> str:
+def _difference(case: Case) -> str:
     if case.answers:
         return f"{case.different}, {case.error:.1g}"
-    if case.logprobs and stock:
-        return f"{max(abs(one - other) for one, other in zip(case.logprobs, stock.logprobs, strict=True)):.1g}"
-    return ""
+    return f"{case.error:.1g}" if case.logprobs else ""
+
+
+def hold_against(case: Case, stock: Case) -> None:
+    """Notes how far the log-probabilities of a prompt are from stock's."""
+    case.error = max(abs(one - other) for one, other in zip(case.logprobs, stock.logprobs, strict=True))
 
 
 def plot(results: dict[str, list[Case]], path: Path) -> None:
@@ -271,6 +280,7 @@ def main() -> None:
     results: dict[str, list[Case]] = {}
     for backend in ["stock", *(backend for backend in arguments.backends if backend != "stock")]:
         results[backend] = [*_alone(run, backend, arguments.prompts), _alone(run_long, backend)]
+        hold_against(results[backend][-1], results["stock"][-1])
     for backend in results:
         if backend != "stock":
             results[backend].append(_alone(run_documents, backend))

@@ -82,6 +82,7 @@ def test_what_is_asked_again_becomes_a_table_and_a_plot(tmp_path: Path) -> None:
         asked_again.Case("prompt of 24,000", 0, 0, 3.0, logprobs=[-1.0, -2.25]),
         asked_again.Case("documents", 200, 100, 3.0),
     ]
+    asked_again.hold_against(ours[1], stock[1])
     results = {"stock": stock, "shadowkv": ours}
     console = Console(file=io.StringIO(), width=200)
     console.print(asked_again.table(results))

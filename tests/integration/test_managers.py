@@ -541,6 +541,43 @@ def test_admission_asks_for_no_more_pages_than_without_resident_pages() -> None:
         assert admitted[0] == admitted[1], spare
 
 
+@pytest.mark.parametrize("zeroed", [False, True], ids=["", "zeroed"])
+@pytest.mark.parametrize("first_row", ["owner", "sharer"])
+def test_a_block_that_its_owner_seals_in_the_step_that_hits_it(first_row: str, zeroed: bool) -> None:
+    """Whichever comes first among the rows; only the owner has the pages. Zeroed: of a prompt; else generated."""
+    engine = Engine(max_step=200, zeroed=zeroed, dense_threshold=0)
+    order: Any = engine.worker.draw
+    order.shuffle = lambda names: names.sort(reverse=first_row == "sharer")
+    owner = engine.add(prompt(300 if zeroed else 60), max_tokens=80, name="owner")
+    while owner.num_computed_tokens < (200 if zeroed else BLOCK):
+        engine.step()
+    sharer = engine.add([*owner.all_token_ids, 7, 8][:301], max_tokens=4, name="sharer")
+    before = engine.worker.sealed
+    engine.step()
+    assert engine.hits[sharer.request_id] == (192 if zeroed else BLOCK)
+    assert engine.worker.sealed > before, "it was sealed before"
+    engine.finish()
+
+
+@BOTH
+def test_a_request_that_begins_within_a_block_with_one_token(asynchronous: bool) -> None:
+    """On CUDA that step reads no table; the id of its open block was a sealed one's before."""
+    engine = Engine(asynchronous=asynchronous, runner="v2-cuda", num_blocks=40, max_model_len=320, max_step=320)
+    for seed in range(1, 6):  # every block has been a sealed one
+        engine.add(prompt(300, seed), max_tokens=1)
+        engine.finish()
+    engine.add(prompt(113), max_tokens=1)
+    engine.finish()
+    request = engine.add([*prompt(112), 7], max_tokens=90)
+    engine.step()
+    assert engine.hits[request.request_id] == 112
+    opened = engine.rows(request)[0][1]
+    while request.num_computed_tokens < 2 * BLOCK + 2:
+        assert not engine.worker.bound.state.sealed[opened] or request.num_computed_tokens > 2 * BLOCK
+        engine.step()
+    engine.finish()
+
+
 # -- Preemption and storms -------------------------------------------------------------------------------------------
 
 

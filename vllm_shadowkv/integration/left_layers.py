@@ -9,6 +9,7 @@ is told. The layer has named our backend by then; it gets the other one when it 
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,43 +38,31 @@ class _Left:
     runtime: Runtime  # which a model without any layer of ours would lose
 
 
-def make_impl(
-    chunked: bool,
-    num_heads: int,
-    head_size: int,
-    scale: float,
-    num_kv_heads: int | None = None,
-    alibi_slopes: list[float] | None = None,
-    sliding_window: int | None = None,
-    kv_cache_dtype: str = "auto",
-    logits_soft_cap: float | None = None,
-    attn_type: str = "decoder",
-    kv_sharing_target_layer_name: str | None = None,
-    **more: Any,
-) -> Any:
+def make_impl(chunked: bool, *args: Any, **kwargs: Any) -> Any:
     """What vLLM takes for the constructor of our implementation; a window that no request exceeds is full attention.
 
     Args:
         chunked: the layer attends in chunks.
-        num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
-            attn_type, kv_sharing_target_layer_name, more: as `AttentionImpl` has them.
+        args, kwargs: as of `ShadowKVImpl`.
 
     Raises:
         ValueError: see `ShadowKVImpl` and `refusals.check_chunks`.
     """
     vllm_config = get_current_vllm_config()
-    shape = (num_heads, head_size, scale, num_kv_heads)
-    arguments = (*shape, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type,
-                 kv_sharing_target_layer_name)  # fmt: skip
-    windowed = sliding_window is not None and sliding_window < vllm_config.model_config.max_model_len
-    if attn_type != "decoder" or not (chunked or windowed):
-        return ShadowKVImpl(*arguments, **more)
+    bound = inspect.signature(ShadowKVImpl).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    window = given["sliding_window"]
+    windowed = window is not None and window < vllm_config.model_config.max_model_len
+    if given["attn_type"] != "decoder" or not (chunked or windowed):
+        return ShadowKVImpl(*args, **kwargs)
     if chunked:
         check_chunks(vllm_config)
     runtime = Runtime.of(vllm_config)
     runtime.geometry.layers_beside = True
-    backend = _of_vllm(vllm_config, head_size, kv_cache_dtype, more.get("sinks") is not None, windowed)
-    impl = backend.get_impl_cls()(*arguments, **more)
+    has_sink = given["sinks"] is not None
+    backend = _of_vllm(vllm_config, given["head_size"], given["kv_cache_dtype"], has_sink, windowed)
+    impl = backend.get_impl_cls()(*args, **kwargs)
     setattr(impl, _LEFT, _Left(backend, runtime))
     return impl
 

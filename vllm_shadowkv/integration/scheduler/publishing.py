@@ -44,6 +44,8 @@ class PublishingManager(SingleTypeKVCacheManager):
         # Where vLLM zeroes pages that it gives away, a block is sealed only if its owner goes on (worker/sealing.py).
         self._zeroed = self.kv_cache_spec.pages_are_zeroed
         self._scheduled: dict[str, Scheduled] = {}
+        self._unpublished: list[str] = []
+        """Requests of them; every request that waits looks for a hit in every step."""
         self._being_scheduled: str | None = None
         self._begins = self._ends = 0
         self.labels: dict[str, str] | None = None
@@ -60,9 +62,11 @@ class PublishingManager(SingleTypeKVCacheManager):
         self._scheduled.clear()
 
     def publish(self) -> None:
-        """Publishes what the step that is being scheduled completes, or finds sealed; again, it does nothing."""
-        for scheduled in self._scheduled.values():
-            self._publish(scheduled)
+        """Publishes what the step that is being scheduled completes, or finds sealed, as far as it was not yet."""
+        for request_id in self._unpublished:
+            if scheduled := self._scheduled.get(request_id):  # else it was preempted
+                self._publish(scheduled)
+        self._unpublished.clear()
 
     def get_num_blocks_to_allocate(
         self,
@@ -98,6 +102,7 @@ class PublishingManager(SingleTypeKVCacheManager):
         if not of_prompt or self._zeroed:
             tokens = min(tokens, computed)
         self._scheduled[request.request_id] = Scheduled(request, tokens, computed)
+        self._unpublished.append(request.request_id)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """A finished request's last step has run, or will; that of one that is preempted while it is scheduled not."""
