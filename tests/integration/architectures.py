@@ -43,6 +43,14 @@ SLIDING = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 96,
 }
+DELTA_NETS = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 
@@ -200,6 +208,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_groups": 1,
         "ssm_state_size": 16,
         "chunk_size": 64,
+    },
+    "qwen3-next": {
+        "model_type": "qwen3_next",
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 128,
+        "partial_rotary_factor": 0.25,
+        **EXPERTS,
+        **DELTA_NETS,
     },
     "solar-open": {"model_type": "solar_open", "n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS},
     "seed-oss": {"model_type": "seed_oss", "attention_bias": True},
@@ -366,12 +382,19 @@ DEEP_EYE = EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64
 THREE = _mrope([8, 12, 12])
 INTERLEAVED = _mrope([12, 10, 10], mrope_interleaved=True)
 PARTIAL = _mrope([4, 6, 6], partial_rotary_factor=0.5)
+QUARTER = _mrope([3, 3, 2], mrope_interleaved=True, partial_rotary_factor=0.25)
 # Models that also take images: name -> model type, what of the text's configuration differs from `SHAPE`, the vision's.
 VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2-vl": ("qwen2_vl", THREE, {"depth": 1, "embed_dim": 64, "hidden_size": 256, "num_heads": 2}),
     "qwen2.5-vl": ("qwen2_5_vl", THREE, EYE | {"fullatt_block_indexes": [0]}),
     "qwen3-vl": ("qwen3_vl", INTERLEAVED, DEEP_EYE),
     "qwen3-vl-moe": ("qwen3_vl_moe", INTERLEAVED | {"num_experts": 4, "norm_topk_prob": True, **EXPERTS}, DEEP_EYE),
+    "qwen3.5": ("qwen3_5", QUARTER | DELTA_NETS, DEEP_EYE),
+    "qwen3.5-moe": (
+        "qwen3_5_moe",
+        QUARTER | DELTA_NETS | {"num_experts": 4, "shared_expert_intermediate_size": 128, **EXPERTS},
+        DEEP_EYE,
+    ),
     "glm-4.1v": ("glm4v", PARTIAL, EYE),
     "glm-4.5v": (
         "glm4v_moe",
@@ -403,6 +426,7 @@ SEEDS = {"hy-v3": 8, "qwen2.5": 8, "arcee": 8, "gemma-3": 1, "lfm2-moe": 1}
 def write_model(name: str, directory: Path) -> None:
     """Writes the model of this name in `NAMES`."""
     seed = SEEDS.get(name, 7)
+    torch.manual_seed(seed)  # of what Transformers draws and `_fill` only alters
     if name == "glm-4":
         return _write_chatglm(directory, seed)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

@@ -83,8 +83,8 @@ MODELS = [ModelTrial(name, name, _engines(name), slow=name not in QUICK) for nam
 
 
 # Of full layers: eight KV heads of 64 in the first, one of 256 in the second. Then one of each family: windows, sinks,
-# a norm after RoPE, M-RoPE, short convolutions and Mamba 2.
-FAMILIES = ("gemma-3", "gpt-oss", "hunyuan", "qwen2.5-vl", "lfm2", "granite-4-h")
+# a norm after RoPE, M-RoPE, short convolutions, Mamba 2 and gated delta nets.
+FAMILIES = ("gemma-3", "gpt-oss", "hunyuan", "qwen2.5-vl", "lfm2", "granite-4-h", "qwen3-next")
 LONG_MODELS = [
     ModelTrial(f"{name}, ordinary", name, (_of(name, ORDINARY),), slow=True)
     for name in ("llama-3.1", "gemma", *FAMILIES)
@@ -117,8 +117,10 @@ def test_keys_are_rebuilt_as_the_model_turned_them(trials: Trials, trial: ModelT
     ours, stock = trials(trial)["rebuilt"], trials(trial)["stock"].sequences["scored"]
     assert _prompt_error(ours.sequences["scored"], stock) < 0.03
     assert _decode_error(ours.sequences["scored"], stock) < 0.2
+    # Two of LFM2's five layers attend, and less goes wrong with them.
+    least = 0.04 if trial.architecture.startswith("lfm2") else 0.15
     for planted in ours.planted.values():
-        assert _prompt_error(planted, stock) > max(0.04, 10 * _prompt_error(ours.sequences["scored"], stock))
+        assert _prompt_error(planted, stock) > max(least, 10 * _prompt_error(ours.sequences["scored"], stock))
 
 
 def _prompt_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
@@ -210,7 +212,15 @@ FULL_LAYERS = Trial(
     poison=True,
 )
 STOCK_BESIDE = Trial("stock", SHARED, shadowkv=None, options={"max_model_len": 1024})
-BLOCKS = {"gemma-3": 45, "gpt-oss": 38, "hunyuan": 34, "qwen2.5-vl": 34, "lfm2": 38, "granite-4-h": 35}
+BLOCKS = {
+    "gemma-3": 45,
+    "gpt-oss": 38,
+    "hunyuan": 34,
+    "qwen2.5-vl": 34,
+    "lfm2": 38,
+    "granite-4-h": 35,
+    "qwen3-next": 38,
+}
 """Room for what is admitted, and too little once it grows."""
 
 
@@ -240,10 +250,10 @@ def test_a_pool_that_is_too_small_and_shared(trials: Trials, trial: ModelTrial) 
 
 POOL_OF_A_GIB = Trial("pool", (), {}, options={"enable_prefix_caching": False})
 PLANNED_MODELS = [
-    ModelTrial(f"{name}, pool", name, (POOL_OF_A_GIB,), slow=name != MIXED)
+    ModelTrial(f"{name}, pool", name, (_of(name, POOL_OF_A_GIB),), slow=name != MIXED)
     for name in (
         *(MIXED, "gpt-oss", "command-a", "olmo-3", "exaone-4", "llama-4"),
-        *("lfm2", "granite-4-h", "falcon-h1", "nemotron-h", "llama-3.1"),
+        *("lfm2", "granite-4-h", "falcon-h1", "nemotron-h", "qwen3-next", "qwen3.5", "llama-3.1"),
     )
 ]
 

@@ -64,6 +64,10 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
 
     if trial["architecture"] in VISION:
         without_torchvision.install()
+    if trial["architecture"] in ("qwen3-next", "qwen3.5", "qwen3.5-moe"):
+        import delta_net
+
+        delta_net.install()
     if trial["architecture"].startswith("lfm2"):
         _turn_heads_in_three_dimensions()
     inspect_models_here()

@@ -14,6 +14,7 @@ from vllm_shadowkv.state.layers_beside import Kind, LayersBeside
 FULL, WINDOW, CHUNK, STATE = "full_attention", "sliding_attention", "chunked_attention", "mamba"
 _NAMES = {"attention": FULL, "*": FULL, "M": STATE, "conv": STATE, "hybrid": FULL}
 """Other names of kinds, in Granite 4 and Nemotron-H, LFM2, Falcon-H1."""
+_DELTA_NETS = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
 _WITHOUT_CACHE = {"mlp", "moe", "-", "E"}
 _EVERY = {"gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4, "afmoe": 4, "llama4_text": 4, "gpt_oss": 2}
 """Of so many layers one sees the whole context, where the file does not say."""
@@ -78,10 +79,14 @@ def _kinds(config: dict[str, Any], num_layers: Any) -> list[str]:
         turned = turned or [(layer + 1) % every for layer in range(num_layers)]
         return [CHUNK if rotates else FULL for rotates in turned]
     named = config.get("layers_block_type") or config.get("hybrid_override_pattern") or config.get("layer_types")
+    delta_nets = family in _DELTA_NETS
     if named:
-        # Transformers 5 writes Mamba 2 so; Qwen3-Next's gated delta nets, of the same name, are not counted.
-        names = _NAMES | ({"linear_attention": STATE} if _is_mamba(config) else {})
+        # Transformers 5 writes Mamba 2 so; others mean what is not counted.
+        names = _NAMES | ({"linear_attention": STATE} if delta_nets or _is_mamba(config) else {})
         return [names.get(kind, kind) for kind in named if kind not in _WITHOUT_CACHE]
+    if delta_nets:
+        every = config.get("full_attention_interval", 4)
+        return [STATE if (layer + 1) % every else FULL for layer in range(num_layers)]
     every = config.get("sliding_window_pattern") or config.get("global_attn_every_n_layers") or _EVERY.get(family)
     every = len(every) if isinstance(every, str) else every  # EXAONE 4 says LLLG
     if every and _window(config):
@@ -100,10 +105,18 @@ def _window(config: dict[str, Any]) -> int | None:
 
 
 def _state_bytes(config: dict[str, Any], ranks: int, itemsize: int) -> int:
-    """Bytes of a layer's state on one rank: a short convolution's, or a Mamba 2's with its convolution's."""
+    """Bytes of a layer's state on one rank: a short convolution's; a delta net's, or a Mamba 2's, with its own."""
     if config.get("conv_L_cache"):
         return (config["conv_L_cache"] - 1) * (config.get("conv_dim") or config["hidden_size"]) // ranks * itemsize
-    if config.get("model_type") == "nemotron_h":
+    if config.get("model_type") in _DELTA_NETS:
+        heads, head = config["linear_num_value_heads"], config["linear_value_head_dim"]
+        groups, size, kernel = (
+            config["linear_num_key_heads"],
+            config["linear_key_head_dim"],
+            config["linear_conv_kernel_dim"],
+        )
+        width, state_itemsize = heads * head, {"float32": 4}.get(config.get("mamba_ssm_dtype", ""), itemsize)
+    elif config.get("model_type") == "nemotron_h":
         heads, head, groups = config["mamba_num_heads"], config["mamba_head_dim"], config["n_groups"]
         size, kernel, width = config["ssm_state_size"], config.get("conv_kernel", 4), heads * head
         state_itemsize = {"float32": 4}.get(config.get("mamba_ssm_cache_dtype") or "float32", itemsize)
