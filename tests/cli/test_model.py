@@ -84,6 +84,25 @@ CHATGLM = {
     "seq_length": 1_048_576,
     "torch_dtype": "bfloat16",
 }
+STEP3 = {
+    "model_type": "step3_vl",
+    "text_config": {
+        "head_dim": 256,
+        "hidden_size": 7168,
+        "max_position_embedding": 65_536,
+        "max_seq_len": 65_536,
+        "num_attention_groups": 1,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 61,
+        "torch_dtype": "bfloat16",
+    },
+}
+ATTENDS = {"attention": {"n_heads_in_group": 8, "no_op": False}}
+NEMOTRON_SUPER = LLAMA | {
+    "model_type": "nemotron-nas",
+    "num_key_value_heads": None,
+    "block_configs": [*[ATTENDS] * 3, {"attention": {"n_heads_in_group": None, "no_op": True}}] * 8,
+}
 OLD = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "max_position_embeddings": 4096}
 SHAPES = {
     "llama": (LLAMA, (32, 32, 8, 128, 131_072)),
@@ -93,6 +112,8 @@ SHAPES = {
     "phi3": (PHI3, (40, 40, 10, 128, 131_072)),
     "glm4": (GLM4, (40, 32, 2, 128, 131_072)),
     "chatglm": (CHATGLM, (40, 32, 4, 128, 1_048_576)),
+    "step 3": (STEP3, (61, 64, 1, 256, 65_536)),
+    "nemotron super": (NEMOTRON_SUPER, (24, 32, 4, 128, 131_072)),
     "multi-head": (OLD, (32, 32, 32, 128, 4096)),
     "with images": ({"model_type": "llava", "text_config": LLAMA}, (32, 32, 8, 128, 131_072)),
 }
@@ -200,6 +221,17 @@ def test_ranks_share_a_state_and_its_groups_are_repeated(tmp_path: Path) -> None
 def test_the_stage_with_most_of_our_layers_counts(tmp_path: Path) -> None:
     shape = read_model(write(tmp_path, NEMOTRON_H), pipeline_parallel=2)
     assert (shape.num_layers, [other.count for other in shape.others]) == (1, [3])
+
+
+def test_stages_are_of_layers_with_and_without_a_cache(tmp_path: Path) -> None:
+    blocks = sorted(NEMOTRON_SUPER["block_configs"], key=lambda block: block["attention"]["no_op"])
+    assert read_model(write(tmp_path, NEMOTRON_SUPER | {"block_configs": blocks}), pipeline_parallel=2).num_layers == 16
+
+
+def test_layers_of_other_numbers_of_heads_are_refused(tmp_path: Path) -> None:
+    wide = {"attention": {"n_heads_in_group": 16, "no_op": False}}
+    with pytest.raises(ValueError, match="layers of different numbers of KV heads"):
+        read_model(write(tmp_path, NEMOTRON_SUPER | {"block_configs": [ATTENDS, wide]}))
 
 
 @pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(2, 16, 4), (8, 4, 1), (16, 2, 1)])

@@ -12,10 +12,11 @@ from vllm_shadowkv.config import OTHER_BACKEND
 from vllm_shadowkv.state.layers_beside import Kind, LayersBeside
 
 FULL, WINDOW, CHUNK, STATE = "full_attention", "sliding_attention", "chunked_attention", "mamba"
+NO_CACHE = "mlp"
 _NAMES = {"attention": FULL, "*": FULL, "M": STATE, "conv": STATE, "hybrid": FULL}
+_NAMES |= dict.fromkeys(("moe", "-", "E"), NO_CACHE)
 """Other names of kinds, in Granite 4 and Nemotron-H, LFM2, Falcon-H1."""
 _DELTA_NETS = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
-_WITHOUT_CACHE = {"mlp", "moe", "-", "E"}
 _EVERY = {"gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4, "afmoe": 4, "llama4_text": 4, "gpt_oss": 2}
 """Of so many layers one sees the whole context, where the file does not say."""
 
@@ -40,7 +41,7 @@ def layers_of_stages(
     window = _window(config)
     if window is None or window >= longest:
         kinds = [FULL if kind == WINDOW else kind for kind in kinds]
-    unknown = set(kinds) - {FULL, WINDOW, CHUNK, STATE}
+    unknown = set(kinds) - {FULL, WINDOW, CHUNK, STATE, NO_CACHE}
     in_all = config.get("model_type") == "falcon_h1"
     stateful = in_all or STATE in kinds
     if unknown or (not stateful and (config.get("ssm_cfg") or config.get("mamba_d_state"))):
@@ -71,7 +72,9 @@ def _stage(kinds: list[str], sizes: dict[str, Any]) -> tuple[int, tuple[LayersBe
 
 
 def _kinds(config: dict[str, Any], num_layers: Any) -> list[str]:
-    """The kind of each layer that has a cache."""
+    """The kind of each layer."""
+    if blocks := config.get("block_configs"):  # Llama-Nemotron Super
+        return [NO_CACHE if block["attention"].get("no_op") else FULL for block in blocks]
     family = config.get("model_type", "")
     if config.get("attention_chunk_size") and family.startswith("llama4"):
         turned = config.get("no_rope_layers")
@@ -83,7 +86,7 @@ def _kinds(config: dict[str, Any], num_layers: Any) -> list[str]:
     if named:
         # Transformers 5 writes Mamba 2 so; others mean what is not counted.
         names = _NAMES | ({"linear_attention": STATE} if delta_nets or _is_mamba(config) else {})
-        return [names.get(kind, kind) for kind in named if kind not in _WITHOUT_CACHE]
+        return [names.get(kind, kind) for kind in named]
     if delta_nets:
         every = config.get("full_attention_interval", 4)
         return [STATE if (layer + 1) % every else FULL for layer in range(num_layers)]

@@ -22,10 +22,10 @@ DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": 
 _FIELDS = {
     "layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads", "multi_query_group_num"),
+    "kv_heads": ("num_key_value_heads", "multi_query_group_num", "num_attention_groups"),
     "head_size": ("head_dim", "attention_head_dim", "kv_channels"),
     "hidden_size": ("hidden_size", "n_embd"),
-    "length": ("max_position_embeddings", "seq_length", "max_sequence_length"),
+    "length": ("max_position_embeddings", "seq_length", "max_sequence_length", "max_seq_len"),
     "dtype": ("dtype", "torch_dtype"),
 }
 _DEFAULTS = {
@@ -91,7 +91,7 @@ def read_model(
     heads = _number(config, "heads")
     grouped = config.get("multi_query_attention", True)  # ChatGLM says False where every head is a KV head
     kv_heads = _first(config, "kv_heads") if grouped else None
-    kv_heads = int(kv_heads or heads)
+    kv_heads = int(kv_heads or heads // next(iter(_groups(config)), 1))
     head_size = _first(config, "head_size") or _number(config, "hidden_size") // heads
     if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
         raise ValueError(
@@ -139,9 +139,16 @@ def _refuse(config: dict[str, Any]) -> None:
     for wrong, what in (
         (config.get("kv_lora_rank"), "MLA attention"),
         (config.get("attn_logit_softcapping"), "a logits soft cap"),
+        (len(_groups(config)) > 1, "layers of different numbers of KV heads"),
     ):
         if wrong:
             raise ValueError(f"shadowkv does not support models with {what}; {OTHER_BACKEND}.")
+
+
+def _groups(config: dict[str, Any]) -> set[int]:
+    """Query heads of a KV head, where a Llama-Nemotron says it for every layer that attends."""
+    attentions = (block["attention"] for block in config.get("block_configs") or ())
+    return {attention["n_heads_in_group"] for attention in attentions if not attention.get("no_op")}
 
 
 def _first(config: dict[str, Any], what: str) -> Any:
