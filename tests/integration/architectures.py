@@ -1,19 +1,18 @@
 """Tiny random models of the architectures that `test_models.py` runs, in Hugging Face's format, without tokenizers.
 
-Their attention is sharp, as in `sharp_model.py`: with the usual initialisation it is nearly flat, and no error shows.
+Their attention is sharp, as in `sharp_model.py`; `sharp_weights.py` fills them.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from by_hand import BY_HAND, write_by_hand
 from safetensors.torch import load_file, save_file
 from sharp_model import VOCABULARY
-from torch import Tensor
+from sharp_weights import fill
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -323,6 +322,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 2048,
         },
     },
+    "stablelm-2": {"model_type": "stablelm", "use_qkv_bias": True, "partial_rotary_factor": 0.25},
+    "minimax-m2": {
+        "model_type": "minimax_m2",
+        "rotary_dim": 32,
+        "scoring_func": "softmax",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "phi-4-multimodal": {
+        "model_type": "phi3",
+        "architectures": ["Phi4MMForCausalLM"],
+        "hidden_size": 512,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "sliding_window": 262_144,
+        "img_processor": {"layer_idx": 0},
+        "embd_layer": {"audio_embd_layer": {"embedding_cls": "audio", "projection_cls": "mlp"}},
+        "audio_processor": {
+            "name": "cascades",
+            "config": {
+                **{"input_size": 80, "attention_dim": 64, "attention_heads": 2, "num_blocks": 1},
+                **{"chunk_size": -1, "left_chunk": 18, "time_reduction": 8},
+                "nemo_conv_settings": {"conv_channels": 64},
+                "relative_attention_bias_args": {"type": "t5"},
+                "encoder_embedding_config": {"input_size": 80},
+            },
+        },
+        **_longrope(96, partial_rotary_factor=0.75),
+    },
     "falcon-3": {"model_type": "llama", "head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
 }
 
@@ -346,30 +374,6 @@ RENAMED: dict[str, dict[str, str]] = {
         "self_attn.k_norm": "attention.key_layernorm",
         "embed_tokens": "word_embeddings",
     },
-}
-
-
-# vLLM has kept the class of GLM-4-9B's first release, Transformers has not.
-CHATGLM: dict[str, Any] = {
-    "model_type": "chatglm",
-    "architectures": ["ChatGLMModel"],
-    "dtype": "float32",
-    "num_layers": 2,
-    "padded_vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "ffn_hidden_size": 256,
-    "kv_channels": 64,
-    "num_attention_heads": 4,
-    "multi_query_attention": True,
-    "multi_query_group_num": 2,
-    "seq_length": 8192,
-    "add_qkv_bias": True,
-    "original_rope": True,
-    "rope_ratio": 500,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
 
 
@@ -419,16 +423,17 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "num_attention_heads": 2},
     ),
 }  # fmt: skip
-NAMES = (*CONFIGS, "glm-4", *VISION)
-SEEDS = {"hy-v3": 8, "qwen2.5": 8, "arcee": 8, "gemma-3": 1, "lfm2-moe": 1}
+IMAGES = {*VISION, "step-3", "pixtral", "phi-4-multimodal"}
+NAMES = (*CONFIGS, *BY_HAND, *VISION)
+SEEDS = {"hy-v3": 8, "qwen2.5": 8, "arcee": 8, "gemma-3": 1, "lfm2-moe": 1, "stablelm-2": 1}
 
 
 def write_model(name: str, directory: Path) -> None:
     """Writes the model of this name in `NAMES`."""
     seed = SEEDS.get(name, 7)
-    torch.manual_seed(seed)  # of what Transformers draws and `_fill` only alters
-    if name == "glm-4":
-        return _write_chatglm(directory, seed)
+    if name in BY_HAND:
+        return write_by_hand(name, directory, seed)
+    torch.manual_seed(seed)  # of what Transformers draws and `fill` only alters
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if name in VISION:
@@ -443,7 +448,7 @@ def write_model(name: str, directory: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter, values in model.named_parameters():
-        _fill(parameter, values.data, generator, tied=config.tie_word_embeddings)
+        fill(parameter, values.data, generator, tied=config.tie_word_embeddings)
         if name == "nemotron-4" and "norm" in parameter and parameter.endswith(".weight"):
             values.data.sub_(1)  # it adds 1 itself, and Transformers begins with 1 all the same
     model.save_pretrained(directory)
@@ -452,6 +457,8 @@ def write_model(name: str, directory: Path) -> None:
         config.save_pretrained(directory)
     if name in RENAMED:
         _rename(directory / "model.safetensors", RENAMED[name])
+    if name == "minimax-m2":
+        _drop(directory / "model.safetensors", "e_score_correction_bias")  # a correction of the other way of routing
     if name == "qwen3-vl-moe":
         _transpose_experts(directory / "model.safetensors")
 
@@ -469,67 +476,12 @@ def _rename(path: Path, names: dict[str, str]) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def _drop(path: Path, ending: str) -> None:
+    weights = {name: values for name, values in load_file(path).items() if not name.endswith(ending)}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def _transpose_experts(path: Path) -> None:
     """vLLM reads them as the model was published, and Transformers 5 writes them the other way."""
     weights = {name: w.mT.contiguous() if ".experts." in name else w for name, w in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def _write_chatglm(directory: Path, seed: int) -> None:
-    hidden, heads = CHATGLM["hidden_size"], CHATGLM["num_attention_heads"]
-    qkv = (heads + 2 * CHATGLM["multi_query_group_num"]) * CHATGLM["kv_channels"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "transformer.embedding.word_embeddings.weight": (VOCABULARY, hidden),
-        "transformer.encoder.final_layernorm.weight": (hidden,),
-        "transformer.output_layer.weight": (VOCABULARY, hidden),
-    }
-    for layer in range(CHATGLM["num_layers"]):
-        prefix = f"transformer.encoder.layers.{layer}"
-        shapes |= {
-            f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.self_attention.query_key_value.weight": (qkv, hidden),
-            f"{prefix}.self_attention.query_key_value.bias": (qkv,),
-            f"{prefix}.self_attention.dense.weight": (hidden, heads * CHATGLM["kv_channels"]),
-            f"{prefix}.mlp.dense_h_to_4h.weight": (2 * CHATGLM["ffn_hidden_size"], hidden),
-            f"{prefix}.mlp.dense_4h_to_h.weight": (hidden, CHATGLM["ffn_hidden_size"]),
-        }
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.ones(shape) for name, shape in shapes.items()}
-    for name, values in weights.items():
-        _fill(name, values, generator, tied=False)
-    (directory / "config.json").write_text(json.dumps(CHATGLM))
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-# Standard deviation of what a projection of normalised states gives. Logits of attention come out with one near 5.
-ATTENTION, RESIDUAL, OUTPUT, USUAL = 2.2, 6.0, 2.0, 0.3
-
-
-def _fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> None:
-    """Random weights of the width that their place in the model asks for."""
-    random = torch.randn(values.shape, generator=generator)
-    if name.endswith(".bias"):
-        values.copy_(random * 0.5)
-    elif name.endswith(("query_layernorm.weight", "key_layernorm.weight")):  # after RoPE, in HunYuan
-        values.copy_(ATTENTION + random.clamp(-2, 2) * 0.8)
-    elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):
-        values.add_(ATTENTION - 1 + random * 0.2)  # from 1 on, and where a model adds 1 itself from 0
-    elif name.endswith("post_attention_layernorm.weight"):  # of what attention gives, in Gemma 3
-        values.add_(2 + random * 0.1)
-    elif name.endswith("sinks"):  # of the size that sums of e^logit have
-        values.copy_(10 + random * 3)
-    elif values.dim() == 1:  # of another norm
-        values.add_(random * 0.1)
-    elif name.endswith(("lm_head.weight", "output_layer.weight", "embed_out.weight", "gate.weight")) or (
-        tied and "embed" in name
-    ):
-        values.copy_(random * OUTPUT / math.sqrt(values.shape[-1]))
-    elif name.endswith(("o_proj.weight", "dense.weight", "self_attn.out_proj.weight")):
-        values.copy_(random * RESIDUAL / math.sqrt(values.shape[-1]))
-    elif "self_att" in name or name.endswith(
-        ("q_proj.weight", "k_proj.weight", "v_proj.weight", "query_key_value.weight")
-    ):
-        values.copy_(random * ATTENTION / math.sqrt(values.shape[-1]))
-    else:
-        values.copy_(random * USUAL / math.sqrt(values.shape[-1]))

@@ -60,14 +60,17 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
 def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     """Writes a model, and runs several trials of it one after the other; see `engine.ModelTrial`."""
     import without_torchvision
-    from architectures import VISION, write_model
+    from architectures import IMAGES, write_model
+    from by_hand import register_nemotron_super
 
-    if trial["architecture"] in VISION:
+    if trial["architecture"] in IMAGES:
         without_torchvision.install()
     if trial["architecture"] in ("qwen3-next", "qwen3.5", "qwen3.5-moe"):
         import delta_net
 
         delta_net.install()
+    if trial["architecture"] == "nemotron-super":
+        register_nemotron_super()
     if trial["architecture"].startswith("lfm2"):
         _turn_heads_in_three_dimensions()
     inspect_models_here()
