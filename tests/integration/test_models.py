@@ -168,6 +168,29 @@ CUDA_MODELS = [
 ]
 
 
+# One of each family whose heads, sinks or states ranks share, and Gemma 3, whose one KV head both ranks have.
+RANKED = ("gemma-3", "gpt-oss", "granite-4-h", "qwen2.5-vl")
+RANKED_TOLERANCE = 2e-3  # measured: 0.0002; two ranks add up in another order
+TWO_RANKS = Trial("two ranks", ("short",), LOSSLESS.shadowkv, in_process=False)
+RANKED_MODELS = [
+    ModelTrial(
+        f"{name}, two ranks",
+        name,
+        (_of(name, TWO_RANKS, **(BESIDE if name in WINDOWED else POOL), tensor_parallel_size=2),),
+        slow=True,
+    )
+    for name in RANKED
+]
+
+
+@each_trial(*RANKED_MODELS)
+def test_two_ranks_equal_one_of_stock(trials: Trials, trial: ModelTrial) -> None:
+    ours = trials(trial)["two ranks"]
+    (stock,) = (trials(of_one)["stock"] for of_one in MODELS if of_one.name == trial.architecture)
+    assert differences(ours.sequences["short"], stock.sequences["short"], RANKED_TOLERANCE) == []
+    assert ours.counts["vllm:shadowkv_sealed_blocks_total"] > 4
+
+
 @each_trial(*V2_MODELS)
 def test_equals_stock_on_the_v2_runner(trials: Trials, trial: ModelTrial) -> None:
     ours = trials(trial)["lossless"]

@@ -65,6 +65,7 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
 
     if trial["architecture"] in IMAGES:
         without_torchvision.install()
+        _add_to_path("spawned")
     if trial["architecture"] in ("qwen3-next", "qwen3.5", "qwen3.5-moe"):
         import delta_net
 
@@ -79,6 +80,13 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
         write_model(trial["architecture"], Path(model))
         of_model = {"model": model, "result": trial["result"]}
         return {engine["name"]: run(engine | of_model, shut_down=True) for engine in trial["engines"]}
+
+
+def _add_to_path(spawned: str) -> None:
+    """Of processes that vLLM spawns: this folder, and one with what they begin with."""
+    here = Path(__file__).parent
+    paths = [str(here / spawned), str(here), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def _turn_heads_in_three_dimensions() -> None:
@@ -204,9 +212,8 @@ def start(trial: dict[str, Any], extras: dict[str, Any]) -> Any:
         torch._dynamo.config.disable = True
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if trial["in_process"] else "1"
     if trial["runner"] == "v2" and not trial["in_process"]:
-        here = Path(__file__).parent
-        paths = [str(here / "v2_on_cpu" / "spawned"), str(here), os.environ.get("PYTHONPATH", "")]
-        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1"}
+        _add_to_path("v2_on_cpu/spawned")
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from vllm import LLM
 
     if trial["asynchronous"]:

@@ -24,7 +24,10 @@ class _Named(ModuleType):
 
 
 def install() -> None:
-    """Puts a torchvision without contents where there is none."""
+    """Puts a torchvision without contents where there is none; Transformers has looked by then, and uses none."""
+    from transformers.utils import is_torchvision_available
+
+    is_torchvision_available()
     for part in PARTS:
         name = f"torchvision{part}"
         module = sys.modules[name] = _Named(name)
