@@ -2,13 +2,12 @@
 
 ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
 KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in
-least-recently-used slots; and one that makes it more accurate: the rest, which are the chunks that are not selected,
-are not left out but estimated from their landmarks and the mean of their block's values (as RetroInfer does per
-cluster, arXiv 2505.02922). A function after `seal` has the name, arguments and results of the op that it defines.
+least-recently-used slots; and two that make it more accurate: a landmark is nearer to those keys of its chunk that are
+unlike the others (docs/adr/0010), and the rest, the chunks that are not selected, are estimated from their landmarks
+and the mean of their block's values (docs/adr/0008). A function after `seal` is the op of that name.
 
 Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once
-per decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; and `expand_blocks` for a prefill over
-sealed context.
+per decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; `expand_blocks` is for prefills.
 """
 
 from __future__ import annotations
@@ -65,12 +64,17 @@ def landmarks_and_outliers(keys: Tensor, chunk_size: int, num_outliers: int) -> 
         num_outliers: chunks per KV head to name.
 
     Returns:
-        Landmarks `[num_kv_heads, chunks, head_size]` fp32, the mean of a chunk's keys; and the chunks whose keys the
-        landmark describes worst (lowest minimum cosine, ties to the lower chunk), worst first: their numbers in the
-        block `[num_kv_heads, num_outliers]` int32 and minimum cosines, fp32.
+        Landmarks `[num_kv_heads, chunks, head_size]` fp32, halfway between the mean of a chunk's keys and their mean by
+        the fourth power of their distance from that; and the chunks that landmarks describe worst (lowest minimum
+        cosine, ties to the lower chunk), worst first: their numbers in the block `[num_kv_heads, num_outliers]` int32
+        and minimum cosines, fp32.
     """
     chunks = keys.float().unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3)  # [heads, chunks, chunk_size, head_size]
-    landmarks = chunks.mean(2)
+    mean = chunks.mean(2, keepdim=True)
+    squares = (chunks - mean).square().sum(-1, keepdim=True)
+    largest = squares.amax(2, keepdim=True)
+    weights = torch.where((largest > 0) & (largest < torch.inf), squares / largest, 1).square()
+    landmarks = (mean.squeeze(2) + (weights * chunks).sum(2) / weights.sum(2)) / 2
     norms = chunks.norm(dim=-1) * landmarks.norm(dim=-1, keepdim=True)
     cosines = ((chunks * landmarks.unsqueeze(2)).sum(-1) / norms.clamp_min(1e-12)).amin(-1)
     worst, ids = cosines.sort(dim=-1, stable=True)
@@ -110,10 +114,7 @@ def pack_block(
 def store_values(
     block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, pages: Tensor, host_pool: Tensor, layout: PageLayout
 ) -> None:
-    """Copies blocks' values from their exact pages to the host pool, their mean to the shadow page.
-
-    Arguments: `ops.store_values`.
-    """
+    """Copies blocks' values from exact pages to the host pool, their mean to the page. Arguments: `ops.store_values`."""
     pool, scales = layout.value_views(host_pool)
     for block, exact in zip(block_ids.tolist(), exact_ids.long(), strict=True):
         usable = 0 < block < min(len(host_pool), len(pages)) and ((exact > 0) & (exact < len(exact_values))).all()
@@ -142,12 +143,10 @@ def rebuild_keys(
     basis = layout.view(pages, "basis")[block].float()
     keys = torch.einsum("tr,hrd->thd", coefficients, basis) + layout.view(pages, "mean")[block]
     positions = first_position + torch.arange(layout.block_size)
-    rotary_dim = cos_sin.shape[-1]
-    keys = apply(Rotary(cos_sin if rotary_dim else None, rotary_dim, is_neox), keys, positions)
-    heads = torch.arange(layout.num_kv_heads)[:, None]
+    keys = apply(Rotary(cos_sin if cos_sin.shape[-1] else None, cos_sin.shape[-1], is_neox), keys, positions)
     by_chunk = keys.unflatten(0, (-1, layout.chunk_size)).permute(2, 0, 1, 3)  # a view: writes reach `keys`
     outlier_keys = layout.view(pages, "outlier_keys")[block].float()
-    by_chunk[heads, layout.view(pages, "outlier_ids")[block].long()] = outlier_keys
+    by_chunk[torch.arange(layout.num_kv_heads)[:, None], layout.view(pages, "outlier_ids")[block].long()] = outlier_keys
     return keys
 
 
@@ -203,7 +202,7 @@ def select_chunks(
     rest_values.fill_(0)
     rest_lse.fill_(-torch.inf)
     mean_values = layout.view(pages, "mean_values")
-    landmarks, landmark_scales = layout.view(pages, "landmarks"), layout.view(pages, "landmark_scales")
+    codes, scales = layout.view(pages, "landmarks"), layout.view(pages, "landmark_scales")
     outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")
     most_outliers = chunk_ids.shape[2] - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS
     group = query.shape[1] // layout.num_kv_heads
@@ -218,16 +217,16 @@ def select_chunks(
         usable = valid.repeat_interleave(layout.chunks)
         newest = (ids + 1) * layout.chunk_size > int(seq_lens[row]) - LOCAL_CHUNKS * layout.chunk_size
         for head in range(layout.num_kv_heads):
-            marks = (landmarks[blocks, head] * landmark_scales[blocks, head].unsqueeze(-1)).flatten(0, 1)
+            marks = (codes[blocks, head] * scales[blocks, head].unsqueeze(-1)).flatten(0, 1)
             logits = scale * (query[row, head * group : (head + 1) * group].float() @ marks.T)
             logits[:, ~usable] = -torch.inf
-            scores = (logits - logits.logsumexp(-1, keepdim=True)).amax(0)
+            scores = logits.softmax(-1).sum(0)
             forced = (ids < SINK_CHUNKS) | newest
-            outliers = (outlier_ids[blocks, head] + torch.arange(num_blocks)[:, None] * layout.chunks)[valid].flatten()
+            named = (outlier_ids[blocks, head] + torch.arange(num_blocks)[:, None] * layout.chunks)[valid].flatten()
             cosines = outlier_cosines[blocks, head][valid].flatten()
             candidates = [
                 (cosine, chunk)
-                for cosine, chunk in zip(cosines.tolist(), outliers.tolist(), strict=True)
+                for cosine, chunk in zip(cosines.tolist(), named.tolist(), strict=True)
                 if not forced[chunk]
             ]
             forced[[chunk for _, chunk in sorted(candidates)[:most_outliers]]] = True

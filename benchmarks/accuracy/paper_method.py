@@ -1,7 +1,7 @@
 """What ShadowKV's paper does (arXiv 2410.21465, sections 3 and 4, algorithm 1), in the words of our reference.
 
 One truncated SVD over the whole prompt's pre-RoPE keys, all KV heads side by side, not centred, factors in bf16; a
-chunk's landmark is the mean of its post-RoPE keys, in bf16; the 48 chunks per KV head and prompt with the lowest
+chunk's landmark is the mean of its post-RoPE keys, in bf16, its score the highest of a GQA group; the 48 chunks per KV head and prompt with the lowest
 minimum cosine are outliers, kept exact and always attended; so are the last 4 chunks.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.accuracy.layers import Layer
-from benchmarks.accuracy.view import View, with_exact_chunks
+from benchmarks.accuracy.view import View, chunked, lowest_cosines, with_exact_chunks
 from vllm_shadowkv.config import LOCAL_CHUNKS
-from vllm_shadowkv.reference import landmarks_and_outliers
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,15 @@ class Paper:
         rebuilt = layer.rotated(rebuilt.view(layer.prompt_tokens, *layer.keys.shape[1:]))
 
         exact = layer.keys[: layer.prompt_tokens]
-        landmarks, outliers, _ = landmarks_and_outliers(exact, self.chunk_size, self.num_outliers)
+        chunks = chunked(exact, self.chunk_size)
+        landmarks = chunks.mean(2)
+        outliers = lowest_cosines(chunks, landmarks).topk(self.num_outliers, largest=False).indices
         forced = torch.zeros(landmarks.shape[:2], dtype=torch.bool)
         forced[:, -LOCAL_CHUNKS:] = True
-        forced.scatter_(1, outliers.long(), True)
+        forced.scatter_(1, outliers, True)
         keys = with_exact_chunks(rebuilt, exact, forced, self.chunk_size)
-        return View(keys, layer.values[: layer.prompt_tokens], landmarks.bfloat16().float(), forced, ~forced)
+        values = layer.values[: layer.prompt_tokens]
+        return View(keys, values, landmarks.bfloat16().float(), forced, ~forced, highest=True)
 
     def bytes_per_token(self, layer: Layer) -> float:
         """Device bytes of what grows with the prompt: coefficients, landmarks and basis, outlier keys left out.

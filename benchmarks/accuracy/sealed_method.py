@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.layers import Layer
-from benchmarks.accuracy.view import View, chunked, with_exact_chunks
+from benchmarks.accuracy.view import View, chunked, lowest_cosines, with_exact_chunks
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import HEAD_SIZES, plan_page
 from vllm_shadowkv.reference import factorise, landmarks_and_outliers, quantise
@@ -29,7 +29,9 @@ class Sealed:
         num_outliers: chunks per KV head and block.
         codec: of the factors; "none": exact keys.
         centred: factorise what differs from the block's mean key.
-        exact_landmarks: means in fp32 instead of int8.
+        exact_landmarks: in fp32 instead of int8.
+        mean_landmarks: a landmark is the mean of its chunk's keys.
+        highest: a chunk's score is the highest of its GQA group, in place of the sum.
         int8_values: one scale per token.
         exact_tokens: newest tokens of the prompt that stay exact (`decode_exact_tokens`).
         rest: chunks that are not attended count by their landmark and a mean value; False: they are left out.
@@ -44,6 +46,8 @@ class Sealed:
     codec: Literal["int8", "bf16", "none"] = "int8"
     centred: bool = True
     exact_landmarks: bool = False
+    mean_landmarks: bool = False
+    highest: bool = False
     int8_values: bool = False
     exact_tokens: int = 0
     rest: bool = True
@@ -80,15 +84,14 @@ class Sealed:
             flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape)) for keys in blocks])
             rebuilt = layer.rotated(flat.view_as(exact))
 
-        landmarks = chunked(exact, self.chunk_size).mean(2)
+        chunks = chunked(exact, self.chunk_size)
+        landmarks = chunks.mean(2) if self.mean_landmarks else landmarks_and_outliers(exact, self.chunk_size, 0)[0]
+        cosines = lowest_cosines(chunks, landmarks).unflatten(1, (-1, block // self.chunk_size))
+        worst = cosines.topk(self.num_outliers, largest=False).indices
+        forced = torch.zeros_like(cosines, dtype=torch.bool).scatter_(2, worst, True).flatten(1)
         if not self.exact_landmarks:
             codes, scales = quantise(landmarks)
             landmarks = codes * scales[..., None]
-        forced = torch.zeros(landmarks.shape[:2], dtype=torch.bool)
-        for number, keys in enumerate(exact.split(block)):
-            first = number * block // self.chunk_size
-            _, outliers, _ = landmarks_and_outliers(keys, self.chunk_size, self.num_outliers)
-            forced.scatter_(1, outliers.long() + first, True)
         keys = with_exact_chunks(rebuilt, exact, forced, self.chunk_size)  # no other sealed key is exact
         forced[:, :SINK_CHUNKS] = forced[:, -LOCAL_CHUNKS:] = True
         values = layer.values[:prompt]
@@ -106,7 +109,7 @@ class Sealed:
         if self.rest:
             shared = self.mean_value_tokens or block
             means = layer.values[:prompt].unflatten(0, (-1, shared)).mean(1).bfloat16().float()
-        return View(keys, values, landmarks, forced, scored, means)
+        return View(keys, values, landmarks, forced, scored, means, self.highest)
 
     def _rebuild(self, keys: Tensor, rank: int) -> Tensor:
         # With every key's opposite beside it, the mean is 0 and the directions are those of the keys as they are.

@@ -1,7 +1,7 @@
 """A method's view of a prompt, and the decode step that every method shares.
 
 A method says what it keeps (`View`); `attend` then does what ShadowKV does with it: score landmarks, softmax per query
-head, the highest of a GQA group, the best chunks per KV head, exact attention over them.
+head, their sum over a GQA group (or the highest), the best chunks per KV head, exact attention over them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class View:
         scored: bool `[num_kv_heads, C]`, chunks whose landmarks are in the softmax.
         mean_values: fp32 `[groups, num_kv_heads, head_size]`, of equally many tokens each. They stand for the values of
             the rest, the chunks that are not attended, as landmarks stand for its keys; None: the rest is left out.
+        highest: a chunk's score is the highest of its GQA group, in place of the sum.
     """
 
     keys: Tensor
@@ -35,6 +36,7 @@ class View:
     forced: Tensor
     scored: Tensor
     mean_values: Tensor | None = None
+    highest: bool = False
 
     @property
     def num_forced(self) -> int:
@@ -52,7 +54,8 @@ def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
     outputs = []
     for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
         marks = layer.scale * (queries @ view.landmarks[head].T)
-        scores = marks.masked_fill(~view.scored[head], -torch.inf).log_softmax(-1).amax(1)
+        shares = marks.masked_fill(~view.scored[head], -torch.inf).softmax(-1)
+        scores = shares.amax(1) if view.highest else shares.sum(1)
         scores = scores.masked_fill(view.forced[head], -torch.inf)
         best = scores.topk(min(budget_chunks, num_chunks)).indices
         chosen = view.forced[head].expand(n, -1) | torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
@@ -81,6 +84,11 @@ def full_attention(layer: Layer) -> Tensor:
 def relative_error(output: Tensor, exact: Tensor) -> Tensor:
     """|output - exact| / |exact| of each query and head, `[n, heads]`."""
     return (output - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+
+def lowest_cosines(chunks: Tensor, landmarks: Tensor) -> Tensor:
+    """The lowest cosine between a landmark `[heads, C, size]` and a key of its chunk, `[heads, C]`."""
+    return torch.cosine_similarity(chunks, landmarks.unsqueeze(2), dim=-1).amin(-1)
 
 
 def chunked(keys: Tensor, chunk_size: int) -> Tensor:

@@ -12,6 +12,7 @@
 #include "cuda/include/dispatch.cuh"
 #include "cuda/include/launch.cuh"
 #include "cuda/include/quantise.cuh"
+#include "cuda/include/softmax.cuh"
 
 namespace shadowkv::cuda {
 namespace {
@@ -25,11 +26,12 @@ __device__ __forceinline__ uint8_t* page_of(const PackBlockParams& p, int64_t i)
   return block > 0 && block < p.num_blocks ? p.pages + block * p.page_stride : nullptr;
 }
 
-// A warp's chunk of `size` keys that are `stride` elements apart: writes their mean to shared
-// memory and returns the lowest cosine between it and a key, NaN where one is NaN.
+// A warp's chunk of `size` keys that are `stride` elements apart: writes its landmark to shared
+// memory (halfway between the mean of the keys and their mean by the fourth power of their distance
+// from that) and returns the lowest cosine between it and a key, NaN where one is NaN.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, int size,
-                                               float* mean) {
+                                               float* shared_landmark) {
   // Lane l has dimensions 2l and 2l + 1 of every 64.
   constexpr int kPairs = (kHeadSize + 2 * kWarp - 1) / (2 * kWarp);
   const int lane = threadIdx.x % kWarp;
@@ -44,14 +46,48 @@ __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, in
     high = to_float(T{static_cast<uint16_t>(both >> 16)});
   };
 
-  float landmark[kPairs][2] = {};
+  float mean[kPairs][2] = {};
   for (int t = 0; t < size; ++t) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       float low, high;
       pair(t, i, low, high);
-      landmark[i][0] += low;
-      landmark[i][1] += high;
+      mean[i][0] += low;
+      mean[i][1] += high;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    mean[i][0] /= static_cast<float>(size);
+    mean[i][1] /= static_cast<float>(size);
+  }
+  const auto distance = [&](int t) {  // squared, from the mean
+    float square = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float low, high;
+      pair(t, i, low, high);
+      low -= mean[i][0], high -= mean[i][1];
+      square += low * low + high * high;
+    }
+    return warp_sum(square);
+  };
+  float largest = 0;
+  for (int t = 0; t < size; ++t) {
+    const float square = distance(t);
+    if (!(square <= largest)) largest = square;
+  }
+  const bool pulled = largest > 0 && largest < infinity();  // else all keys count alike
+  float landmark[kPairs][2] = {}, total = 0;
+  for (int t = 0; t < size; ++t) {
+    const float ratio = pulled ? distance(t) / largest : 1.0f, weight = ratio * ratio;
+    total += weight;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      float low, high;
+      pair(t, i, low, high);
+      landmark[i][0] += weight * low;
+      landmark[i][1] += weight * high;
     }
   }
   float square = 0;
@@ -59,10 +95,10 @@ __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, in
   for (int i = 0; i < kPairs; ++i) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      landmark[i][j] /= static_cast<float>(size);
+      landmark[i][j] = (mean[i][j] + landmark[i][j] / total) * 0.5f;
       square += landmark[i][j] * landmark[i][j];
       const int d = 2 * (i * kWarp + lane) + j;
-      if (d < kHeadSize) mean[d] = landmark[i][j];
+      if (d < kHeadSize) shared_landmark[d] = landmark[i][j];
     }
   }
   const float norm = sqrtf(warp_sum(square));
@@ -99,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
   uint8_t* page = page_of(p, i);
   if (page == nullptr) return;
 
-  __shared__ float means[kWarps][kHeadSize];
+  __shared__ float shared_landmarks[kWarps][kHeadSize];
   auto* cosines = reinterpret_cast<float*>(dynamic_shared_memory());  // [chunks]
   const int size = static_cast<int>(layout.chunk_size);
   const int chunks = static_cast<int>(layout.chunks());
@@ -111,12 +147,12 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
   auto* landmarks = reinterpret_cast<int8_t*>(page + layout.landmarks) + head * chunks * kHeadSize;
   auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
   for (int chunk = warp; chunk < chunks; chunk += kWarps) {
-    float* mean = means[warp];
+    float* landmark = shared_landmarks[warp];
     const float cosine =
-        lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size, mean);
+        lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size, landmark);
     sync_warp();
     const float scale =
-        quantise_row<kHeadSize>([&](int d) { return mean[d]; }, landmarks + chunk * kHeadSize);
+        quantise_row<kHeadSize>([&](int d) { return landmark[d]; }, landmarks + chunk * kHeadSize);
     if (lane == 0) {
       scales[chunk] = scale;
       cosines[chunk] = cosine;

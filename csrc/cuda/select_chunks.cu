@@ -4,11 +4,11 @@
 // Logits: a warp multiplies eight landmarks at a time with the query heads of the group on tensor
 // cores. Reads chunks * (head_size + 4) bytes of landmarks and scales per block and KV head, which
 // bounds the op; writes group fp32 logits per chunk, and the softmax over each block's chunks.
-// Pick: a CTA per row and KV head turns logits into scores, finds the threshold of the best by a
-// radix select, and emits ids in ascending order. Reads the logits once and the scores about five
-// times (they lie in the L2 cache); 8 bytes per outlier.
-// Rest: a CTA per row and query head reads logits and keys again, and each block's mean value; its
-// warps take blocks in turn and are merged in their order. See select_rest.cuh.
+// Pick: a CTA per row and KV head turns logits into scores (shares of the softmax), finds the
+// threshold of the best by a radix select, and emits ids in ascending order. Reads the logits once
+// and the scores about five times (they lie in the L2 cache); 8 bytes per outlier. Rest: a CTA per
+// row and query head reads logits and keys again, and each block's mean value; its warps take
+// blocks in turn and are merged in their order. See select_rest.cuh.
 #include "arguments/select_chunks.h"
 
 #include <algorithm>
@@ -59,7 +59,8 @@ __device__ __forceinline__ uint64_t outlier_key(const SelectPass& pass, int64_t 
   return ~(static_cast<uint64_t>(ordered(cosine)) << 32 | static_cast<uint32_t>(chunk));
 }
 
-// Turns the group's logits into keys, a warp a block's.
+// Turns the group's logits into keys, a warp a block's: a chunk's score is the sum of its shares of
+// the group's softmaxes.
 __device__ __forceinline__ void score(const SelectPass& pass, int64_t row, const float* sums,
                                       const ForcedChunks& forced, const float* logits,
                                       uint32_t* keys, int blocks) {
@@ -70,21 +71,19 @@ __device__ __forceinline__ void score(const SelectPass& pass, int64_t row, const
     const bool usable = block_at(pass.p, row, column) != 0;
     const int first = column * pass.chunks, end = first + pass.chunks;
     for (int i = first + lane; i < end; i += kUnroll * kWarp) {
-      float best[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) best[u] = -infinity();
+      float share[kUnroll] = {};
       for (int g = 0; g < pass.group; ++g) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           const int chunk = i + u * kWarp;
-          if (chunk < end) best[u] = max_or_nan(best[u], logits[g * stride + chunk] - sums[g]);
+          if (chunk < end) share[u] += exp_below(logits[g * stride + chunk], sums[g]);
         }
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int chunk = i + u * kWarp;
         if (chunk >= end) continue;
-        const uint32_t key = forced.contains(chunk) ? kForced : ordered(best[u]);
+        const uint32_t key = forced.contains(chunk) ? kForced : ordered(share[u]);
         keys[chunk] = usable ? key : kUnusable;
       }
     }
@@ -117,7 +116,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) pick_kernel(const SelectPass p
   if (static_cast<int>(threadIdx.x) < pass.group) {
     SoftmaxPart part = no_softmax();
     for (int i = 0; i < warps; ++i) part = merge(part, parts[threadIdx.x][i]);
-    sums[threadIdx.x] = log_sum_exp(part);
+    const float sum = log_sum_exp(part);
+    sums[threadIdx.x] = fabsf(sum) < infinity() ? sum : sum - sum;  // else no share is a number
   }
   sync_threads();
 

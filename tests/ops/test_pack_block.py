@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,10 +62,16 @@ def run(arguments: Arguments, function: Callable[..., None] = ops.pack_block) ->
     return pages
 
 
-def chunk_means(arguments: Arguments) -> Tensor:
-    """fp64 `[n, Hkv, chunks, D]`."""
+def exact_landmarks(arguments: Arguments) -> Tensor:
+    """fp64 `[n, Hkv, chunks, D]`, written independently of the reference: one chunk after the other."""
     layout = arguments["layout"]
-    return arguments["keys"].double().unflatten(1, (layout.chunks, layout.chunk_size)).mean(2).transpose(1, 2)
+    keys = arguments["keys"].double().unflatten(1, (layout.chunks, layout.chunk_size)).permute(0, 3, 1, 2, 4)
+    landmarks = keys.new_empty(*keys.shape[:3], layout.head_size)
+    for place in itertools.product(*map(range, keys.shape[:3])):
+        mean = keys[place].mean(0)
+        weights = torch.stack([(key - mean).norm() ** 4 for key in keys[place]])
+        landmarks[place] = 0.5 * mean + 0.5 * torch.einsum("t,td->d", weights / weights.sum(), keys[place])
+    return landmarks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + SMALL_LAYOUTS, ids=layout_id)
@@ -77,11 +84,11 @@ def test_pack_block(layout: PageLayout) -> None:
         if layout.has(name) and (layout.rank or name not in CODES):
             assert_bytes_equal(layout.view(actual, name)[blocks], layout.view(expected, name)[blocks], name)
 
-    # Landmarks are sums, in an order of their own: a code may differ where the mean lies between two.
-    means = chunk_means(arguments)
+    # Landmarks are sums, in an order of their own: a code may differ where the exact one lies between two.
+    landmarks = exact_landmarks(arguments)
     scales, wanted = (layout.view(pages, "landmark_scales")[blocks] for pages in (actual, expected))
-    assert_close(scales, means.abs().amax(-1) / 127, wanted, "landmark_scales")
-    exact = means * 127 / means.abs().amax(-1, keepdim=True)
+    assert_close(scales, landmarks.abs().amax(-1) / 127, wanted, "landmark_scales")
+    exact = landmarks * 127 / landmarks.abs().amax(-1, keepdim=True)
     codes, wanted = (layout.view(pages, "landmarks")[blocks].int() for pages in (actual, expected))
     on_boundary = (exact - exact.floor() - 0.5).abs() < 1e-4
     assert torch.equal(codes.where(~on_boundary, 0), wanted.where(~on_boundary, 0))

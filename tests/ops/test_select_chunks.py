@@ -63,8 +63,8 @@ class Case:
         return (queries @ marks.T * self.scale).masked_fill(~usable.repeat_interleave(layout.chunks), -torch.inf)
 
     def scores(self, row: int, head: int) -> Tensor:
-        """fp64 `[chunks of the row]`."""
-        return torch.log_softmax(self.logits(self.query.double(), row, head), -1).amax(0)
+        """Logarithms of scores, fp64 `[chunks of the row]`; kernels need not tell apart what is below 2^-100."""
+        return torch.softmax(self.logits(self.query.double(), row, head), -1).sum(0).clamp_min(2.0**-100).log()
 
     def rest_of(self, chunk_ids: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         """The rest of a choice, in the query's dtype: a sum over chunks, one after the other."""

@@ -19,20 +19,51 @@ namespace {
 
 constexpr int kMaxChunkSize = 16;
 
-// Lowest cosine between a chunk's keys and their mean, which it writes too; NaN where a key has
-// one.
+// The landmark of a chunk: halfway between the mean of its keys and their mean by the fourth power
+// of their distance from that. NaN where a key has one.
 template <int kHeadSize>
-float lowest_cosine(const float* keys, int64_t size, float* mean) {
+void make_landmark(const float* keys, int64_t size, float* landmark) {
   constexpr int kVectors = kHeadSize / kLanes;
-  FloatV landmark[kVectors] = {};
+  FloatV mean[kVectors] = {};
   for (int64_t t = 0; t < size; ++t) {
-    for (int v = 0; v < kVectors; ++v) landmark[v] += load(keys + t * kHeadSize + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) mean[v] += load(keys + t * kHeadSize + v * kLanes);
   }
+  for (int v = 0; v < kVectors; ++v) mean[v] /= static_cast<float>(size);
+  float squares[kMaxChunkSize];
+  float largest = 0;
+  for (int64_t t = 0; t < size; ++t) {
+    FloatV square = {};
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatV distance = load(keys + t * kHeadSize + v * kLanes) - mean[v];
+      square += distance * distance;
+    }
+    squares[t] = sum(square);
+    if (!(squares[t] <= largest)) largest = squares[t];
+  }
+  const bool pulled = largest > 0 && largest < kInfinity;  // else all keys count alike
+  FloatV weighted[kVectors] = {};
+  float total = 0;
+  for (int64_t t = 0; t < size; ++t) {
+    const float ratio = pulled ? squares[t] / largest : 1.0f;
+    const float weight = ratio * ratio;
+    total += weight;
+    for (int v = 0; v < kVectors; ++v) {
+      weighted[v] += weight * load(keys + t * kHeadSize + v * kLanes);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(landmark + v * kLanes, (mean[v] + weighted[v] / total) * 0.5f);
+  }
+}
+
+// Lowest cosine between a chunk's keys and its landmark; NaN where one has a NaN.
+template <int kHeadSize>
+float lowest_cosine(const float* keys, int64_t size, const float* landmark) {
+  constexpr int kVectors = kHeadSize / kLanes;
   FloatV square = {};
   for (int v = 0; v < kVectors; ++v) {
-    landmark[v] /= static_cast<float>(size);
-    store(mean + v * kLanes, landmark[v]);
-    square += landmark[v] * landmark[v];
+    const FloatV x = load(landmark + v * kLanes);
+    square += x * x;
   }
   const float norm = std::sqrt(sum(square));
   float lowest = 2.0f;  // above every cosine
@@ -41,7 +72,7 @@ float lowest_cosine(const float* keys, int64_t size, float* mean) {
     FloatV key_square = {};
     for (int v = 0; v < kVectors; ++v) {
       const FloatV key = load(keys + t * kHeadSize + v * kLanes);
-      dot += key * landmark[v];
+      dot += key * load(landmark + v * kLanes);
       key_square += key * key;
     }
     const float product = std::sqrt(sum(key_square)) * norm;
@@ -87,13 +118,14 @@ void pack_head(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page)
   int64_t found = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     alignas(64) float rows[kMaxChunkSize * kHeadSize];
-    alignas(64) float mean[kHeadSize];
+    alignas(64) float landmark[kHeadSize];
     for (int64_t t = 0; t < size; ++t) {
       widen(keys + (chunk * size + t) * stride, 1, kHeadSize, rows + t * kHeadSize);
     }
-    const float cosine = lowest_cosine<kHeadSize>(rows, size, mean);
-    scales[chunk] = quantisation_scale(mean, kHeadSize);
-    quantise_row(mean, kHeadSize, scales[chunk], landmarks + chunk * kHeadSize);
+    make_landmark<kHeadSize>(rows, size, landmark);
+    const float cosine = lowest_cosine<kHeadSize>(rows, size, landmark);
+    scales[chunk] = quantisation_scale(landmark, kHeadSize);
+    quantise_row(landmark, kHeadSize, scales[chunk], landmarks + chunk * kHeadSize);
     insert_outlier(static_cast<int32_t>(chunk), cosine, layout.num_outliers, &found, outliers,
                    cosines);
   }

@@ -5,13 +5,13 @@
 // query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query
 // head is rounded to int16 with one scale, an error of 2^-16 of its largest element (a landmark has
 // 2^-8), so that the int8 landmarks need no conversion to fp32: a third less time, exact sums.
-// Pick: reads the logits three times (they fit the second-level cache) and the outliers of each
-// block, writes `columns` ids. Groups of scores have maxima, and the k-th best of these is a bound
-// that the k-th best score reaches: only the few scores above it are sorted. One more pass then
-// emits ids in ascending order.
-// Rest: the softmax of the pick has left every chunk's weight. Those of the picked chunks become 0,
-// so what is summed is the rest itself, and no difference of large sums. Reads the mean value of
-// each block.
+// Pick: reads the logits twice and their exponentials once (they fit the second-level cache), the
+// outliers of each block, writes `columns` ids. A chunk's score is its share of the softmax, summed
+// over the group; those below 1e-38 are equal. Groups of scores have maxima, and the k-th best of
+// these is a bound that the k-th best score reaches: only the few scores above it are sorted. One
+// more pass then emits ids in ascending order. Rest: the softmax of the pick has left every chunk's
+// weight. Those of the picked chunks become 0, so what is summed is the rest itself, and no
+// difference of large sums. Reads the mean value of each block.
 #include "cpu/kernels/select_chunks.h"
 
 #include <algorithm>
@@ -281,9 +281,9 @@ void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, 
     softmaxes[g] = softmax(logits + g * stride, stride, weights.data() + g * stride);
   }
   for (int64_t i = 0; i < stride; i += kLanes) {
-    FloatV score = load(logits + i) - softmaxes[0].log_sum;
-    for (int64_t g = 1; g < p.group; ++g) {
-      score = max_or_nan(score, load(logits + g * stride + i) - softmaxes[g].log_sum);
+    FloatV score{};
+    for (int64_t g = 0; g < p.group; ++g) {
+      score += load(weights.data() + g * stride + i) * softmaxes[g].share;
     }
     const UintV key = ordered(score);
     std::memcpy(keys + i, &key, sizeof key);

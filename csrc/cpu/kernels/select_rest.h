@@ -25,8 +25,8 @@ inline int64_t block_at(const SelectChunksParams& p, int64_t row, int64_t column
 }
 
 struct Softmax {
-  float log_sum;  // log(sum(exp(x)))
-  float top;      // the largest finite x; -infinity where there is none
+  float share;  // of a weight of 1; NaN where an x is NaN, or none is finite
+  float top;    // the largest finite x; -infinity where there is none
 };
 
 // Of `size` values, a multiple of kLanes. Writes weights: exp(x - top), 0 for an x that is not
@@ -42,7 +42,7 @@ inline Softmax softmax(const float* x, int64_t size, float* weights) {
       store(weights + i, weight);
       total += weight;
     }
-    return {top + std::log(sum(total)), top};
+    return {1.0f / sum(total), top};
   }
   const auto finite = [&](int64_t i) SHADOWKV_INLINE_LAMBDA {
     const FloatV y = load(x + i);
@@ -55,7 +55,7 @@ inline Softmax softmax(const float* x, int64_t size, float* weights) {
     const FloatV y = finite(i);
     store(weights + i, y > -kInfinity ? exp_negative(y - base) : FloatV{});
   }
-  return {top, base};
+  return {std::nanf(""), base};
 }
 
 // Attention to the rest of a row and KV head. `weights`: [group, stride], 0 for every other chunk.
