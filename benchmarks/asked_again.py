@@ -15,16 +15,15 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.alone import alone
 from benchmarks.machine import machine
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, make_prompt
@@ -263,12 +262,6 @@ def plot(results: dict[str, list[Case]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _alone(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The call's result, from a process of its own: engines leave traces."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(call, *arguments).result()
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,11 +272,11 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, list[Case]] = {}
     for backend in ["stock", *(backend for backend in arguments.backends if backend != "stock")]:
-        results[backend] = [*_alone(run, backend, arguments.prompts), _alone(run_long, backend)]
+        results[backend] = [*alone(run, backend, arguments.prompts), alone(run_long, backend)]
         hold_against(results[backend][-1], results["stock"][-1])
     for backend in results:
         if backend != "stock":
-            results[backend].append(_alone(run_documents, backend))
+            results[backend].append(alone(run_documents, backend))
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     console.print(table(results))

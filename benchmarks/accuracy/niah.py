@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy.niah make niah.jsonl --model NAME --texts FOLDER --lengths 32768 65536 131072
     python -m benchmarks.accuracy.collect ours.jsonl --model NAME --samples niah.jsonl --backend shadowkv
     python -m benchmarks.accuracy.niah plot niah.png --model NAME --samples niah.jsonl stock.jsonl ours.jsonl
+    python -m benchmarks.accuracy.niah compare --model NAME --samples niah.jsonl stock.jsonl ours.jsonl
 
 Without `--texts` the haystack is the needle model's filler.
 """
@@ -18,8 +19,12 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy.collect import SETUPS, read_records
+from benchmarks.accuracy.paired import Flips
+from benchmarks.accuracy.table import table
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, KEYS, VALUES, VOCAB
+
+CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Perth", "Turin", "Dakar", "Lima", "Kyoto", "Cairo", "Boston", "Athens")
 
 Record = dict[str, Any]
 Cells = dict[tuple[int, float], float]
@@ -27,34 +32,46 @@ Cells = dict[tuple[int, float], float]
 
 
 def make(
-    model: str, texts: Path | None, lengths: list[int], num_depths: int, repeats: int, rng: random.Random
+    model: str,
+    texts: Path | None,
+    lengths: list[int],
+    num_depths: int,
+    repeats: int,
+    rng: random.Random,
+    together: bool = False,
 ) -> list[Record]:
-    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent."""
+    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent.
+
+    `together`: a haystack has a needle at every depth, so in setup B one context serves all questions.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     words = _words(texts, rng, max(lengths))
+    depths = [100 * i / max(num_depths - 1, 1) for i in range(num_depths)]
     lines = []
     for length in lengths:
-        for depth in (100 * i / max(num_depths - 1, 1) for i in range(num_depths)):
+        for group in [depths] if together else [[depth] for depth in depths]:
             for _ in range(repeats):
-                needle, question, expected = _needle(texts is None, rng)
+                needles = _needles(len(group), texts is None, rng)
                 start = rng.randrange(max(1, len(words) - length))
                 # Words are fewer than tokens: as many as fill the length, found by proportion.
                 sample = words[start : start + length]
                 per_word = len(tokenizer(" ".join(sample[:2000]))["input_ids"]) / len(sample[:2000])
-                room = length - len(tokenizer(f"{needle} {question}")["input_ids"]) - 8
+                added = " ".join([*(needle for needle, _, _ in needles), needles[0][1]])
+                room = length - len(tokenizer(added)["input_ids"]) - 8
                 hay = sample[: int(room / per_word)]
-                at = int(len(hay) * depth / 100)
-                context = " ".join([*hay[:at], needle, *hay[at:]])
-                lines.append(
+                for (needle, _, _), depth in reversed(list(zip(needles, group, strict=True))):
+                    hay.insert(int(int(room / per_word) * depth / 100), needle)
+                lines += [
                     {
-                        "context": context,
+                        "context": " ".join(hay),
                         "question": question,
                         "expected": expected,
                         "family": f"{length} tokens",
                         "length": length,
                         "depth": depth,
                     }
-                )
+                    for (_, question, expected), depth in zip(needles, group, strict=True)
+                ]
     return lines
 
 
@@ -65,12 +82,20 @@ def _words(texts: Path | None, rng: random.Random, most: int) -> list[str]:
     return words * -(-2 * most // len(words))
 
 
+def _needles(count: int, own_words: bool, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Needles that differ in what they are about, each with its question and what the answer must contain."""
+    found: dict[str, tuple[str, str, str]] = {}
+    while len(found) < count:
+        needle = _needle(own_words, rng)
+        found.setdefault(needle[1], needle)
+    return list(found.values())
+
+
 def _needle(own_words: bool, rng: random.Random) -> tuple[str, str, str]:
-    """The needle, the question and what the answer must contain."""
     if own_words:
         key, *values = (VOCAB[i] for i in (rng.choice(KEYS), *rng.sample(VALUES, 2)))
         return f"@ {key} {' '.join(values)}", f"? {key}", f"{key} {' '.join(values)}"
-    city, number = rng.choice(["Lisbon", "Oslo", "Quito", "Hanoi", "Perth", "Turin"]), str(rng.randrange(10**6, 10**7))
+    city, number = rng.choice(CITIES), str(rng.randrange(10**6, 10**7))
     return (
         f"The magic number of {city} is {number}.",
         f"\n\nQuestion: What is the magic number of {city}?\nAnswer: The magic number of {city} is",
@@ -78,16 +103,47 @@ def _needle(own_words: bool, rng: random.Random) -> tuple[str, str, str]:
     )
 
 
+def right(samples: list[Record], records: list[Record], model: str) -> dict[str, dict[int, bool]]:
+    """Which samples were answered right, by setup."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found: dict[str, dict[int, bool]] = {}
+    for record in records:
+        number = int(record["name"].rsplit("-", 1)[1])
+        found.setdefault(record["setup"], {})[number] = samples[number]["expected"] in tokenizer.decode(
+            record["output"]
+        )
+    return found
+
+
 def rates(samples: list[Record], records: list[Record], model: str) -> dict[str, Cells]:
     """Shares of right answers by setup."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    right: dict[str, dict[tuple[int, float], list[bool]]] = {}
-    for record in records:
-        sample = samples[int(record["name"].rsplit("-", 1)[1])]
-        found = sample["expected"] in tokenizer.decode(record["output"])
-        cell = right.setdefault(record["setup"], {}).setdefault((sample["length"], sample["depth"]), [])
-        cell.append(found)
-    return {setup: {at: sum(cell) / len(cell) for at, cell in cells.items()} for setup, cells in right.items()}
+    shares: dict[str, Cells] = {}
+    for setup, answers in right(samples, records, model).items():
+        cells: dict[tuple[int, float], list[bool]] = {}
+        for number, is_right in answers.items():
+            cells.setdefault((samples[number]["length"], samples[number]["depth"]), []).append(is_right)
+        shares[setup] = {at: sum(cell) / len(cell) for at, cell in cells.items()}
+    return shares
+
+
+def compare(samples: list[Record], full: dict[int, bool], ours: dict[int, bool]) -> dict[int, Flips]:
+    """Paired answers by length, of what both answered."""
+    lengths = sorted({sample["length"] for sample in samples})
+    both = {n: [i for i in full if i in ours and samples[i]["length"] == n] for n in lengths}
+    return {n: Flips.of([full[i] for i in of], [ours[i] for i in of]) for n, of in both.items() if of}
+
+
+def markdown(samples: list[Record], results: dict[str, list[Record]], model: str) -> str:
+    """A table of all results against the first, which counts for both setups where it has only one."""
+    (_, baseline), *others = results.items()
+    full = right(samples, baseline, model)
+    lines = [["result", "setup", "tokens", "full", "shadowkv", "lost, won"]]
+    for name, records in others:
+        for setup, answers in right(samples, records, model).items():
+            for length, f in compare(samples, full.get(setup) or next(iter(full.values())), answers).items():
+                shares = [f"{100 * n / f.prompts:.0f} %" for n in (f.baseline, f.candidate)]
+                lines.append([name, setup, f"{length:,}", *shares, f"{f.lost}, {f.won} of {f.prompts}"])
+    return table(lines)
 
 
 def plot(results: dict[str, dict[str, Cells]], path: Path) -> None:
@@ -113,23 +169,29 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    making, plotting = commands.add_parser("make"), commands.add_parser("plot")
+    making, plotting, comparing = (commands.add_parser(name) for name in ("make", "plot", "compare"))
     for command in (making, plotting):
         command.add_argument("out", type=Path)
+    for command in (making, plotting, comparing):
         command.add_argument("--model", default=str(CHECKPOINT), help="whose tokenizer; default: the needle model")
     making.add_argument("--texts", type=Path, help="folder of .txt files")
     making.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     making.add_argument("--depths", type=int, default=9)
     making.add_argument("--repeats", type=int, default=5)
-    plotting.add_argument("--samples", type=Path, required=True)
-    plotting.add_argument("results", type=Path, nargs="+")
+    making.add_argument("--together", action="store_true", help="a needle at every depth of the same haystack")
+    for command in (plotting, comparing):
+        command.add_argument("--samples", type=Path, required=True)
+        command.add_argument("results", type=Path, nargs="+", help="of `collect`; stock's first")
     arguments = parser.parse_args()
     if arguments.command == "make":
         sizes = (arguments.lengths, arguments.depths, arguments.repeats)
-        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"))
+        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"), arguments.together)
         arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
     samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
+    if arguments.command == "compare":
+        print(markdown(samples, {p.stem: read_records(p) for p in arguments.results}, arguments.model), end="")
+        return
     plot({p.stem: rates(samples, read_records(p), arguments.model) for p in arguments.results}, arguments.out)
 
 
