@@ -1,8 +1,8 @@
 """What ShadowKV's paper does (arXiv 2410.21465, sections 3 and 4, algorithm 1), in the words of our reference.
 
 One truncated SVD over the whole prompt's pre-RoPE keys, all KV heads side by side, not centred, factors in bf16; a
-chunk's landmark is the mean of its post-RoPE keys, in bf16, its score the highest of a GQA group; the 48 chunks per KV head and prompt with the lowest
-minimum cosine are outliers, kept exact and always attended; so are the last 4 chunks.
+chunk's landmark is the mean of its post-RoPE keys, in bf16, its score the highest of a GQA group; the 48 chunks per KV
+head and prompt with the lowest minimum cosine are outliers, kept exact and always attended; so are the last 4 chunks.
 """
 
 from __future__ import annotations

@@ -44,8 +44,15 @@ class View:
         return round(self.forced.float().sum(1).mean().item())
 
 
-def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
-    """Attention of the layer's queries over forced chunks, the best ones and generated tokens, `[n, heads, size]`."""
+def attend(view: View, layer: Layer, budget_chunks: int, truly_best: bool = False) -> Tensor:
+    """Attention of the layer's queries over forced chunks, the best ones and generated tokens, `[n, heads, size]`.
+
+    Args:
+        view: what there is of the prompt.
+        layer: its queries, and the generated tokens.
+        budget_chunks: chosen by score.
+        truly_best: a chunk's score is the attention that its keys get, which no method knows beforehand.
+    """
     n, prompt = len(layer.queries), layer.prompt_tokens
     kv_heads, num_chunks = view.forced.shape
     chunk_size = prompt // num_chunks
@@ -55,6 +62,9 @@ def attend(view: View, layer: Layer, budget_chunks: int) -> Tensor:
     for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
         marks = layer.scale * (queries @ view.landmarks[head].T)
         shares = marks.masked_fill(~view.scored[head], -torch.inf).softmax(-1)
+        if truly_best:
+            every = (layer.scale * (queries @ view.keys[:, head].T)).softmax(-1)
+            shares = every.unflatten(-1, (num_chunks, chunk_size)).sum(-1)
         scores = shares.amax(1) if view.highest else shares.sum(1)
         scores = scores.masked_fill(view.forced[head], -torch.inf)
         best = scores.topk(min(budget_chunks, num_chunks)).indices

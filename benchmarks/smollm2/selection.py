@@ -1,0 +1,160 @@
+"""Which chunks are found on a real decoder, and at what error: `python -m benchmarks.smollm2.selection`.
+
+SmolLM2 reads texts; of every layer, |o - o_full| / |o_full| of the queries that follow seven sealed blocks, where keys are
+exact and only the choice of chunks and the estimate of the rest make a difference. It holds the landmarks and scores of
+the page against the paper's, and against the choice that nobody can know.
+
+    make real-model
+    python -m benchmarks.smollm2.selection --json selection.json --plot selection.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from transformers import AutoTokenizer
+
+from benchmarks.accuracy.layers import Layer, captured
+from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.table import table
+from benchmarks.accuracy.view import attend, full_attention, relative_error
+from benchmarks.machine import machine
+from benchmarks.progress import track
+from benchmarks.smollm2 import SMOLLM2
+from benchmarks.smollm2.texts import TEXTS
+from benchmarks.wheels import MissingError
+
+PROMPT, QUERIES = 7168, 64
+BUDGETS = (256, 512, 1024)
+"""Tokens: 3.6, 7.1 and 14 % of the prompt; what is forced comes on top."""
+
+BEFORE, NOW, BEST = "mean, highest", "leaning, sum", "the best choice"
+CHOICES: dict[str, Sealed] = {
+    BEFORE: Sealed(codec="none", mean_landmarks=True, highest=True),
+    f"{BEFORE}, rest left out": Sealed(codec="none", mean_landmarks=True, highest=True, rest=False),
+    "mean, sum": Sealed(codec="none", mean_landmarks=True),
+    "leaning, highest": Sealed(codec="none", highest=True),
+    NOW: Sealed(codec="none"),
+    f"{NOW}, rest left out": Sealed(codec="none", rest=False),
+    BEST: Sealed(codec="none"),
+}
+"""Of landmarks and scores: the mean of a chunk's keys, or one that leans to those that are unlike the others; the highest
+share of a GQA group, or their sum."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Errors of one choice in one layer over one text, by budget; means over queries and heads."""
+
+    text: str
+    layer: int
+    choice: str
+    errors: dict[int, float]
+
+
+def measure(text: str, number: int, layer: Layer) -> list[Found]:
+    """One layer."""
+    full = full_attention(layer)
+    found = []
+    for name, method in CHOICES.items():
+        view = method.view(layer)
+        outputs = {budget: attend(view, layer, budget // 8, truly_best=name == BEST) for budget in BUDGETS}
+        errors = {budget: relative_error(output, full).mean().item() for budget, output in outputs.items()}
+        found.append(Found(text, number, name, errors))
+    return found
+
+
+def means(records: list[Found], choice: str, text: str | None = None) -> list[float]:
+    """By budget, over layers and texts, or one text."""
+    rows = [r for r in records if r.choice == choice and text in (None, r.text)]
+    return [statistics.mean(r.errors[budget] for r in rows) for budget in BUDGETS]
+
+
+def markdown(records: list[Found]) -> str:
+    """Errors over all texts, what changes by a choice, and the text to which it does least good."""
+    head = ["landmarks, score", *(f"{budget} tokens" for budget in BUDGETS)]
+    head += [f"against {BEFORE}, %", "least of a text, %", "of the way to the best choice, %"]
+    before, best = means(records, BEFORE), means(records, BEST)
+    lines = [head]
+    for choice in CHOICES:
+        errors = means(records, choice)
+        texts = dict.fromkeys(r.text for r in records)
+        changes = [_changes(means(records, choice, text), means(records, BEFORE, text)) for text in texts]
+        way = [100 * (b - e) / (b - o) for b, e, o in zip(before, errors, best, strict=True)]
+        cells = _changes(errors, before), [max(column) for column in zip(*changes, strict=True)], way
+        lines.append([choice, *(f"{e:.3f}" for e in errors), *("/".join(f"{x:+.0f}" for x in cell) for cell in cells)])
+    return table(lines)
+
+
+def _changes(errors: list[float], before: list[float]) -> list[float]:
+    return [100 * (error / other - 1) for error, other in zip(errors, before, strict=True)]
+
+
+def plot(records: list[Found], path: Path) -> None:
+    """Errors by budget, a panel per text."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    texts = list(dict.fromkeys(r.text for r in records))
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(3.4 * len(texts), 3.4), sharey=True, squeeze=False)
+    for panel, text in zip(panels[0], texts, strict=True):
+        for choice in CHOICES:
+            style = ":" if "left out" in choice else "--" if choice == BEST else "-"
+            panel.plot(BUDGETS, means(records, choice, text), style, marker=".", label=choice)
+        panel.set_title(text)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+        panel.set_xlabel("budget, tokens")
+        panel.set_ylim(bottom=0)
+    panels[0][0].set_ylabel("relative error of the attention output")
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--plot", type=Path, help="where a PNG goes")
+    arguments = parser.parse_args()
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    records: list[Found] = []
+    try:
+        checkpoint = SMOLLM2.get()
+        contents = {name: TEXTS[name]() for name in arguments.texts}
+    except MissingError as error:
+        parser.exit(1, f"benchmarks.smollm2.selection: {error}\n")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for name, content in contents.items():
+        ids = tokenizer(content, truncation=True, max_length=PROMPT + QUERIES)["input_ids"]
+        with torch.inference_mode():
+            layers = captured(checkpoint, ids, QUERIES, name)
+            for number, layer in enumerate(track(layers, name, console)):
+                records += measure(name, number, layer)
+    text = markdown(records)
+    console.print(Markdown(text))
+    if arguments.plot:
+        plot(records, arguments.plot)
+    if arguments.json:
+        result = {
+            "machine": machine("smollm2.selection", "cpu"),
+            "table": text,
+            "records": [asdict(r) for r in records],
+        }
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
