@@ -114,7 +114,7 @@ def pack_block(
 def store_values(
     block_ids: Tensor, exact_ids: Tensor, exact_values: Tensor, pages: Tensor, host_pool: Tensor, layout: PageLayout
 ) -> None:
-    """Copies blocks' values from exact pages to the host pool, their mean to the page. Arguments: `ops.store_values`."""
+    """Copies values from exact pages to the host pool, their mean to the page. Arguments: `ops.store_values`."""
     pool, scales = layout.value_views(host_pool)
     for block, exact in zip(block_ids.tolist(), exact_ids.long(), strict=True):
         usable = 0 < block < min(len(host_pool), len(pages)) and ((exact > 0) & (exact < len(exact_values))).all()

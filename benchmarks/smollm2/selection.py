@@ -1,8 +1,8 @@
 """Which chunks are found on a real decoder, and at what error: `python -m benchmarks.smollm2.selection`.
 
-SmolLM2 reads texts; of every layer, |o - o_full| / |o_full| of the queries that follow seven sealed blocks, where keys are
-exact and only the choice of chunks and the estimate of the rest make a difference. It holds the landmarks and scores of
-the page against the paper's, and against the choice that nobody can know.
+SmolLM2 reads texts; of every layer, |o - o_full| / |o_full| of the queries that follow seven sealed blocks, where keys
+are exact and only the choice of chunks and the estimate of the rest make a difference. It holds the landmarks and
+scores of the page against the paper's, and against the choice that nobody can know.
 
     make real-model
     python -m benchmarks.smollm2.selection --json selection.json --plot selection.png
@@ -45,8 +45,8 @@ CHOICES: dict[str, Sealed] = {
     f"{NOW}, rest left out": Sealed(codec="none", rest=False),
     BEST: Sealed(codec="none"),
 }
-"""Of landmarks and scores: the mean of a chunk's keys, or one that leans to those that are unlike the others; the highest
-share of a GQA group, or their sum."""
+"""Landmarks: the mean of a chunk's keys, or one that leans to those that are unlike the others. Scores: the highest share
+of a GQA group, or their sum."""
 
 
 @dataclass(frozen=True)
