@@ -51,24 +51,16 @@ def attend(view: View, layer: Layer, budget_chunks: int, truly_best: bool = Fals
         view: what there is of the prompt.
         layer: its queries, and the generated tokens.
         budget_chunks: chosen by score.
-        truly_best: a chunk's score is the attention that its keys get, which no method knows beforehand.
+        truly_best: see `choose`.
     """
     n, prompt = len(layer.queries), layer.prompt_tokens
-    kv_heads, num_chunks = view.forced.shape
+    num_chunks = view.forced.shape[1]
     chunk_size = prompt // num_chunks
     behind = len(layer.keys) - prompt  # a query is at its own place among the last of them
     generated = torch.ones(n, behind, dtype=torch.bool).tril(behind - n)
     outputs = []
-    for head, queries in enumerate(layer.queries.unflatten(1, (kv_heads, -1)).unbind(1)):  # [n, group, size]
-        marks = layer.scale * (queries @ view.landmarks[head].T)
-        shares = marks.masked_fill(~view.scored[head], -torch.inf).softmax(-1)
-        if truly_best:
-            every = (layer.scale * (queries @ view.keys[:, head].T)).softmax(-1)
-            shares = every.unflatten(-1, (num_chunks, chunk_size)).sum(-1)
-        scores = shares.amax(1) if view.highest else shares.sum(1)
-        scores = scores.masked_fill(view.forced[head], -torch.inf)
-        best = scores.topk(min(budget_chunks, num_chunks)).indices
-        chosen = view.forced[head].expand(n, -1) | torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+    for head, queries in enumerate(_by_head(view, layer)):
+        chosen, marks = choose(view, layer, head, budget_chunks, truly_best)
         seen = torch.cat((chosen.repeat_interleave(chunk_size, 1), generated), 1)
         keys = torch.cat((view.keys[:, head], layer.keys[prompt:, head]))
         values = torch.cat((view.values[:, head], layer.values[prompt:, head]))
@@ -80,6 +72,37 @@ def attend(view: View, layer: Layer, budget_chunks: int, truly_best: bool = Fals
             values = torch.cat((values, means.repeat_interleave(num_chunks // len(means), 0)))
         outputs.append(logits.softmax(-1) @ values)
     return torch.cat(outputs, 1)
+
+
+def choose(view: View, layer: Layer, head: int, budget_chunks: int, truly_best: bool = False) -> tuple[Tensor, Tensor]:
+    """The chunks that each query of a KV head's group attends to, forced ones included.
+
+    Args:
+        view: what there is of the prompt.
+        layer: its queries.
+        head: the KV head.
+        budget_chunks: chosen by score.
+        truly_best: a chunk's score is the attention that its keys get, which no method knows beforehand.
+
+    Returns:
+        Bool `[n, C]`; and the logits of landmarks, fp32 `[n, group, C]`.
+    """
+    queries, num_chunks = _by_head(view, layer)[head], view.forced.shape[1]
+    marks = layer.scale * (queries @ view.landmarks[head].T)
+    shares = marks.masked_fill(~view.scored[head], -torch.inf).softmax(-1)
+    if truly_best:
+        every = (layer.scale * (queries @ view.keys[:, head].T)).softmax(-1)
+        shares = every.unflatten(-1, (num_chunks, -1)).sum(-1)
+    scores = shares.amax(1) if view.highest else shares.sum(1)
+    scores = scores.masked_fill(view.forced[head], -torch.inf)
+    best = scores.topk(min(budget_chunks, num_chunks)).indices
+    chosen = view.forced[head].expand(len(queries), -1)
+    return chosen | torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True), marks
+
+
+def _by_head(view: View, layer: Layer) -> tuple[Tensor, ...]:
+    """Queries of each KV head's group, `[n, group, size]`."""
+    return layer.queries.unflatten(1, (len(view.forced), -1)).unbind(1)
 
 
 def full_attention(layer: Layer) -> Tensor:

@@ -45,8 +45,8 @@ CHOICES: dict[str, Sealed] = {
     f"{NOW}, rest left out": Sealed(codec="none", rest=False),
     BEST: Sealed(codec="none"),
 }
-"""Landmarks: the mean of a chunk's keys, or one that leans to those that are unlike the others. Scores: the highest share
-of a GQA group, or their sum."""
+"""Landmarks: the mean of a chunk's keys, or one that leans to those unlike the others. Scores: the highest share of a
+GQA group, or their sum."""
 
 
 @dataclass(frozen=True)
