@@ -114,9 +114,9 @@ def plot(records: list[Found], path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
         panel.set_xlabel("budget, tokens")
-        panel.set_ylim(bottom=0)
+    panels[0][0].set_ylim(0, 1.05 * max(max(means(records, choice, text)) for choice in CHOICES for text in texts))
     panels[0][0].set_ylabel("relative error of the attention output")
-    panels[0][0].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
