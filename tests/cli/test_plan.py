@@ -101,7 +101,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     line = ["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024", "--plot", str(picture)]
     assert main(line) == 0
     said = capsys.readouterr().out
-    for part in ("524,288", "rank 176 of 1024", "4,096, bounded by device memory", "131,072", "384 (now)", "█"):
+    for part in ("524,288", "rank 176 of 1024", "4,096, bounded by device memory", "131,072", "now 384", "128K", "█"):
         assert part in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 

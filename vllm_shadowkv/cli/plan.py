@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 from rich.console import Console
@@ -21,6 +22,9 @@ LITTLE = 4
 little to gain; where all layers see the whole context it is six at 122,880 tokens (test_capacity.py)."""
 SLOT_BUDGETS = (1, 2, 3, 4)
 """Multiples of the budget whose effect on the number of requests is shown."""
+HITS = {1.0: 0.78, 1.5: 0.89, 2.0: 0.93, 3.0: 0.96, 4.0: 0.97}
+"""Share of a step's chunks that slots still hold, by how many steps' chunks they have room for: of SmolLM2 along texts,
+at a budget of 3.6 % (`benchmarks/smollm2/slots.py`). Other models and budgets will differ."""
 
 
 def run(given: argparse.Namespace) -> int:
@@ -138,18 +142,34 @@ def _requests(plan: Plan) -> Table:
 
 def _slots(plan: Plan) -> Table:
     """More slots keep more chunks from step to step, and leave room for fewer requests."""
-    config = plan.config
+    config, pool = plan.config, plan.pool
     least = config.forced_chunks + config.budget_chunks
     choices = {least, config.slot_chunks, *(factor * config.budget_chunks for factor in SLOT_BUDGETS)}
-    table = Table(title="Requests by slot_chunks", title_justify="left")
-    table.add_column("slot_chunks", justify="right")
+    table = Table(title="Requests by slot_chunks; hits are those of SmolLM2", title_justify="left")
+    for column in ("slots", "hits", "MiB/token"):
+        table.add_column(column, justify="right", no_wrap=True)
     for tokens in plan.contexts:
-        table.add_column(f"{tokens:,}", justify="right")
+        table.add_column(f"{tokens / 1024:g}K", justify="right")
+    outliers = config.num_outlier_chunks * (plan.contexts[-1] // config.block_size)
     for choice in sorted(choice for choice in choices if choice >= least):
         other = plan.with_slots(choice)
-        mark = " (now)" if choice == config.slot_chunks else ""
-        table.add_row(f"{choice}{mark}", *(str(other.requests("shadowkv", tokens)) for tokens in plan.contexts))
+        mark = "now " if choice == config.slot_chunks else ""
+        selected = min(least + outliers, choice)
+        hits = _hits(choice / selected)
+        chunk_bytes = pool.num_layers * pool.layout.num_kv_heads * pool.layout.value_chunk_bytes
+        link = f"{(1 - hits) * selected * chunk_bytes / 2**20:.1f}"
+        counts = (str(other.requests("shadowkv", tokens)) for tokens in plan.contexts)
+        table.add_row(f"{mark}{choice}", f"{hits:.0%}", link, *counts)
     return table
+
+
+def _hits(times: float) -> float:
+    """`HITS` at slots for the chunks of so many steps, from 1 on; between two that were measured on a line."""
+    known = list(HITS.items())
+    for (low, less), (high, more) in itertools.pairwise(known):
+        if times <= high:
+            return less + (more - less) * (times - low) / (high - low)
+    return known[-1][1]
 
 
 def _bars(plan: Plan, write: Callable[[str], None]) -> None:
