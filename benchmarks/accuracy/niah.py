@@ -32,46 +32,41 @@ Cells = dict[tuple[int, float], float]
 
 
 def make(
-    model: str,
-    texts: Path | None,
-    lengths: list[int],
-    num_depths: int,
-    repeats: int,
-    rng: random.Random,
-    together: bool = False,
+    model: str, texts: Path | None, lengths: list[int], num_depths: int, repeats: int, rng: random.Random
 ) -> list[Record]:
-    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent.
-
-    `together`: a haystack has a needle at every depth, so in setup B one context serves all questions.
-    """
+    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent."""
     tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
     words = _words(texts, rng, max(lengths))
-    depths = [100 * i / max(num_depths - 1, 1) for i in range(num_depths)]
     lines = []
     for length in lengths:
-        for group in [depths] if together else [[depth] for depth in depths]:
+        for depth in (100 * i / max(num_depths - 1, 1) for i in range(num_depths)):
             for _ in range(repeats):
-                needles = _needles(len(group), texts is None, rng)
+                needle, question, expected = _needle(texts is None, rng)
                 start = rng.randrange(max(1, len(words) - length))
                 # Words are fewer than tokens: as many as fill the length, found by proportion.
                 sample = words[start : start + length]
-                per_word = len(tokenizer(" ".join(sample[:2000]))["input_ids"]) / len(sample[:2000])
-                added = " ".join([*(needle for needle, _, _ in needles), needles[0][1]])
-                room = length - len(tokenizer(added)["input_ids"]) - 8
-                hay = sample[: int(room / per_word)]
-                for (needle, _, _), depth in reversed(list(zip(needles, group, strict=True))):
-                    hay.insert(int(int(room / per_word) * depth / 100), needle)
-                lines += [
+                room = length - count(f"{needle} {question}") - 8
+                hay = sample[: room // 2]
+                for _ in range(3):
+                    hay = sample[: len(hay) * room // count(" ".join(hay))]
+                while (tokens := count(" ".join(hay))) > room:  # their density differs
+                    hay = hay[: len(hay) * room // tokens]
+                at = int(len(hay) * depth / 100)
+                context = " ".join([*hay[:at], needle, *hay[at:]])
+                lines.append(
                     {
-                        "context": " ".join(hay),
+                        "context": context,
                         "question": question,
                         "expected": expected,
                         "family": f"{length} tokens",
                         "length": length,
                         "depth": depth,
                     }
-                    for (_, question, expected), depth in zip(needles, group, strict=True)
-                ]
+                )
     return lines
 
 
@@ -82,16 +77,8 @@ def _words(texts: Path | None, rng: random.Random, most: int) -> list[str]:
     return words * -(-2 * most // len(words))
 
 
-def _needles(count: int, own_words: bool, rng: random.Random) -> list[tuple[str, str, str]]:
-    """Needles that differ in what they are about, each with its question and what the answer must contain."""
-    found: dict[str, tuple[str, str, str]] = {}
-    while len(found) < count:
-        needle = _needle(own_words, rng)
-        found.setdefault(needle[1], needle)
-    return list(found.values())
-
-
 def _needle(own_words: bool, rng: random.Random) -> tuple[str, str, str]:
+    """The needle, the question and what the answer must contain."""
     if own_words:
         key, *values = (VOCAB[i] for i in (rng.choice(KEYS), *rng.sample(VALUES, 2)))
         return f"@ {key} {' '.join(values)}", f"? {key}", f"{key} {' '.join(values)}"
@@ -178,14 +165,13 @@ def main() -> None:
     making.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     making.add_argument("--depths", type=int, default=9)
     making.add_argument("--repeats", type=int, default=5)
-    making.add_argument("--together", action="store_true", help="a needle at every depth of the same haystack")
     for command in (plotting, comparing):
         command.add_argument("--samples", type=Path, required=True)
         command.add_argument("results", type=Path, nargs="+", help="of `collect`; stock's first")
     arguments = parser.parse_args()
     if arguments.command == "make":
         sizes = (arguments.lengths, arguments.depths, arguments.repeats)
-        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"), arguments.together)
+        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"))
         arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
     samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]

@@ -77,6 +77,7 @@ class Row:
         divergence_p99, divergence_max: over steps.
         same_first: share of steps whose likeliest token is full attention's.
         nats, nats_full: of the text's own next token, mean over steps; of full attention.
+        nats_error: standard error of their difference, were steps independent.
         cached: tokens of the prompt that came from the prefix cache.
         seconds: of the request, together with the other texts'.
     """
@@ -95,6 +96,7 @@ class Row:
     same_first: float
     nats: float
     nats_full: float
+    nats_error: float
     cached: int
     seconds: float
 
@@ -114,14 +116,16 @@ def compare(full: Tensor, ours: Tensor, tokens: list[int]) -> dict[str, float]:
     """What a row says of the distributions, `[steps, vocabulary]`, along `tokens`."""
     apart = divergences(full, ours)
     said = torch.tensor(tokens)[:, None]
+    nats, nats_full = (-of.gather(1, said).double() for of in (ours, full))
     return {
         "divergence": apart.mean().item(),
         "divergence_error": (apart.std(correction=0) / len(apart) ** 0.5).item(),
         "divergence_p99": apart.quantile(0.99).item(),
         "divergence_max": apart.max().item(),
         "same_first": (full.argmax(-1) == ours.argmax(-1)).double().mean().item(),
-        "nats": -ours.gather(1, said).double().mean().item(),
-        "nats_full": -full.gather(1, said).double().mean().item(),
+        "nats": nats.mean().item(),
+        "nats_full": nats_full.mean().item(),
+        "nats_error": ((nats - nats_full).std(correction=0) / len(nats) ** 0.5).item(),
     }
 
 
@@ -191,7 +195,8 @@ def markdown(rows: list[Row]) -> str:
         for setup in "AB":
             row = found[setup]
             cells += [f"{row.divergence:.4f} ± {row.divergence_error:.4f}", f"{row.divergence_p99:.2f}"]
-            cells += [f"{row.same_first:.1%}", f"{row.perplexity_change:+.1%}"]
+            change = f"{100 * row.perplexity_change:+.1f} ± {100 * row.nats_error:.1f} %"
+            cells += [f"{100 * row.same_first:.1f} %", change]
         lines.append(cells)
     return table(lines)
 
@@ -218,14 +223,15 @@ def plot(rows: list[Row], path: Path) -> None:
                 look: dict[str, Any] = {"color": f"C{number}", "alpha": fill, "align": "edge"}
                 label = f"{text}, {setup}"
                 axes[0][column].bar(places, [row.divergence for row in chosen], width, label=label, **look)
-                axes[1][column].bar(places, [100 * row.perplexity_change for row in chosen], width, **look)
+                error: dict[str, Any] = {"yerr": [100 * row.nats_error for row in chosen], "ecolor": "grey"}
+                axes[1][column].bar(places, [100 * row.perplexity_change for row in chosen], width, **look, **error)
         for axis in axes[:, column]:
             axis.set_xticks([i + 0.4 for i in range(len(names))], names)
         axes[0][column].set_yscale("log")
         axes[0][column].axhline(0.01, color="black", linewidth=0.8, linestyle=":")
         axes[1][column].axhline(0, color="black", linewidth=0.8)
         axes[0][column].set_title(f"{group[1]:,} tokens, {group[0]}", fontsize=10)
-    axes[0][0].set_ylabel("divergence, nats a token")
+    axes[0][0].set_ylabel("divergence, nats a token (dotted: 0.01)")
     axes[1][0].set_ylabel("perplexity against full attention, %")
     axes[0][0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
@@ -238,7 +244,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--settings", nargs="+", choices=NAMES, default=[n for n in NAMES if n != "exact"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of a prompt")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[LENGTHS[-1]], help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=128, help="tokens to decode")
     parser.add_argument(
         "--quick", action="store_true", help="one text, one length, 32 steps, default settings and 7 %%"

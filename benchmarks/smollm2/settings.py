@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 SHARES = {"3.5 %": 0.035, "7 %": 0.07, "14 %": 0.14}
-NAMES = ("default", *SHARES, "exact")
-"""Default settings; budgets as shares of the prompt; and a control which seals nothing that it reads."""
+NAMES = (*SHARES, "default", "exact")
+"""Budgets as shares of the prompt; default settings; and a control that reads nothing sealed."""
 
 
 def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
