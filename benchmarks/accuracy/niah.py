@@ -138,7 +138,7 @@ def plot(results: dict[str, dict[str, Cells]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     maps = [(f"{name}, setup {s}", found[s]) for name, found in results.items() for s in SETUPS if s in found]
-    figure, panels = plt.subplots(1, len(maps), figsize=(3.6 * len(maps), 3.4), squeeze=False)
+    figure, panels = plt.subplots(1, len(maps), figsize=(3.6 * len(maps), 3.4), squeeze=False, sharey=True)
     for panel, (title, cells) in zip(panels[0], maps, strict=True):
         lengths, depths = (sorted({at[i] for at in cells}) for i in range(2))
         shares = [[100 * cells.get((length, depth), float("nan")) for length in lengths] for depth in depths]

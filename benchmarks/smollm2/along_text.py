@@ -41,8 +41,8 @@ from benchmarks.wheels import MissingError
 LENGTHS = (4352, 7424)
 """Tokens of a prompt: 4 and 7 sealed blocks, and a quarter of a block that is open."""
 
-POOL_GIB = "4"
-"""Holds four prompts and their window of exact pages in float32."""
+POOL_GIB = 1
+"""For a text: holds its prompt, and twice its window of exact pages, in float32."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def run(job: Job) -> list[Row]:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that `Recorded` is in this process
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # it refuses this kind of logits processor
-        "VLLM_CPU_KVCACHE_SPACE": POOL_GIB,
+        "VLLM_CPU_KVCACHE_SPACE": str(POOL_GIB * len(job.texts)),
         "HF_HUB_OFFLINE": "1",
     }
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -210,7 +210,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
     groups = list(dict.fromkeys((row.dtype, row.tokens) for row in rows))
     texts = list(dict.fromkeys(row.text for row in rows))
-    figure, axes = pyplot.subplots(2, len(groups), figsize=(1.5 + 4 * len(groups), 6.5), squeeze=False, sharey="row")
+    size = (1.5 + 4 * len(groups), 6.5)
+    figure, axes = pyplot.subplots(2, len(groups), figsize=size, squeeze=False, sharey="row", layout="constrained")
     for column, group in enumerate(groups):
         here = [row for row in rows if (row.dtype, row.tokens) == group]
         names = list(dict.fromkeys(row.settings for row in here))
@@ -233,8 +234,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes[0][column].set_title(f"{group[1]:,} tokens, {group[0]}", fontsize=10)
     axes[0][0].set_ylabel("divergence, nats a token (dotted: 0.01)")
     axes[1][0].set_ylabel("perplexity against full attention, %")
-    axes[0][0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(texts), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
