@@ -70,6 +70,8 @@ def variants() -> list[Variant]:
         *points("factors", {"bf16, same rank": {"codec": "bf16"}, "not centred": {"centred": False}}, 1),
         *points("factors", {"bf16, same bytes": {"codec": "bf16"}}, 0.5),
         *points("landmarks, values", {"int8 landmarks": {}, "fp32 landmarks": {"exact_landmarks": True}}),
+        *points("landmarks, values", {"mean landmarks": {"mean_landmarks": True}}),
+        *points("landmarks, values", {"highest of a group": {"highest": True}}),
         *points("landmarks, values", {"int8 values": {"int8_values": True}}),
         *points("tokens that share a mean value", {"rest left out": {"rest": False}}),
         *points("tokens that share a mean value", {str(n): {"mean_value_tokens": n} for n in (1024, 256, 64, 8)}),
