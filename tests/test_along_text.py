@@ -15,11 +15,9 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy import niah
 from benchmarks.alone import alone
 from benchmarks.needle import CHECKPOINT
-from benchmarks.smollm2 import SMOLLM2, along_text
+from benchmarks.smollm2 import along_text
 from benchmarks.smollm2.along_text import Job, Row
 from benchmarks.smollm2.settings import NAMES, shadowkv
-from benchmarks.smollm2.texts import DIALOGUES
-from benchmarks.wheels import MissingError
 from vllm_shadowkv.config import ShadowKVConfig
 
 
@@ -85,17 +83,8 @@ def test_needles_lie_where_they_should_and_are_compared_by_length() -> None:
     assert "| ours | B | 3,000 | 100 % | 100 % | 0, 0 of 5 |" in table
 
 
-@pytest.fixture(scope="module")
-def real() -> Path:
-    try:
-        DIALOGUES.make()
-        return SMOLLM2.make()
-    except MissingError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
-def test_default_settings_along_a_real_text(real: Path, tmp_path: Path) -> None:
+def test_default_settings_along_a_real_text(real_decoder: Path, tmp_path: Path) -> None:
     """At most twice what was measured over 128 steps (docs/accuracy.md)."""
     job = Job("stock", "float32", 4352, 24, ("manual",), tmp_path)
     assert alone(along_text.run, job) == []

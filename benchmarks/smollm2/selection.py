@@ -10,28 +10,17 @@ scores of the page against the paper's, and against the choice that nobody can k
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.markdown import Markdown
-from transformers import AutoTokenizer
-
-from benchmarks.accuracy.layers import Layer, captured
+from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.table import table
 from benchmarks.accuracy.view import attend, full_attention, relative_error
-from benchmarks.machine import machine
-from benchmarks.progress import track
-from benchmarks.smollm2 import SMOLLM2
-from benchmarks.smollm2.texts import TEXTS
-from benchmarks.wheels import MissingError
+from benchmarks.smollm2.study import run
 
-PROMPT, QUERIES = 7168, 64
+QUERIES = 64
 BUDGETS = (256, 512, 1024)
 """Tokens: 3.6, 7.1 and 14 % of the prompt; what is forced comes on top."""
 
@@ -121,40 +110,5 @@ def plot(records: list[Found], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
-    parser.add_argument("--json", type=Path, help="where the result goes")
-    parser.add_argument("--plot", type=Path, help="where a PNG goes")
-    arguments = parser.parse_args()
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
-    records: list[Found] = []
-    try:
-        checkpoint = SMOLLM2.get()
-        contents = {name: TEXTS[name]() for name in arguments.texts}
-    except MissingError as error:
-        parser.exit(1, f"benchmarks.smollm2.selection: {error}\n")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for name, content in contents.items():
-        ids = tokenizer(content, truncation=True, max_length=PROMPT + QUERIES)["input_ids"]
-        with torch.inference_mode():
-            layers = captured(checkpoint, ids, QUERIES, name)
-            for number, layer in enumerate(track(layers, name, console)):
-                records += measure(name, number, layer)
-    text = markdown(records)
-    console.print(Markdown(text))
-    if arguments.plot:
-        plot(records, arguments.plot)
-    if arguments.json:
-        result = {
-            "machine": machine("smollm2.selection", "cpu"),
-            "table": text,
-            "records": [asdict(r) for r in records],
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run("selection", __doc__, QUERIES, measure, markdown, plot)

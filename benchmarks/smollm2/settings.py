@@ -16,6 +16,8 @@ def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
     """
     if name == "stock":
         return None
+    if name not in NAMES:
+        raise ValueError(f"settings: expected stock, {', '.join(NAMES)}, got {name}")
     settings: dict[str, Any] = {"resident_pages": False}
     if name in SHARES:
         settings["sparse_budget"] = 8 * round(SHARES[name] * tokens / 8)

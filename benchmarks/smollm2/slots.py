@@ -9,29 +9,17 @@ the least recently used is given up. The first 32 steps fill them and do not cou
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from rich.console import Console
-from rich.markdown import Markdown
-from transformers import AutoTokenizer
-
-from benchmarks.accuracy.layers import Layer, captured
+from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.table import table
 from benchmarks.accuracy.view import choose
-from benchmarks.machine import machine
-from benchmarks.progress import track
-from benchmarks.smollm2 import SMOLLM2
-from benchmarks.smollm2.texts import TEXTS
-from benchmarks.wheels import MissingError
+from benchmarks.smollm2.study import PROMPT, run
 
-PROMPT, STEPS, FILLING = 7168, 256, 32
+STEPS, FILLING = 256, 32
 BUDGETS = (128, 256, 512, 2048)
 """Tokens: 1.8, 3.6, 7.1 and 29 % of the prompt. At 122,000 tokens the default of 2,048 is 1.7 %."""
 SLOTS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -100,37 +88,5 @@ def markdown(records: list[Kept]) -> str:
     return table(lines)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
-    parser.add_argument("--json", type=Path, help="where the result goes")
-    arguments = parser.parse_args()
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
-    records: list[Kept] = []
-    try:
-        checkpoint = SMOLLM2.get()
-        contents = {name: TEXTS[name]() for name in arguments.texts}
-    except MissingError as error:
-        parser.exit(1, f"benchmarks.smollm2.slots: {error}\n")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for name, content in contents.items():
-        ids = tokenizer(content, truncation=True, max_length=PROMPT + STEPS)["input_ids"]
-        with torch.inference_mode():
-            layers = captured(checkpoint, ids, STEPS, name)[::3]
-            for number, layer in enumerate(track(layers, name, console)):
-                records += measure(name, 3 * number, layer)
-    text = markdown(records)
-    console.print(Markdown(text))
-    if arguments.json:
-        result = {
-            "machine": machine("smollm2.slots", "cpu"),
-            "table": text,
-            "records": [asdict(record) for record in records],
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run("slots", __doc__, STEPS, measure, markdown, every=3)

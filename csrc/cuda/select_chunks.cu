@@ -6,9 +6,9 @@
 // bounds the op; writes group fp32 logits per chunk, and the softmax over each block's chunks.
 // Pick: a CTA per row and KV head turns logits into scores (shares of the softmax), finds the
 // threshold of the best by a radix select, and emits ids in ascending order. Reads the logits once
-// and the scores about five times (they lie in the L2 cache); 8 bytes per outlier. Rest: a CTA per
-// row and query head reads logits and keys again, and each block's mean value; its warps take
-// blocks in turn and are merged in their order. See select_rest.cuh.
+// and the scores about five times (they lie in the L2 cache); 8 bytes per outlier.
+// Rest: a CTA per row and query head reads logits and keys again, and each block's mean value; its
+// warps take blocks in turn and are merged in their order. See select_rest.cuh.
 #include "arguments/select_chunks.h"
 
 #include <algorithm>

@@ -97,6 +97,23 @@ STEP3 = {
         "torch_dtype": "bfloat16",
     },
 }
+QWEN3_NEXT = LLAMA | {
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 48,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+QWEN35_TEXT = QWEN3_NEXT | {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 32,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 8,
+    "mamba_ssm_dtype": "float32",
+}
+QWEN35 = {"model_type": "qwen3_5", "text_config": QWEN35_TEXT}
 ATTENDS = {"attention": {"n_heads_in_group": 8, "no_op": False}}
 NEMOTRON_SUPER = LLAMA | {
     "model_type": "nemotron-nas",
@@ -184,6 +201,8 @@ BESIDE = {
     "written by transformers 5": (AS_TRANSFORMERS_WRITES, 4, LayersBeside("state", 28, 2 * (3 * 8448 + 8192 * 128))),
     "falcon-h1": (FALCON_H1, 32, LayersBeside("state", 32, 2 * (3 * (3072 + 1024) + 3072 * 256))),
     "lfm2": (LFM2, 1, LayersBeside("state", 3, 8192)),
+    "qwen3-next": (QWEN3_NEXT, 12, LayersBeside("state", 36, 2 * (3 * 64 * 128 + 32 * 128 * 128))),
+    "qwen 3.5": (QWEN35, 8, LayersBeside("state", 24, 2 * 3 * 64 * 128 + 4 * 32 * 128 * 128)),
     "nemotron-h": (NEMOTRON_H, 2, LayersBeside("state", 5, 2 * 3 * (8192 + 2048) + 4 * 8192 * 128)),
 }
 

@@ -106,6 +106,21 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_slots_keep_more_chunks_and_read_less_over_the_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 131,072 tokens a step wants 256 + 5 + 128 chunks, of 512 KiB over 32 layers and 8 heads."""
+    assert main(["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024"]) == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if len(row) == 3 and row[1].endswith("%")] == [
+        ["261", "78%", "28.7"],
+        ["now 384", "78%", "42.2"],
+        ["512", "85%", "29.3"],
+        ["768", "93%", "14.0"],
+        ["1024", "95%", "9.9"],
+    ]
+
+
 def test_what_does_not_work_is_said_and_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tmp_path / "nothing"), "--kv-cache-gib", "1"]) == 1
     assert "no model configuration at" in capsys.readouterr().err

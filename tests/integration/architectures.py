@@ -423,6 +423,7 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "num_attention_heads": 2},
     ),
 }  # fmt: skip
+WITH_DELTA_NETS = {"qwen3-next", "qwen3.5", "qwen3.5-moe"}
 IMAGES = {*VISION, "step-3", "pixtral", "phi-4-multimodal"}
 NAMES = (*CONFIGS, *BY_HAND, *VISION)
 SEEDS = {"hy-v3": 8, "qwen2.5": 8, "arcee": 8, "gemma-3": 1, "lfm2-moe": 1, "stablelm-2": 1}

@@ -60,13 +60,13 @@ def _run_and_exit(trial: dict[str, Any]) -> None:
 def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     """Writes a model, and runs several trials of it one after the other; see `engine.ModelTrial`."""
     import without_torchvision
-    from architectures import IMAGES, write_model
+    from architectures import IMAGES, WITH_DELTA_NETS, write_model
     from by_hand import register_nemotron_super
 
     if trial["architecture"] in IMAGES:
         without_torchvision.install()
         _add_to_path("spawned")
-    if trial["architecture"] in ("qwen3-next", "qwen3.5", "qwen3.5-moe"):
+    if trial["architecture"] in WITH_DELTA_NETS:
         import delta_net
 
         delta_net.install()

@@ -113,12 +113,9 @@ def _state_bytes(config: dict[str, Any], ranks: int, itemsize: int) -> int:
         return (config["conv_L_cache"] - 1) * (config.get("conv_dim") or config["hidden_size"]) // ranks * itemsize
     if config.get("model_type") in _DELTA_NETS:
         heads, head = config["linear_num_value_heads"], config["linear_value_head_dim"]
-        groups, size, kernel = (
-            config["linear_num_key_heads"],
-            config["linear_key_head_dim"],
-            config["linear_conv_kernel_dim"],
-        )
-        width, state_itemsize = heads * head, {"float32": 4}.get(config.get("mamba_ssm_dtype", ""), itemsize)
+        groups, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+        kernel, width = config["linear_conv_kernel_dim"], heads * head
+        state_itemsize = {"float32": 4}.get(config.get("mamba_ssm_dtype", ""), itemsize)
     elif config.get("model_type") == "nemotron_h":
         heads, head, groups = config["mamba_num_heads"], config["mamba_head_dim"], config["n_groups"]
         size, kernel, width = config["ssm_state_size"], config.get("conv_kernel", 4), heads * head

@@ -9,9 +9,10 @@
 // outliers of each block, writes `columns` ids. A chunk's score is its share of the softmax, summed
 // over the group; those below 1e-38 are equal. Groups of scores have maxima, and the k-th best of
 // these is a bound that the k-th best score reaches: only the few scores above it are sorted. One
-// more pass then emits ids in ascending order. Rest: the softmax of the pick has left every chunk's
-// weight. Those of the picked chunks become 0, so what is summed is the rest itself, and no
-// difference of large sums. Reads the mean value of each block.
+// more pass then emits ids in ascending order.
+// Rest: the softmax of the pick has left every chunk's weight. Those of the picked chunks become 0,
+// so what is summed is the rest itself, and no difference of large sums. Reads the mean value of
+// each block.
 #include "cpu/kernels/select_chunks.h"
 
 #include <algorithm>
