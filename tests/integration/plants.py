@@ -141,6 +141,13 @@ def rounding() -> Any:
     return _patched(CPUAttentionBackendImpl, "forward", forward)
 
 
+def images_not_hashed() -> Any:
+    """Knows a prefix by its tokens alone, which are those of any image of the same size."""
+    from vllm.v1.core import kv_cache_utils
+
+    return _patched(kv_cache_utils, "_gen_mm_extra_hash_keys", lambda original, request, start, end, mm: ([], mm))
+
+
 PLANTS: dict[str, Callable[[], Any]] = {
     "wrong value": wrong_value,
     "wrong key": wrong_key,
@@ -151,6 +158,7 @@ PLANTS: dict[str, Callable[[], Any]] = {
     "no sinks": no_sinks,
     "turned": turned,
     "rounding": rounding,
+    "images not hashed": images_not_hashed,
     **{f"not persistent: {tensor.name}": partial(not_persistent, tensor.name) for tensor in fields(DecodeRows)},
     "nothing": nullcontext,
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from images import IMAGE, image
 from sharp_model import VOCABULARY
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -36,6 +37,7 @@ class Request:
     tokens: int
     sampling: Mapping[str, Any]
     adapter: int = 0
+    images: Sequence[int] = ()
 
     @classmethod
     def greedy(cls, prompt: list[int], tokens: int) -> Request:
@@ -103,7 +105,10 @@ class Asker:
         adapter = None
         if request.adapter:
             adapter = LoRARequest(str(request.adapter), request.adapter, f"{self._adapters}/{request.adapter}")
-        self.engine.add_request(name, {"prompt_token_ids": request.prompt}, params, lora_request=adapter)
+        prompt: dict[str, Any] = {"prompt_token_ids": request.prompt}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [image(seed) for seed in request.images]}
+        self.engine.add_request(name, prompt, params, lora_request=adapter)
 
     def embed(self, prompts: Mapping[str, list[int]]) -> dict[str, Generated]:
         """Embeddings, in place of log-probabilities, of prompts that run side by side."""
@@ -328,6 +333,24 @@ def sleep(asker: Asker) -> dict[str, Generated]:
     }
 
 
+def images(asker: Asker) -> dict[str, Generated]:
+    """Prompts with images, and prefixes of them: with the same image, and with another one."""
+    head, tail, more = ([token % IMAGE for token in prompt] for prompt in _prompts("images", 70, 60, 25))
+    prompt = [*head, IMAGE, *tail]
+    greedy, scoring = {"temperature": 0}, {"temperature": 0, "prompt_logprobs": 0}
+    first = asker.ask({"first": Request(prompt, 30, greedy, images=[1]), "text": Request.greedy([*more, *tail], 30)})
+    return first | asker.ask(
+        {
+            "again": Request(prompt, 30, greedy, images=[1]),
+            "another image": Request(prompt, 30, greedy, images=[2]),
+            "longer": Request([*prompt, *more], 8, greedy, images=[1]),
+            "two images": Request([*prompt, IMAGE, *more], 30, greedy, images=[1, 2]),
+            "scored": Request(prompt, 2, scoring, images=[1]),
+            "scored, another image": Request(prompt, 2, scoring, images=[2]),
+        }
+    )
+
+
 SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -352,5 +375,6 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         structured,
         embedded,
         sleep,
+        images,
     )
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 # Standard deviation of what a projection of normalised states gives. Logits of attention come out with one near 5.
 ATTENTION, RESIDUAL, OUTPUT, USUAL = 2.2, 6.0, 2.0, 0.3
 OUTPUTS = ("lm_head.weight", "output_layer.weight", "embed_out.weight", "output.weight", "gate.weight")
+EYES = ("visual", "vision", "projector")
 PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "query_key_value.weight")
 PROJECTIONS += ("wq.weight", "wk.weight", "wv.weight")
 
@@ -21,7 +22,8 @@ def fill(name: str, values: Tensor, generator: torch.Generator, tied: bool) -> N
     """Random weights of the width that their place in the model asks for."""
     random = torch.randn(values.shape, generator=generator)
     if name.endswith(".bias"):
-        values.copy_(random * 0.5)
+        # Of what looks at images small, or all of them would look alike.
+        values.copy_(random * (0.05 if any(part in name for part in EYES) else 0.5))
     elif name.endswith(("query_layernorm.weight", "key_layernorm.weight")):  # after RoPE, in HunYuan
         values.copy_(ATTENTION + random.clamp(-2, 2) * 0.8)
     elif name.endswith(("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")):

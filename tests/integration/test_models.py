@@ -83,14 +83,14 @@ def _decode_error(ours: dict[str, Any], stock: dict[str, Any]) -> float:
     return sum(errors) / len(errors)
 
 
-# The two that most people run of those with layers beside ours: on the V2 runner, and with CUDA's planner and kernels.
-# Without graphs, which vLLM's CPU backend of the other layers has none of.
+# The two that most people run of those with windows, and one of each kind of state, on the V2 runner; two with windows
+# with CUDA's planner and kernels. Without graphs, which vLLM's CPU backend of the other layers has none of.
 # vLLM runs Gemma 3 in no float16, and in bfloat16 rounding alone is as large as some errors.
 HALF = BESIDE | {"dtype": "float16"}
 HALF_TOLERANCE = 0.03  # measured: at most 0.008
 V2_MODELS = [
-    ModelTrial(f"{name}, v2", name, (replace(LOSSLESS, runner="v2", options=BESIDE),), "v2", slow=True)
-    for name in ("gemma-3", "gpt-oss")
+    ModelTrial(f"{name}, v2", name, (of(name, replace(LOSSLESS, runner="v2", options=BESIDE)),), "v2", slow=True)
+    for name in ("gemma-3", "gpt-oss", "lfm2", "granite-4-h", "qwen3-next")
 ]
 CUDA_MODELS = [
     ModelTrial(

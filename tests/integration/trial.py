@@ -1,9 +1,10 @@
 """Runs engines for the tests, one after the other, each in a fork of this process, which imports vLLM once.
 
-    python trial.py v1|v2 cpu|gpu    reads one trial per line from stdin, and answers each with a line: its exit status
+    python trial.py v1|v2 cpu|gpu [TORCHVISION]
 
-A trial is a JSON object, `engine.Trial`; its result goes to the file that it names. This process computes nothing
-itself: a fork after the first parallel computation would hang.
+reads one trial per line from stdin, and answers each with a line: its exit status. TORCHVISION is a folder with that
+library's code. A trial is a JSON object, `engine.Trial`; its result goes to the file that it names. This process
+computes nothing itself: a fork after the first parallel computation would hang.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 LIMIT_SECONDS = 1200  # a trial that hangs says where, and ends
 
 
-def main(runner: str, device: str) -> None:
+def main(runner: str, device: str, torchvision: str = "") -> None:
+    if device == "cpu" and runner == "v2":
+        import v2_on_cpu.interpreter  # noqa: F401
+    if torchvision:
+        _add_torchvision(torchvision)
     if device == "cpu":  # a fork cannot use a GPU that this process has looked at, so there each imports vLLM itself
-        if runner == "v2":
-            import v2_on_cpu.interpreter  # noqa: F401
         import vllm.entrypoints.llm  # noqa: F401
 
     for line in sys.stdin:
@@ -34,6 +37,17 @@ def main(runner: str, device: str) -> None:
         if child == 0:
             _run_and_exit(trial)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _add_torchvision(folder: str) -> None:
+    """Makes its code known, and declares the operators that it names as soon as it is imported."""
+    import torch
+
+    sys.path.insert(0, folder)
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision  # noqa: F401  while the library lives
 
 
 def _run_and_exit(trial: dict[str, Any]) -> None:
@@ -63,7 +77,7 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     from architectures import IMAGES, WITH_DELTA_NETS, write_model
     from by_hand import register_nemotron_super
 
-    if trial["architecture"] in IMAGES:
+    if trial["architecture"] in IMAGES and not trial["images"]:
         without_torchvision.install()
         _add_to_path("spawned")
     if trial["architecture"] in WITH_DELTA_NETS:
@@ -78,6 +92,10 @@ def run_engines(trial: dict[str, Any]) -> dict[str, Any]:
     gc.collect = lambda generation=2: 0  # vLLM calls it several times per engine; it would take most of the time
     with tempfile.TemporaryDirectory() as model:
         write_model(trial["architecture"], Path(model))
+        if trial["images"]:
+            import images
+
+            images.write_processor(trial["architecture"], Path(model))
         of_model = {"model": model, "result": trial["result"]}
         return {engine["name"]: run(engine | of_model, shut_down=True) for engine in trial["engines"]}
 
