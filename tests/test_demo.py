@@ -59,13 +59,19 @@ def test_what_fits_a_pool(tmp_path: Path) -> None:
     one = document.fitting("shadowkv", tmp_path, Pool(56, 1024, pool), 5376)
     assert one == 1
     assert document.fitting("shadowkv", tmp_path, Pool(182, 1024, pool), 5376) > 2 * one
+    # 5 sealed blocks: 1,024 values of 3 heads of 64 in 30 layers, 4 bytes each.
+    assert document.host_bytes("shadowkv", tmp_path, 5376) == 5 * 1024 * 3 * 64 * 30 * 4
 
 
 def reports() -> dict[str, Report]:
     said = "[bold]Use where[/bold] " + "to print a stack trace, " * 8
     return {
         backend: Report(
-            5280, {q.text: Answer(said, 12.0, [0.05, 0.15]) for q in (SUMMARY, *QUESTIONS)}, held * 2**20, fits
+            5280,
+            {q.text: Answer(said, 12.0, [0.05, 0.15]) for q in (SUMMARY, *QUESTIONS)},
+            held * 2**20,
+            90 * 2**20,
+            fits,
         )
         for backend, held, fits in (("shadowkv", 88, 7), ("stock", 232, 4))
     }
