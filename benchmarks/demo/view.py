@@ -57,7 +57,7 @@ def show_lines(console: Console, reports: Mapping[str, Report], scores: Mapping[
     host = reports["shadowkv"].host_bytes / MIB
     console.print(
         f"The values of the document's sealed blocks, {host:.0f} MiB, are in host memory. Where stock is wrong too, "
-        "the model knows no better. Of a document this short slots take more memory than sealed blocks, and attention is a "
-        "small part of a step of this model; both change with length (README).",
+        "the model knows no better. Of a document this short slots take more memory than sealed blocks, and attention "
+        "is a small part of a step of this model; both change with length (README).",
         highlight=False,
     )
