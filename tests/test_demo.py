@@ -49,7 +49,8 @@ def test_the_document_answers_every_question() -> None:
     assert document.answered((Question("Who?", "It was nobody."),), every) == []
 
 
-def test_what_fits_a_pool(tmp_path: Path) -> None:
+def test_what_fits_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "DTYPE", "float32")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     pool = 182 * 1024**2 * 6
     # 5,376 tokens are 336 of stock's blocks.

@@ -29,7 +29,7 @@ def show_answers(console: Console, questions: Sequence[Question], reports: Mappi
         table.add_row(*(Text(report.answers[question.text].text) for report in reports.values()))
         console.print(table)
         if question.passage:
-            console.print(Text(f"The document: {question.passage}", style="dim"))
+            console.print(Text(f"The document: “{question.passage}”", style="dim"))
     console.print()
 
 
