@@ -19,7 +19,7 @@ from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FAMILIES, Prompt, make_prompts
 from benchmarks.progress import Progress
 
-LENGTHS = (4608, 12288)
+LENGTHS = (4608, 8704)
 """Tokens of the prompts. Both lie beyond the dense threshold, so their answers are read from sealed blocks."""
 
 SETTINGS = {"sparse_budget": 512}
