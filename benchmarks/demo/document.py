@@ -81,6 +81,7 @@ class Answer:
     """What a backend says.
 
     Attributes:
+        text: as it came.
         first_seconds: until the first token.
         token_seconds: of every other one.
     """
@@ -99,7 +100,7 @@ class Report:
         answers: by question.
         held_bytes: on the device, of a request about the document while it decodes, as the server measures it.
         host_bytes: of the same request, in host memory.
-        requests: such requests that decode side by side in the pool.
+        requests: such requests that decode side by side in the pool (`fitting`).
     """
 
     tokens: int
@@ -177,7 +178,7 @@ def _ask(
                 report.answers[question.text] = Answer(text.strip(), times[0] - began, apart)
         report.held_bytes = _held(server, prompts[SUMMARY]) * CACHE_MIB * 2**20
         report.host_bytes = host_bytes(backend, checkpoint, tokens)
-        report.requests = fitting(backend, checkpoint, Pool.of(server, CACHE_MIB * 2**20), longest)
+        report.requests = fitting(backend, checkpoint, Pool.of(server, CACHE_MIB * 2**20), tokens, longest)
     return report
 
 
@@ -190,11 +191,21 @@ def _held(server: Server, prompt: str) -> float:
     return next(value for name, value in said.items() if name.startswith("vllm:kv_cache_usage_perc"))
 
 
-def fitting(backend: str, checkpoint: Path, pool: Pool, tokens: int) -> int:
-    """Requests of `tokens` tokens that decode side by side, by the formulas of `vllm-shadowkv plan`."""
+def fitting(backend: str, checkpoint: Path, pool: Pool, prompt: int, longest: int) -> int:
+    """Requests that decode side by side, each about a document of its own, the last one admitted beside the others.
+
+    Args:
+        backend: of `BACKENDS`.
+        checkpoint: of the model.
+        pool: of the server.
+        prompt: tokens of a prompt.
+        longest: tokens of a prompt and its answer.
+    """
     if backend == "stock":
-        return (pool.num_blocks - 1) // -(-tokens // pool.block_size)
-    return _capacity(checkpoint, tokens).resolve(pool.num_blocks).requests(pool.num_blocks, tokens)
+        return (pool.num_blocks - 1) // -(-longest // pool.block_size)
+    capacity = _capacity(checkpoint, longest).resolve(pool.num_blocks)
+    most = max(map(capacity.decoding_pages, range(prompt + 1, longest + 1)))
+    return max((pool.num_blocks - 1 - capacity.admission_pages(prompt)) // most + 1, 0)
 
 
 def host_bytes(backend: str, checkpoint: Path, tokens: int) -> int:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.demo.document import CACHE_MIB, DTYPE, SETTINGS, TITLE, Question, Report
+from benchmarks.demo.document import CACHE_MIB, DTYPE, SETTINGS, TITLE, Answer, Question, Report
 
 MIB = 2**20
 
@@ -26,11 +26,17 @@ def show_answers(console: Console, questions: Sequence[Question], reports: Mappi
         for backend in reports:
             table.add_column(backend, ratio=1)
         # Text, because a model's words may look like rich's markup.
-        table.add_row(*(Text(report.answers[question.text].text) for report in reports.values()))
+        table.add_row(*(Text(_said(report.answers[question.text], question)) for report in reports.values()))
         console.print(table)
         if question.passage:
             console.print(Text(f"The document: “{question.passage}”", style="dim"))
     console.print()
+
+
+def _said(answer: Answer, question: Question) -> str:
+    """An answer without the line breaks that the model copies from the document, and whether it was cut off."""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in answer.text.split("\n\n")]
+    return "\n".join(paragraphs) + (" …" if len(answer.token_seconds) + 1 >= question.max_tokens else "")
 
 
 def show_lines(console: Console, reports: Mapping[str, Report], scores: Mapping[str, str]) -> None:
@@ -47,7 +53,7 @@ def show_lines(console: Console, reports: Mapping[str, Report], scores: Mapping[
     for column in ("seconds to\nread it", "tokens/s\ndecoded", "MiB on the\ndevice", "such requests\nthat fit"):
         table.add_column(column, justify="right")
     if scores:
-        table.add_column("needle model's\nanswers right", justify="right")
+        table.add_column("needle model,\nright", justify="right")
     for backend, report in reports.items():
         first = next(iter(report.answers.values()))
         cells = [f"{first.first_seconds:.0f}", f"{report.tokens_per_second:.1f}"]
