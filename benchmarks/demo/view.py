@@ -53,7 +53,7 @@ def show_lines(console: Console, reports: Mapping[str, Report], scores: Mapping[
     for column in ("seconds to\nread it", "tokens/s\ndecoded", "MiB on the\ndevice", "such requests\nthat fit"):
         table.add_column(column, justify="right")
     if scores:
-        table.add_column("needle model,\nright", justify="right")
+        table.add_column("needle model\nright", justify="right")
     for backend, report in reports.items():
         first = next(iter(report.answers.values()))
         cells = [f"{first.first_seconds:.0f}", f"{report.tokens_per_second:.1f}"]
