@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.test_model import GEMMA3, LLAMA, NEMOTRON_H, OLMO3, write
 
 from vllm_shadowkv.cli import arguments, main
 from vllm_shadowkv.cli.pool_plan import Plan, make
+from vllm_shadowkv.cli.step_bytes import Rates, of_request, of_row
+from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.state.host_memory import GIB
 
 
@@ -109,16 +112,63 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_more_slots_keep_more_chunks_and_read_less_over_the_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 131,072 tokens a step wants 256 + 5 + 128 chunks, of 512 KiB over 32 layers and 8 heads."""
+    """At 131,072 tokens a step wants 256 + 5 + 127 chunks, of 512 KiB over 32 layers and 8 heads."""
     assert main(["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024"]) == 0
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if len(row) == 3 and row[1].endswith("%")] == [
         ["261", "78%", "28.7"],
         ["now 384", "78%", "42.2"],
-        ["512", "85%", "29.3"],
-        ["768", "93%", "14.0"],
+        ["512", "85%", "29.0"],
+        ["768", "93%", "13.9"],
         ["1024", "95%", "9.9"],
     ]
+
+
+def test_a_rows_bytes_are_those_of_the_pages(tmp_path: Path) -> None:
+    pool = plan(tmp_path).pool
+    page = torch.empty(1, pool.layout.page_bytes, dtype=torch.uint8)
+    row = of_row(ShadowKVConfig(), pool.layout, sealed=120, open_tokens=512, hits=0.6)
+    scored = ("landmarks", "landmark_scales", "mean_values")
+    assert row.landmarks == 120 * sum(pool.layout.view(page, name).nbytes for name in scored)
+    assert row.selected == 256 + 5 + 120
+    assert row.attended == (381 * 8 + 512) * pool.layout.page_bytes // 128
+    assert row.link == pytest.approx(0.4 * 381 * pool.layout.value_row_bytes / 128)
+    assert row.filled == pytest.approx(0.4 * 381 * 8 * 8 * (176 + 4 + 2 * 256))
+    everything = of_row(ShadowKVConfig(), pool.layout, sealed=2, open_tokens=0)
+    assert (everything.selected, everything.link) == (256, 0), "slots for all that is sealed never miss"
+
+
+def test_a_rate_is_bounded_by_bytes(tmp_path: Path) -> None:
+    """Four bf16 requests of 122,880 tokens read 15 GiB each, and the weights once."""
+    made = plan(tmp_path)
+    rates = Rates(memory=3350e9, link=55e9, weight_bytes=15e9)
+    stock, by = rates.most_tokens(made, "bf16", 122_880)
+    assert by == "memory"
+    assert stock == pytest.approx(4 / ((15e9 + 4 * 15 * GIB) / 3350e9))
+    row, requests = of_request(made, 122_880), made.requests("shadowkv", 122_880)
+    assert row.link == pytest.approx((0.22 - 0.11 * (384 / 380 - 1) / 0.5) * 380 * 8 * 2048)
+    assert rates.most_tokens(made, "shadowkv", 122_880) == (pytest.approx(55e9 / (32 * row.link)), "link")
+    fast, by = Rates(3350e9, 1e15, 15e9).most_tokens(made, "shadowkv", 122_880)
+    assert by == "memory"
+    assert fast == pytest.approx(requests / ((15e9 + requests * 32 * row.device) / 3350e9))
+    same_memory, _ = Rates(3350e9, None, 15e9).most_tokens(made, "shadowkv", 122_880)
+    assert same_memory == pytest.approx(requests / ((15e9 + requests * 32 * (row.device + row.link)) / 3350e9))
+    assert rates.most_tokens(plan(tmp_path, "--kv-cache-gib", "6.5"), "bf16", 122_880)[0] == 0
+
+
+def test_the_bound_is_printed_with_what_it_assumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*line: str) -> str:
+        usual = ["--kv-cache-gib", "64", "--host-gib", "1024", "--contexts", "4096", "122880"]
+        assert main(["plan", write(tmp_path, LLAMA), *usual, *line]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "tokens/s" not in said()
+    told = said("--bandwidth-gbs", "3350", "--weights-gib", "15")
+    assert "│ 122,880 │ 166 │ 333 │ 1,268 │ link │ 78% │ 41.4 │" in told
+    assert "│ memory │ - │ 0.0 │" in told  # 4,096 tokens: exact
+    assert "3350 GB/s of memory and 55 GB/s of link beside them; it reads 15 GiB of weights" in told
+    assert "no weights (--weights-gib)" in said("--bandwidth-gbs", "3350")
+    assert "values of the host pool from it, too" in said("--bandwidth-gbs", "50", "--device", "cpu")
 
 
 def test_what_does_not_work_is_said_and_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,20 @@ def add(parser: argparse.ArgumentParser, plan: bool) -> None:
     parser.add_argument("--host-gib", type=_size, help="free memory of the serving host; default: of this one")
     if plan:
         parser.add_argument("--contexts", type=_positive, nargs="+", help="tokens; default: powers of two")
+        parser.add_argument(
+            "--bandwidth-gbs",
+            type=_size,
+            help="GB/s of device memory (H100: 3350, H200: 4800), for a bound on tokens/s; default: no bound",
+        )
+        parser.add_argument(
+            "--link-gbs", type=_size, default=55.0, help="GB/s of pinned copies; default: 55, of PCIe 5.0 with 16 lanes"
+        )
+        parser.add_argument(
+            "--weights-gib",
+            type=_size,
+            default=0.0,
+            help="weights that a rank reads in a step; vLLM logs all as 'Model loading took'; default: not counted",
+        )
         parser.add_argument("--plot", metavar="FILE", help="also draw it to a .png, .svg or .pdf")
 
 
@@ -121,5 +135,5 @@ def _size(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 2**30:
-        raise argparse.ArgumentTypeError(f"must be a positive number of GiB, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from vllm_shadowkv.cli.plot import draw
 from vllm_shadowkv.cli.pool_plan import BACKENDS, Plan, make
+from vllm_shadowkv.cli.step_bytes import Rates, of_request
 from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.state.host_memory import GIB
 
@@ -22,23 +22,20 @@ LITTLE = 4
 little to gain; where all layers see the whole context it is six at 122,880 tokens (test_capacity.py)."""
 SLOT_BUDGETS = (1, 2, 3, 4)
 """Multiples of the budget whose effect on the number of requests is shown."""
-HITS = {1.0: 0.78, 1.5: 0.89, 2.0: 0.93, 3.0: 0.96, 4.0: 0.97}
-"""Share of a step's chunks that slots still hold, by how many steps' chunks they have room for: of SmolLM2 along texts,
-at a budget of 3.6 % (`benchmarks/smollm2/slots.py`). Other models and budgets will differ."""
 
 
 def run(given: argparse.Namespace) -> int:
     """Prints the plan, and draws it if asked; returns the exit code."""
     plan = make(given)
-    show(plan, Console())
+    show(plan, Console(), Rates.of(given))
     if given.plot:
         draw(plan, given.plot)
         print(f"The picture is in {given.plot}.")
     return 0
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Prints the plan."""
+def show(plan: Plan, console: Console, rates: Rates | None) -> None:
+    """Prints the plan, and with rates a bound on tokens a second."""
     console.print(_page(plan))
     console.print(_pool(plan))
     for sentence in _others(plan):
@@ -52,6 +49,10 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"At least as many requests as {_stock_name(plan, backend)}: {where}.")
     console.print()
     console.print(_slots(plan))
+    if rates:
+        console.print()
+        console.print(_bound(plan, rates))
+        console.print(_assumed(plan, rates))
     _bars(plan, console.print)
 
 
@@ -150,26 +151,39 @@ def _slots(plan: Plan) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for tokens in plan.contexts:
         table.add_column(f"{tokens / 1024:g}K", justify="right")
-    outliers = config.num_outlier_chunks * (plan.contexts[-1] // config.block_size)
     for choice in sorted(choice for choice in choices if choice >= least):
         other = plan.with_slots(choice)
         mark = "now " if choice == config.slot_chunks else ""
-        selected = min(least + outliers, choice)
-        hits = _hits(choice / selected)
-        chunk_bytes = pool.num_layers * pool.layout.num_kv_heads * pool.layout.value_chunk_bytes
-        link = f"{(1 - hits) * selected * chunk_bytes / 2**20:.1f}"
+        row = of_request(other, plan.contexts[-1])
         counts = (str(other.requests("shadowkv", tokens)) for tokens in plan.contexts)
-        table.add_row(f"{mark}{choice}", f"{hits:.0%}", link, *counts)
+        table.add_row(f"{mark}{choice}", f"{row.hits:.0%}", f"{pool.num_layers * row.link / 2**20:.1f}", *counts)
     return table
 
 
-def _hits(times: float) -> float:
-    """`HITS` at slots for the chunks of so many steps, from 1 on; between two that were measured on a line."""
-    known = list(HITS.items())
-    for (low, less), (high, more) in itertools.pairwise(known):
-        if times <= high:
-            return less + (more - less) * (times - low) / (high - low)
-    return known[-1][1]
+def _bound(plan: Plan, rates: Rates) -> Table:
+    """No more tokens a second than bytes allow, by context and backend."""
+    table = Table(title="At most tokens/s, of all requests that fit", title_justify="left")
+    for column in ("context", *(_stock_name(plan, name) for name in BACKENDS), "bound by", "hits", "MiB/token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tokens in plan.contexts:
+        row = of_request(plan, tokens)
+        most = [rates.most_tokens(plan, backend, tokens) for backend in BACKENDS]
+        cells = [f"{tokens:,}", *(f"{rate:,.0f}" for rate, _ in most), most[-1][1]]
+        table.add_row(
+            *cells, f"{row.hits:.0%}" if row.selected else "-", f"{plan.pool.num_layers * row.link / 2**20:.1f}"
+        )
+    return table
+
+
+def _assumed(plan: Plan, rates: Rates) -> str:
+    """What the bound takes for granted."""
+    link = f"{rates.link / 1e9:g} GB/s of link beside them" if rates.link else "values of the host pool from it, too"
+    weights = f"{rates.weight_bytes / GIB:g} GiB of weights" if rates.weight_bytes else "no weights (--weights-gib)"
+    beside = "; layers beside ours are not counted" if plan.pool.others else ""
+    return (
+        f"Assumed: a step takes as long as its bytes alone, {rates.memory / 1e9:g} GB/s of memory and {link}; it reads "
+        f"{weights}; a rank's requests decode together; hits are those of SmolLM2, and nothing is resident{beside}."
+    )
 
 
 def _bars(plan: Plan, write: Callable[[str], None]) -> None:
