@@ -29,6 +29,7 @@ from benchmarks.progress import track
 from benchmarks.timing import captured, once, sweeper
 from benchmarks.workload import SHAPES, Workload, hit_rate
 from vllm_shadowkv import ops
+from vllm_shadowkv.cli.step_bytes import of_row
 
 OPEN_TOKENS = 512
 SLOWER = 0.15
@@ -88,7 +89,7 @@ def run(
     """All ops at one size."""
     work = Workload(shape, context, OPEN_TOKENS, batch, device, torch.bfloat16)
     layout, memory, rows, workspace = work.layout, work.memory, work.rows, work.workspace
-    heads, chunks = batch * layout.num_kv_heads, rows.block_table.shape[1] * layout.chunks
+    row, heads = of_row(work.config, layout, rows.block_table.shape[1], OPEN_TOKENS), batch * layout.num_kv_heads
     token_bytes = 2 * layout.head_size * 2
     factors = layout.rank * (layout.head_size + layout.chunk_size)
     sweep = sweeper(device) if device == "cuda" else None
@@ -108,7 +109,7 @@ def run(
     yield record(
         "select_chunks",
         partial(workspace.select, memory, rows, work.query, work.scale),
-        heads * (chunks * (layout.head_size + 4) + chunks // layout.chunks * layout.head_size * 2),
+        batch * row.landmarks,
     )
     yield record("plan_slots", plan, heads * (work.config.slot_chunks * 16 + 8 * workspace.columns))
     for rate in hit_rates:
@@ -120,9 +121,8 @@ def run(
         fill = partial(workspace.fill, memory, work.state, rows, work.slot_counts)
         yield record("fill_slots", fill, values if device == "cuda" else values + rebuilt, "link", rate)
     plan()
-    tokens = workspace.columns * layout.chunk_size + OPEN_TOKENS
     attend = partial(workspace.attend_tokens, memory, rows, work.query, work.scale, work.output)
-    yield record("sparse_attention", attend, heads * tokens * token_bytes)
+    yield record("sparse_attention", attend, batch * row.attended)
 
     blocks = rows.block_table[0, :4].contiguous()
     positions = torch.arange(len(blocks), dtype=torch.int32, device=device) * layout.block_size

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+import benchmarks.step_model.__main__ as step_model
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
@@ -27,6 +29,14 @@ def script(name: str) -> ModuleType:
 def test_the_configuration_reference_is_current() -> None:
     text = (DOCS / "configuration.md").read_text()
     assert text == script("configuration_reference").reference(), "run scripts/configuration_reference.py"
+
+
+def test_the_predictions_are_what_the_step_model_prints() -> None:
+    sheets = step_model.answer(step_model.parser().parse_args([]))
+    text = (DOCS / "gpu_predictions.md").read_text()
+    assert text == step_model.updated(text, sheets), "run benchmarks.step_model --update docs/gpu_predictions.md"
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == len(sheets), "a table of the page is not the model's"
 
 
 def test_the_pictures_are_current(tmp_path: Path) -> None:
