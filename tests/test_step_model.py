@@ -52,7 +52,7 @@ def test_a_layer_takes_what_was_worked_out_by_hand() -> None:
         (OURS, 122_880, 21, 379),
         (replace(OURS, of_scored=True), 122_880, 21, 480),
         (OURS, 122_880, 14, 359),
-        (replace(OURS, int8_values=True), 122_880, 21, 549),  # 520 where its step was rounded to 40 ms
+        (replace(OURS, int8_values=True), 122_880, 21, 549),  # the page had 520
         (replace(OURS, at_limit=True), 122_880, 21, 507),
         (BF16, 32_768, 13, 492),
         (FP8, 32_768, 26, 893),
@@ -123,6 +123,8 @@ def test_a_bandwidth_and_an_assumption_can_be_put_in() -> None:
     assert rate("--assume", "link_share=0.432") == rate("--link-gbs", "27.5")
     assert rate("--memory-gbs", "4800") > usual
     assert rate("--slots", "768", "--parts", "2", "--int8-values") > usual
+    alone = answer(parser().parse_args(["--kv-cache-gib", "10", "--contexts", "122880"]))
+    assert any(row[-1].startswith("-, ") for sheet in alone for row in sheet.rows), "no request of bf16 fits"
     for line in (["--assume", "speed=1"], ["--contexts", "5000"], ["--host-gib", "1"], ["--slots", "8"]):
         with pytest.raises(ValueError, match=r"assumption|whole blocks|host memory|slot_chunks"):
             answer(parser().parse_args(line))

@@ -101,6 +101,8 @@ def main() -> None:
     except ValueError as error:
         arguments.error(str(error))
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     for sheet in tables if not given.update else ():
         if given.markdown:
             print(f"{sheet.markdown()}\n")

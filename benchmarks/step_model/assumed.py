@@ -30,7 +30,7 @@ MACHINES = {"H100": Machine(), "H200": Machine(memory_gbs=4800, kv_cache_gib=108
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is assumed of kernels, in µs unless a name says otherwise; from the sources and the sm_90 machine code."""
+    """What is assumed of kernels, in µs unless a name says otherwise; docs/gpu_predictions.md says where from."""
 
     link_share: float = number(0.864, "of a pinned copy that kernels reach reading mapped host memory", 0.64, 0.95)
     fill_wait: float = number(4.5, "`fill_slots`: launch, tables, the last rows written")

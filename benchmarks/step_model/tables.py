@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.step_model.assumed import CASES, Assumed, Case, Machine
@@ -14,6 +15,8 @@ from benchmarks.step_model.model import SHAPE, Model, Op
 from vllm_shadowkv.state.host_memory import GIB
 
 BATCHES = (1, 8, 32)
+WIDE = 19
+"""Columns of a terminal, within which a cell is kept in one line."""
 BF16, FP8, OURS = CASES[:3]
 
 
@@ -32,9 +35,12 @@ class Sheet:
 
     def table(self) -> Table:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if index else "left", overflow="fold")
+            widest = max(len(row[index]) for row in self.rows)
+            justify = "right" if index and column != "what" else "left"
+            least = min(widest, WIDE) if index else None
+            table.add_column(column, justify=justify, min_width=least, overflow="fold")
         for row in self.rows:
             table.add_row(*(re.sub(r"\*\*|`", "", cell) for cell in row))
         return table
@@ -58,6 +64,10 @@ def _cell(op: Op) -> str:
 
 def _us(time: float) -> str:
     return f"{time:.1f}" if time < 9.95 else f"{time:.0f}"
+
+
+def _ratio(rate: float, other: float) -> str:
+    return f"{rate / other:.2f}" if other else "-"
 
 
 def _percent(share: float) -> str:
@@ -97,7 +107,7 @@ def _models(name: str, machine: Machine, assumed: Assumed, tokens: int, cases: t
     rows = []
     for case in cases:
         model = Model(machine, assumed, case, tokens)
-        against = " and ".join(f"{model.rate / rate:.2f}" if rate else "-" for rate in stock)
+        against = ", ".join(_ratio(model.rate, rate) for rate in stock)
         said = ("", "", "", "")
         if case.backend == "shadowkv":
             link = SHAPE.num_layers * model.row.link / 2**20
@@ -106,7 +116,7 @@ def _models(name: str, machine: Machine, assumed: Assumed, tokens: int, cases: t
         hits, mib, gib, against = said
         cells = (str(model.requests), hits, mib, gib, f"{model.step:.1f}", f"{model.rate:.0f}", against)
         rows.append((case.name, *cells))
-    columns = ("", "requests", "hits", "MiB/token", "host, GiB", "step, ms", "tokens/s", "against bf16 and fp8")
+    columns = ("", "requests", "hits", "MiB a token", "host, GiB", "step, ms", "tokens a second", "against bf16, fp8")
     return Sheet(f"{name}: the whole model at {tokens:,} tokens", columns, rows)
 
 
@@ -132,13 +142,11 @@ def _ranges(name: str, model: Model) -> Sheet:
         rates = [model.rate for model in models]
         if len({round(rate) for rate in (*rates, model.rate)}) == 1 and field != "flash_fp8_share":
             continue
-        fp8 = [rate / replace(other, case=FP8).rate for rate, other in zip(rates, models, strict=True)]
-        end, rate, ratio = (
-            " to ".join(f"{x:{form}}" for x in pair) for pair, form in ((ends, "g"), (rates, ".0f"), (fp8, ".2f"))
-        )
-        rows.append((f"`{field}`", end, rate, ratio))
+        fp8 = [_ratio(rate, replace(other, case=FP8).rate) for rate, other in zip(rates, models, strict=True)]
+        cells = ([f"{end:g}" for end in ends], [f"{rate:.0f}" for rate in rates], fp8)
+        rows.append((f"`{field}`", *map(" to ".join, cells)))
     title = f"{name}: {model.requests} requests of {model.tokens:,} tokens, an assumption at its worst and at its best"
-    return Sheet(title, ("assumption", "worst to best", "tokens/s", "against fp8"), rows)
+    return Sheet(title, ("assumption", "worst to best", "tokens a second", "against fp8"), rows)
 
 
 def _uncertain() -> Iterator[tuple[str, tuple[float, float]]]:
