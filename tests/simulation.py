@@ -625,7 +625,8 @@ class Worker:
             assert contents.get(key) == decoding[row].marks[first : first + layout.chunk_size], "a slot is stale"
 
 
-def _seal(memory: Any, block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
+def _seal(memories: list[Any], block_ids: torch.Tensor, exact_ids: torch.Tensor, first_positions: torch.Tensor) -> None:
+    (memory,) = memories
     for block, exact, first in zip(block_ids.tolist(), exact_ids.tolist(), first_positions.tolist(), strict=True):
         assert first % memory.layout.block_size == 0
         memory.worker.seal(block, exact)

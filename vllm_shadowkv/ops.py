@@ -79,8 +79,8 @@ def select_chunks(
 ) -> None:
     """Picks the chunks that a decode step attends to (paper, section 4.2), and estimates attention to the rest.
 
-    A chunk's score is its landmark's share in the softmax over all sealed chunks, the maximum over the query heads of a
-    GQA group. Always picked: the first `SINK_CHUNKS`, the chunks that overlap the newest `LOCAL_CHUNKS * chunk_size`
+    A chunk's score is its landmark's share in the softmax over all sealed chunks, summed over the query heads of a GQA
+    group. Always picked: the first `SINK_CHUNKS`, the chunks that overlap the newest `LOCAL_CHUNKS * chunk_size`
     tokens, and outliers, worst first, as far as `K - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS` allows; then the best
     `budget_chunks` of the others, ties to the lower id.
 

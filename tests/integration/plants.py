@@ -36,10 +36,10 @@ def _once(spoil: Callable[[Any, int], None]) -> Any:
     """Spoils the first block that is sealed, in one layer: `spoil` gets the layer's memory and the block's id."""
     left = [1]
 
-    def seal(original: Any, memory: Any, block_ids: Any, *args: Any) -> None:
-        original(memory, block_ids, *args)
+    def seal(original: Any, memories: Any, block_ids: Any, *args: Any) -> None:
+        original(memories, block_ids, *args)
         if left and left.pop():
-            spoil(memory, int(block_ids[0]))
+            spoil(memories[0], int(block_ids[0]))
 
     return _patched(sealing, "seal_blocks", seal)
 

@@ -71,7 +71,7 @@ def test_a_draft_model_changes_nothing(trials: Trials, trial: Trial) -> None:
     for scenario in trial.scenarios:
         assert differences(trials(trial).sequences[scenario], stock[scenario], TOLERANCE) == []
     assert trials(trial).counts["accepted drafts"] > 100
-    assert trials(trial).counts["seals"] > 50
+    assert trials(trial).counts["seals"] > 25
 
 
 @each_trial(STOCK_FEATURES)
@@ -111,7 +111,7 @@ def test_quantised_weights(trials: Trials, trial: Trial) -> None:
     for answers, is_right in ((ours, True), (wrong, False)):
         assert (differences(answers, stock, 4 * noise, undecided=8 * noise) == []) == is_right
     assert differences(ours, trials(STOCK).sequences["short"], TOLERANCE), "nothing was quantised"
-    assert trials(trial).counts["seals"] > 4
+    assert trials(trial).counts["seals"] > 2
 
 
 @each_trial(OUR_EMBEDDING)

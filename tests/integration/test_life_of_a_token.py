@@ -205,7 +205,7 @@ def test_the_cuda_side_equals_stock(trials: Trials, trial: Trial, scenario: str)
 def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) -> None:
     """The trials are shorter, so the numbers are lower."""
     counts = trials(trial).counts
-    assert counts["seals"] > 20
+    assert counts["seals"] > 10
     assert counts["poisoned"] > 100
     if trial.graphs:
         assert counts["replays"] > 50
@@ -215,7 +215,7 @@ def test_blocks_are_sealed_on_the_cuda_side_too(trials: Trials, trial: Trial) ->
 @each_trial(V1, V1_SMALL_POOL, V1_WINDOWS, V2, V2_GRAPHS)
 def test_blocks_are_sealed_and_their_pages_poisoned(trials: Trials, trial: Trial) -> None:
     counts = trials(trial).counts
-    assert counts["seals"] > 100
+    assert counts["seals"] > 50
     assert counts["poisoned"] > 1000
     assert counts["host pools at start-up"] > 0, "the first request pays for them"
 
@@ -265,9 +265,7 @@ def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
         assert not prefixes or metrics[name] or is_resident, "a hit is read from sealed blocks"
     assert not prefixes or bool(metrics["resident_tokens_total"]) == is_resident
     if "seals" in counts:
-        assert metrics["sealed_blocks_total"] >= counts["seals"] // 2, (
-            "a call seals all the blocks of one of two layers"
-        )
+        assert metrics["sealed_blocks_total"] >= counts["seals"], "a call seals a block or more"
 
 
 @pytest.mark.slow

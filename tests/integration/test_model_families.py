@@ -116,7 +116,7 @@ def test_a_pool_that_is_too_small_and_shared(trials: Trials, trial: ModelTrial) 
         assert differences(ours.sequences[scenario], stock.sequences[scenario], DEEP_TOLERANCE) == []
     check_choices(stock, "preemption")
     assert ours.counts["preemptions"] > 0 or trial.architecture in MAMBA2  # of no size of pool known yet
-    assert ours.counts["seals"] > 20
+    assert ours.counts["seals"] > 10
     assert ours.counts["poisoned"] > 100
     if "prefixes" in stock.sequences:
         assert ours.sequences["prefixes"]["again"]["cached"] == 640

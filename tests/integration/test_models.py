@@ -45,7 +45,7 @@ def test_equals_stock(trials: Trials, trial: ModelTrial) -> None:
     for name, found in stock.sequences["scored"].items():
         assert len(found["prompt"]) > 140
         assert ours.sequences["scored"][name]["prompt"] == pytest.approx(found["prompt"], abs=TOLERANCE)
-    assert ours.counts["seals"] > 4
+    assert ours.counts["seals"] > 1
     assert ours.counts["poisoned"] > 20
 
 
@@ -112,7 +112,7 @@ def test_equals_stock_on_the_v2_runner(trials: Trials, trial: ModelTrial) -> Non
     (stock,) = (trials(of_v1)["stock"] for of_v1 in MODELS if of_v1.name == trial.architecture)
     for scenario in ("short", "scored"):
         assert differences(ours.sequences[scenario], stock.sequences[scenario], TOLERANCE) == []
-    assert ours.counts["seals"] > 4
+    assert ours.counts["seals"] > 1
 
 
 @each_trial(*CUDA_MODELS)

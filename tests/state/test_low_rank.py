@@ -301,7 +301,7 @@ def test_products_are_of_true_fp32_whatever_the_process_allows(older, newer, mon
     assert precisions() == before
     inside = []
     orthonormalise = low_rank._orthonormalise
-    monkeypatch.setattr(low_rank, "_orthonormalise", lambda x: (inside.append(precisions()), orthonormalise(x))[1])
+    monkeypatch.setattr(low_rank, "_orthonormalise", lambda *x: (inside.append(precisions()), orthonormalise(*x))[1])
     torch.set_float32_matmul_precision(older)
     if newer:
         torch.backends.cuda.matmul.fp32_precision = newer

@@ -34,21 +34,24 @@ def memory() -> LayerMemory:
     return LayerMemory(layout, Rotary.identity(), torch.empty(0, 0), pages, pages, pages, torch.empty(0, 0))
 
 
-@pytest.mark.parametrize("num_blocks", [1, seal.BLOCKS_AT_ONCE + 1])
+@pytest.mark.parametrize(
+    ("num_blocks", "layers", "batches"),
+    [(1, 1, [1]), (2, 3, [3]), (3, 5, [2, 2, 1]), (seal.BLOCKS_AT_ONCE + 1, 2, [1, 1, 2])],
+)
 @pytest.mark.parametrize("first", ["current", "side"])
 def test_values_are_stored_between_the_writing_and_the_next_use_of_their_pages(
-    monkeypatch: pytest.MonkeyPatch, memory: LayerMemory, num_blocks: int, first: str
+    monkeypatch: pytest.MonkeyPatch, memory: LayerMemory, num_blocks: int, layers: int, batches: list[int], first: str
 ) -> None:
+    """As many layers at once as their blocks together may be factorised."""
     streams = Sealing(monkeypatch)
     streams.then("written")
     pages = memory.layout.block_size // memory.layout.exact_tokens
     ids: Any = torch.arange(1, 1 + num_blocks, dtype=torch.int32)
     exact = (10 + torch.arange(num_blocks * pages, dtype=torch.int32) % 30).view(num_blocks, pages)
-    seal.seal_blocks(memory, ids, exact, 128 * (ids - 1))
+    seal.seal_blocks([memory] * layers, ids, exact, 128 * (ids - 1))
     streams.then("used again")
     streams.run(first)
-    times = 1 if num_blocks == 1 else 2
     assert streams.happened[0] == "written"
     assert streams.happened[-1] == "used again"
-    side_by_side = ["packed", "stored"] if first == "current" else ["stored", "packed"]
-    assert streams.happened[1:-1] == side_by_side * times
+    order = ("packed", "stored") if first == "current" else ("stored", "packed")
+    assert streams.happened[1:-1] == [what for count in batches for what in order for _ in range(count)]

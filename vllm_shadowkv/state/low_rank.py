@@ -10,6 +10,7 @@ so a batch of blocks and layers is one fixed sequence of launches, and no value 
 The sequence is as long for one block as for many: batch as many as memory allows.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,6 +165,7 @@ def mix(low_rank: LowRank) -> LowRank:
     return LowRank(low_rank.mean, low_rank.coefficients @ mixing * scales.mT, basis / scales)
 
 
+@functools.lru_cache(maxsize=8)
 def _signs(rows: int, columns: int, device: torch.device) -> Tensor:
     """Returns fp32 `[rows, columns]` of ±1 from an integer hash, the same on every device."""
     bits = torch.arange(1, rows * columns + 1, device=device)
@@ -173,14 +175,15 @@ def _signs(rows: int, columns: int, device: torch.device) -> Tensor:
     return (1 - 2 * ((bits >> 16) & 1)).float().view(rows, columns)
 
 
-def _orthonormalise(vectors: Tensor) -> Tensor:
-    """Orthonormalises columns by three passes of shifted Cholesky QR.
+def _orthonormalise(vectors: Tensor, passes: int = 3) -> Tensor:
+    """Orthonormalises columns by passes of shifted Cholesky QR.
 
     Three, because what is new in the last column may be 1e-7 of it, and a pass gains a factor of
     1 / sqrt(shift), about a hundred. After fewer, rank-deficient keys lose orthogonality.
 
     Args:
         vectors: fp32 `[n, rows, columns]`.
+        passes: fewer than three only keep the columns apart, for one that will follow.
 
     Returns:
         fp32 `[n, rows, columns]` with the same span, orthonormal up to `shift` (1e-4 for 192
@@ -189,7 +192,7 @@ def _orthonormalise(vectors: Tensor) -> Tensor:
     columns = vectors.shape[-1]
     # Above the rounding of the products below, which grows with the columns that are eliminated.
     shift = 4 * (columns + 16) * torch.finfo(torch.float32).eps
-    for _ in range(3):
+    for _ in range(passes):
         # Columns fall like squared singular values: at unit length they are far better conditioned.
         length = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         vectors = vectors / torch.where(length == 0, torch.ones_like(length), length)
@@ -222,11 +225,12 @@ def _drop_weakest(vectors: Tensor, images: Tensor, rank: int) -> Tensor:
     projected.diagonal(dim1=-2, dim2=-1).add_(_DROP_RIDGE)
     factor, _ = torch.linalg.cholesky_ex(projected)
     weakest = torch.eye(columns, device=vectors.device)[:, rank:].expand(n, -1, -1)
-    for _ in range(_DROP_ITERATIONS):
-        weakest = _orthonormalise(torch.cholesky_solve(weakest, factor))
+    for step in range(1, _DROP_ITERATIONS + 1):
+        weakest = _orthonormalise(torch.cholesky_solve(weakest, factor), 3 if step == _DROP_ITERATIONS else 1)
     return images[..., :rank] - (images @ weakest) @ weakest[..., :rank, :].mT
 
 
+@functools.lru_cache(maxsize=2)
 def _mixing(rank: int, device: torch.device) -> Tensor:
     """Returns an orthogonal fp32 `[rank, rank]`: signs times DCT-II, flat entries for any rank."""
     frequency = torch.arange(rank, device=device, dtype=torch.float64).unsqueeze(1)

@@ -1,6 +1,8 @@
-"""Sealing: complete blocks turn from exact pages into one shadow page and host values."""
+"""Sealing: complete blocks turn from exact pages into one shadow page and host values, in every layer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +14,16 @@ from vllm_shadowkv.state.low_rank import factorise, mix
 from vllm_shadowkv.state.side_stream import side_stream
 
 BLOCKS_AT_ONCE = 8
-"""Bounds the fp32 workspace: a block of the Llama-3.1-8B shape takes 4 MiB of keys and 4 MiB of Gram matrix."""
+"""Blocks, each of one layer, that are factorised together: eight take as many launches as one, hundreds. It bounds the
+fp32 workspace: a block of the Llama-3.1-8B shape takes 4 MiB of keys and 4 MiB of Gram matrix."""
 
 
-def seal_blocks(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_positions: Tensor) -> None:
-    """Seals blocks of one layer.
+def seal_blocks(memories: Sequence[LayerMemory], block_ids: Tensor, exact_ids: Tensor, first_positions: Tensor) -> None:
+    """Seals blocks in all of these layers.
 
     Args:
-        memory: the layer's pages and host pool.
-        block_ids: int32 `[n]`, the shadow blocks.
+        memories: the layers' pages and host pools, of one layout.
+        block_ids: int32 `[n]`, the shadow blocks, at least one.
         exact_ids: int32 `[n, block_size / exact_tokens]`, their exact pages in token order.
         first_positions: int32 `[n]`, position of each block's first token; on the host, or the device is waited for.
     """
@@ -30,28 +33,48 @@ def seal_blocks(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first
         first_positions.split(BLOCKS_AT_ONCE),
         strict=True,
     ):
-        _seal(memory, blocks, exact, first)
+        layers = BLOCKS_AT_ONCE // len(blocks)
+        for at in range(0, len(memories), layers):
+            _seal(memories[at : at + layers], blocks, exact, first)
 
 
-def _seal(memory: LayerMemory, block_ids: Tensor, exact_ids: Tensor, first_positions: Tensor) -> None:
-    layout, device = memory.layout, memory.pages.device
-    exact_keys, exact_values = memory.exact_views
+def _seal(memories: Sequence[LayerMemory], block_ids: Tensor, exact_ids: Tensor, first_positions: Tensor) -> None:
+    """As `seal_blocks`, at once; `BLOCKS_AT_ONCE` blocks at most, in all layers together."""
+    device = block_ids.device
     side = side_stream(device)
     if side:
         side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # while the keys are factorised, which takes longer
-        ops.store_values(block_ids, exact_ids, exact_values, memory.pages, memory.host_pool, layout)
-    # [n, pages, heads, tokens, head_size] -> [n, block_size, heads, head_size]
-    keys = exact_keys[exact_ids.long()].transpose(2, 3).flatten(1, 2).contiguous()
-    if layout.rank:
-        positions = first_positions[:, None] + torch.arange(
-            layout.block_size, dtype=torch.int32, device=first_positions.device
-        )
-        flat = undo(memory.rotary, keys.flatten(0, 1), positions.flatten())
-        factors = mix(factorise(flat.view(len(keys), layout.block_size, layout.width), layout.rank))
-        mean, coefficients, basis = factors.mean, factors.coefficients, factors.basis
-    else:
-        mean = coefficients = basis = torch.empty(0, device=device)
-    ops.pack_block(block_ids, keys, mean, coefficients, basis, memory.pages, layout)
+        for memory in memories:
+            values = memory.exact_views[1]
+            ops.store_values(block_ids, exact_ids, values, memory.pages, memory.host_pool, memory.layout)
+    keys = [_gather_keys(memory, exact_ids) for memory in memories]
+    factors = _factorise(memories, keys, first_positions)
+    for memory, of_layer, (mean, coefficients, basis) in zip(memories, keys, factors, strict=True):
+        ops.pack_block(block_ids, of_layer, mean, coefficients, basis, memory.pages, memory.layout)
     if side:
         torch.cuda.current_stream(device).wait_stream(side)
+
+
+def _gather_keys(memory: LayerMemory, exact_ids: Tensor) -> Tensor:
+    """Keys of blocks, as the pages have them: `[n, block_size, Hkv, D]`."""
+    # [n, pages, heads, tokens, head_size] -> [n, block_size, heads, head_size]
+    return memory.exact_views[0][exact_ids.long()].transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _factorise(
+    memories: Sequence[LayerMemory], keys: list[Tensor], first_positions: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each layer's mean, coefficients and basis as `ops.pack_block` takes them; empty where keys stay exact."""
+    layout = memories[0].layout
+    if not layout.rank:
+        return [(keys[0].new_empty(0, dtype=torch.float32),) * 3] * len(keys)
+    positions = first_positions[:, None] + torch.arange(
+        layout.block_size, dtype=torch.int32, device=first_positions.device
+    )
+    flat = [
+        undo(memory.rotary, of_layer.flatten(0, 1), positions.flatten())
+        for memory, of_layer in zip(memories, keys, strict=True)
+    ]
+    factors = mix(factorise(torch.cat(flat).view(-1, layout.block_size, layout.width), layout.rank))
+    return list(zip(*(part.split(len(first_positions)) for part in factors), strict=True))

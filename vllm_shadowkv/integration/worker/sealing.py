@@ -85,8 +85,7 @@ class Sealer:
         block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
         exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
         first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32)
-        for memory in bound.memories.values():
-            seal_blocks(memory, block_ids, exact_ids, first_positions)
+        seal_blocks(list(bound.memories.values()), block_ids, exact_ids, first_positions)
         bound.state.seal(torch.tensor(list(found)), exact_ids if self._keep_sources else None)
         self._counts.sealed_blocks += len(found)
         self._completed.drop(found)
