@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 8950
+MOST_PACKAGE_LINES = 9000
 
 
 def files() -> list[Path]:
