@@ -52,6 +52,7 @@ SETTINGS = {
     "block_size": 256,
     "compression": 1,
     "key_codec": "none",
+    "value_dtype": "auto",
     "sparse_budget": MODEL_LEN,
     "slot_chunks": MODEL_LEN // 8 + 8,
     "dense_threshold": 512,

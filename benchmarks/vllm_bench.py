@@ -20,9 +20,9 @@ BACKENDS = {
     "stock": [],
     "stock-fp8": ["--kv-cache-dtype", "fp8"],
     "shadowkv": ["--attention-backend", "shadowkv"],
-    "shadowkv-int8": [
+    "shadowkv-16-bit-values": [
         *("--attention-backend", "shadowkv"),
-        *("--additional-config", '{"shadowkv": {"value_dtype": "int8"}}'),
+        *("--additional-config", '{"shadowkv": {"value_dtype": "auto"}}'),
     ],
 }
 """Arguments of an engine that has each backend."""

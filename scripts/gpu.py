@@ -171,7 +171,7 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
         what = f"compute-sanitizer {tool}"
         return Step(tool, "test", what, command, 600, "compute-sanitizer", TEST, environment)
 
-    both, compressed = ["stock", "shadowkv"], ["stock-fp8", "shadowkv-int8"]
+    both, others = ["stock", "shadowkv"], ["stock-fp8", "shadowkv-16-bit-values"]
     return [
         Step("doctor", "test", "what is installed", [python, "-m", "vllm_shadowkv", "doctor"], 120, imports=("rich",)),
         Step("ops", "test", "every op against the reference",
@@ -192,8 +192,8 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
         bench("model", "dummy_model", "the model that the next steps serve", "llama-3.1-8b", model,
               *(["--layers", "1"] if rehearse else [])),
         *(throughput(f"122880_{backend}", ["122880"], [backend], ["8"]) for backend in both),
-        throughput("122880_8bit", ["122880"], compressed, ["8"]),
-        *(throughput(length, [length], both + compressed, ["8"]) for length in ("61440", "32768")),
+        throughput("122880_8bit", ["122880"], others, ["8"]),
+        *(throughput(length, [length], both + others, ["8"]) for length in ("61440", "32768")),
         bench("beyond_cuda", "benchmark_throughput", "a request whose full KV cache is larger than the memory", model,
               "--input-lens", "4608" if rehearse else "122880", "--num-prompts", "1", "--backends", "shadowkv",
               "--output-len", "8" if rehearse else "128", *to("beyond_cuda", "json"),
@@ -204,8 +204,8 @@ def steps(results: Path, records: Path, rehearse: bool) -> list[Step]:
         bench("long_generation_cuda", "long_generation", "5,000 tokens of one request, each of them known",
               "--tokens", "1200" if rehearse else "5000", "--dtype", "float16", *to("long_generation_cuda", "json")),
         sanitized("racecheck", {}),
-        latency("latency_lengths", ["32768", "61440"], both + compressed),
-        throughput("prompts", ["122880", "61440", "32768"], both + compressed, ["1", "32"]),
+        latency("latency_lengths", ["32768", "61440"], both + others),
+        throughput("prompts", ["122880", "61440", "32768"], both + others, ["1", "32"]),
         *accuracy("long_needle", "16384", "40"),
         *accuracy("long_needle", "32768", "40"),
         train("long_twin", "--no-aux"),

@@ -41,7 +41,7 @@ def test_the_defaults() -> None:
         "decode_exact_tokens": 0,
         "resident_pages": True,
         "key_codec": "int8",
-        "value_dtype": "auto",
+        "value_dtype": "int8",
         "host_memory_gib": None,
     }
 
@@ -73,7 +73,7 @@ VALID: list[dict[str, Any]] = [
     {"decode_exact_tokens": 4096},
     {"resident_pages": False},
     {"key_codec": "none"},
-    {"value_dtype": "int8"},
+    {"value_dtype": "auto"},
     {"host_memory_gib": 0.5},
     {"host_memory_gib": 64},
 ]

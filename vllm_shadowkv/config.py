@@ -52,7 +52,7 @@ class ShadowKVConfig(BaseModel):
     )
     key_codec: Literal["int8", "none"] = Field("int8", description="int8 low-rank factors, or exact keys.")
     value_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="Values in the host pool: the model's dtype, or int8."
+        "int8", description="Values in the host pool: int8, or the model's dtype."
     )
     host_memory_gib: float | None = Field(
         None,

@@ -32,7 +32,7 @@ class Sealed:
         exact_landmarks: in fp32 instead of int8.
         mean_landmarks: a landmark is the mean of its chunk's keys.
         highest: a chunk's score is the highest of its GQA group, in place of the sum.
-        int8_values: one scale per token.
+        int8_values: with one scale per token; False: as the model has them.
         exact_tokens: newest tokens of the prompt that stay exact (`decode_exact_tokens`).
         rest: chunks that are not attended count by their landmark and a mean value; False: they are left out.
         mean_value_tokens: tokens that share that mean value; None: a block's.
@@ -48,7 +48,7 @@ class Sealed:
     exact_landmarks: bool = False
     mean_landmarks: bool = False
     highest: bool = False
-    int8_values: bool = False
+    int8_values: bool = True
     exact_tokens: int = 0
     rest: bool = True
     mean_value_tokens: int | None = None

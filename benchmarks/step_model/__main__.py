@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--of-scored", action="store_true", help="hits are those of the budget, the forced ones all hit")
     asked.add_argument("--slots", type=int, help="slot_chunks; default: 384")
     asked.add_argument("--slot-bits", type=int, choices=(8, 16), help="8: twice the slots in a page (not built)")
-    asked.add_argument("--int8-values", action="store_true", help="value_dtype int8")
+    asked.add_argument("--bf16-values", action="store_true", help="value_dtype auto")
     asked.add_argument("--parts", type=int, help="of a step's rows, each beside the link of another (not built)")
     asked.add_argument("--resident", type=hit_rate, help="share of the misses that are copied from exact pages")
     asked.add_argument("--requests", type=int, help="default: as many as fit")
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def asked_case(given: argparse.Namespace) -> Case | None:
     """The case that was asked for, or None."""
-    names = ("hits", "of_scored", "slots", "slot_bits", "int8_values", "parts", "resident", "requests")
+    names = ("hits", "of_scored", "slots", "slot_bits", "bf16_values", "parts", "resident", "requests")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) not in (None, False)}
     return replace(Case("as asked"), **changes) if changes else None
 

@@ -68,7 +68,7 @@ class Case:
     of_scored: bool = False  # hits are those of the budget: whatever is forced stays
     slots: int = 384
     slot_bits: int = 16  # 8: twice the slots in a page, a change that is not built
-    int8_values: bool = False
+    bf16_values: bool = False  # value_dtype auto
     parts: int = 1  # of a step's rows; the next part's values are fetched beside the ops of others: not built
     resident: float = 0.0  # share of the missed chunks that are copied from exact pages
     host_gib: float | None = None
@@ -78,7 +78,7 @@ class Case:
     @property
     def config(self) -> ShadowKVConfig:
         """The settings."""
-        values = "int8" if self.int8_values else "auto"
+        values = "auto" if self.bf16_values else "int8"
         return ShadowKVConfig.from_vllm({"shadowkv": {"slot_chunks": self.slots, "value_dtype": values}})
 
 
@@ -89,14 +89,14 @@ CASES = (
     Case("**shadowkv**, 60 % of all hit", hits=HIT),
     Case("60 % of the scored hit", hits=HIT, of_scored=True),
     Case("384 slots, hits as SmolLM2's"),
+    Case("512 slots, hits as SmolLM2's", slots=512),
     Case("768 slots, hits as SmolLM2's", slots=768),
-    Case("60 %, int8 values", hits=HIT, int8_values=True),
+    Case("60 %, bf16 values", hits=HIT, bf16_values=True),
+    Case("384 slots, SmolLM2's hits, bf16 values", bf16_values=True),
     Case("60 %, 128 GiB of host memory free", hits=HIT, host_gib=128),
     Case("not built: 60 %, rows in 2 parts", hits=HIT, parts=2),
     Case("not built: 60 %, rows in 4 parts", hits=HIT, parts=4),
-    Case("not built: 60 %, int8 values, 2 parts", hits=HIT, int8_values=True, parts=2),
-    Case("not built: 60 %, int8 values, 4 parts", hits=HIT, int8_values=True, parts=4),
     Case("not built: 8-bit slots, 768 in as many pages", slots=768, slot_bits=8),
-    Case("not built: 768 slots, int8 values, 2 parts", slots=768, int8_values=True, parts=2),
+    Case("not built: 768 slots, rows in 2 parts", slots=768, parts=2),
     Case("60 %, every op at its limit", hits=HIT, at_limit=True),
 )

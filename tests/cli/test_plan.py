@@ -32,7 +32,8 @@ def test_llama_at_64_gib(tmp_path: Path) -> None:
     assert made.pool.layout.rank == 176
     assert made.num_blocks == 64 * GIB // (32 * 524_288) == 4096
     assert not made.host_bound
-    assert made.host_pool_bytes == 4096 * 32 * 2 * 8 * 128 * 1024  # bf16 values of every token
+    assert made.host_pool_bytes == 4096 * 32 * 8 * (128 + 4) * 1024  # int8 values and a scale of every token
+    assert plan(tmp_path, value_dtype="auto").host_pool_bytes == 4096 * 32 * 2 * 8 * 128 * 1024
     assert made.requests("bf16", 122_880) == 4  # 15 GiB each
     assert made.requests("fp8", 122_880) == 8
     assert made.requests("shadowkv", 122_880) >= 24
@@ -112,15 +113,15 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_more_slots_keep_more_chunks_and_read_less_over_the_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 131,072 tokens a step wants 256 + 5 + 127 chunks, of 512 KiB over 32 layers and 8 heads."""
+    """At 131,072 tokens a step wants 256 + 5 + 127 chunks, of 264 KiB over 32 layers and 8 heads."""
     assert main(["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024"]) == 0
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if len(row) == 3 and row[1].endswith("%")] == [
-        ["261", "78%", "28.7"],
-        ["now 384", "78%", "42.2"],
-        ["512", "85%", "29.0"],
-        ["768", "93%", "13.9"],
-        ["1024", "95%", "9.9"],
+        ["261", "78%", "14.8"],
+        ["now 384", "78%", "21.8"],
+        ["512", "85%", "15.0"],
+        ["768", "93%", "7.2"],
+        ["1024", "95%", "5.1"],
     ]
 
 
@@ -141,13 +142,13 @@ def test_a_rows_bytes_are_those_of_the_pages(tmp_path: Path) -> None:
 def test_a_rate_is_bounded_by_bytes(tmp_path: Path) -> None:
     """Four bf16 requests of 122,880 tokens read 15 GiB each, and the weights once."""
     made = plan(tmp_path)
-    rates = Rates(memory=3350e9, link=55e9, weight_bytes=15e9)
+    rates = Rates(memory=3350e9, link=25e9, weight_bytes=15e9)
     stock, by = rates.most_tokens(made, "bf16", 122_880)
     assert by == "memory"
     assert stock == pytest.approx(4 / ((15e9 + 4 * 15 * GIB) / 3350e9))
     row, requests = of_request(made, 122_880), made.requests("shadowkv", 122_880)
-    assert row.link == pytest.approx((0.22 - 0.11 * (384 / 380 - 1) / 0.5) * 380 * 8 * 2048)
-    assert rates.most_tokens(made, "shadowkv", 122_880) == (pytest.approx(55e9 / (32 * row.link)), "link")
+    assert row.link == pytest.approx((0.22 - 0.11 * (384 / 380 - 1) / 0.5) * 380 * 8 * 8 * (128 + 4))
+    assert rates.most_tokens(made, "shadowkv", 122_880) == (pytest.approx(25e9 / (32 * row.link)), "link")
     fast, by = Rates(3350e9, 1e15, 15e9).most_tokens(made, "shadowkv", 122_880)
     assert by == "memory"
     assert fast == pytest.approx(requests / ((15e9 + requests * 32 * row.device) / 3350e9))
@@ -164,7 +165,7 @@ def test_the_bound_is_printed_with_what_it_assumes(tmp_path: Path, capsys: pytes
 
     assert "tokens/s" not in said()
     told = said("--bandwidth-gbs", "3350", "--weights-gib", "15")
-    assert "│ 122,880 │ 166 │ 333 │ 1,268 │ link │ 78% │ 41.4 │" in told
+    assert "│ 122,880 │ 166 │ 333 │ 1,817 │ memory │ 78% │ 21.3 │" in told
     assert "│ memory │ - │ 0.0 │" in told  # 4,096 tokens: exact
     assert "3350 GB/s of memory and 55 GB/s of link beside them; it reads 15 GiB of weights" in told
     assert "no weights (--weights-gib)" in said("--bandwidth-gbs", "3350")

@@ -12,7 +12,7 @@ from engine import Result, Trial
 TOLERANCE = 5e-4
 
 SMALL = {"block_size": 64, "compression": 1, "dense_threshold": 0, "prefill_exact_tokens": 0, "slot_chunks": 304}
-SMALL |= {"resident_pages": False}
+SMALL |= {"value_dtype": "auto", "resident_pages": False}
 POOL = {"max_model_len": 512, "num_gpu_blocks_override": 96, "enable_prefix_caching": False}
 
 STOCK = Trial("stock", ("short", "scored"), shadowkv=None, options=POOL)

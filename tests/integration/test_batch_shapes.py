@@ -38,7 +38,7 @@ STEP = 512
 
 # Seals lose nothing, and the budget covers every context: only rounding may differ.
 LOSSLESS = {"block_size": 256, "compression": 1, "key_codec": "none", "sparse_budget": 4096, "slot_chunks": 520}
-LOSSLESS |= {"resident_pages": False}
+LOSSLESS |= {"value_dtype": "auto", "resident_pages": False}
 SETTINGS: dict[str, dict[str, int]] = {
     "everything sealed": {"dense_threshold": 0, "prefill_exact_tokens": 0},
     "windows": {"dense_threshold": 700, "prefill_exact_tokens": 600, "decode_exact_tokens": 300},

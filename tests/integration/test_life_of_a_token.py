@@ -50,6 +50,7 @@ STOCK = Trial("stock", EVERYWHERE + ONLY_V1, shadowkv=None)
 LOSSLESS = {
     "compression": 1,
     "key_codec": "none",
+    "value_dtype": "auto",
     "dense_threshold": 0,
     "sparse_budget": 2048,
     "slot_chunks": 280,

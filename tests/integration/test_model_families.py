@@ -71,6 +71,7 @@ BESIDE_WINDOWS = {
     "block_size": 128,
     "compression": 1,
     "key_codec": "none",
+    "value_dtype": "auto",
     "dense_threshold": 0,
     "prefill_exact_tokens": 0,
     "sparse_budget": 1024,

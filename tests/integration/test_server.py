@@ -28,6 +28,7 @@ from vllm_shadowkv.exposition import NAME
 
 # A budget of all the chunks that the prompt's two sealed blocks have, so that their number is known.
 SETTINGS = {"dense_threshold": 1024, "sparse_budget": 2048, "slot_chunks": 280, "host_memory_gib": 0.08}
+SETTINGS |= {"value_dtype": "auto"}
 PROMPT_TOKENS, BLOCK_SIZE, BLOCK_CHUNKS = 2100, 1024, 128
 LAYERS, KV_HEADS, HEAD_SIZE, VALUE_BYTES = 2, 2, 64, 2
 HEADS = LAYERS * KV_HEADS

@@ -1,4 +1,4 @@
-"""Bytes that a decode step moves. `plan` bounds a rate by them, `benchmarks/step_model.py` predicts times from them."""
+"""Bytes that a decode step moves. `plan` bounds a rate by them, `benchmarks/step_model` predicts times from them."""
 
 from __future__ import annotations
 
