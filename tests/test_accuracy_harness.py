@@ -258,7 +258,8 @@ def test_a_shorter_context_is_the_end_of_the_longer_one(layer: Layer) -> None:
     short = studies.newest(layer, 512)
     assert (short.prompt_tokens, len(short.keys)) == (512, 512 + len(layer.keys) - layer.prompt_tokens)
     assert torch.equal(short.keys, layer.keys[layer.prompt_tokens - 512 :])
-    exact, default = Sealed(codec="none", block_size=256), Sealed(block_size=256)
+    exact = Sealed(codec="none", block_size=256, int8_values=False)
+    default = Sealed(block_size=256)
     points = [studies.Variant("", "", method, 4096, context=512) for method in (exact, default)]
     nothing, factors = studies.errors(layer, points)
     assert nothing < 1e-5 < factors < 0.5

@@ -35,10 +35,11 @@ CHOICES: dict[str, Sealed] = {
     "leaning, highest": Sealed(**EXACT, highest=True),
     NOW: Sealed(**EXACT),
     f"{NOW}, rest left out": Sealed(**EXACT, rest=False),
+    "two centres in 4 bits, sum": Sealed(**EXACT, two_centres=True),
     BEST: Sealed(**EXACT),
 }
-"""Landmarks: the mean of a chunk's keys, or one that leans to those unlike the others. Scores: the highest share of a
-GQA group, or their sum."""
+"""Landmarks: the mean of a chunk's keys, or one that leans to those unlike the others, or centres of two clusters of
+them in as many bytes, which no kernel has. Scores: the highest share of a GQA group, or their sum."""
 
 
 @dataclass(frozen=True)
