@@ -72,9 +72,8 @@ def _factorise(
     positions = first_positions[:, None] + torch.arange(
         layout.block_size, dtype=torch.int32, device=first_positions.device
     )
-    flat = [
-        undo(memory.rotary, of_layer.flatten(0, 1), positions.flatten())
-        for memory, of_layer in zip(memories, keys, strict=True)
-    ]
-    factors = mix(factorise(torch.cat(flat).view(-1, layout.block_size, layout.width), layout.rank))
+    before_rope = torch.empty(len(keys), *keys[0].shape, dtype=torch.float32, device=keys[0].device)
+    for of_layer, memory, rotated in zip(before_rope, memories, keys, strict=True):
+        of_layer.flatten(0, 1).copy_(undo(memory.rotary, rotated.flatten(0, 1), positions.flatten()))
+    factors = mix(factorise(before_rope.view(-1, layout.block_size, layout.width), layout.rank))
     return list(zip(*(part.split(len(first_positions)) for part in factors), strict=True))
