@@ -83,6 +83,25 @@ def test_needles_lie_where_they_should_and_are_compared_by_length() -> None:
     assert "| ours | B | 3,000 | 100 % | 100 % | 0, 0 of 5 |" in table
 
 
+def test_needles_of_one_haystack_are_of_different_kinds_and_depths(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    model = str(CHECKPOINT)
+    samples = niah.make(model, tmp_path, [600, 900], 6, 2, random.Random(1), 3)
+    assert len(samples) == 2 * 6 * 2
+    assert len({sample["context"] for sample in samples}) == len(samples) // 3
+    for first in range(0, len(samples), 3):
+        here = samples[first : first + 3]
+        assert len({sample["context"] for sample in here}) == 1  # neighbours: `collect` computes it once
+        assert len({sample["question"].split("?")[0].split()[1] for sample in here}) >= 2
+        at = [sample["context"].index(sample["expected"]) / len(sample["context"]) for sample in here]
+        assert at == pytest.approx([sample["depth"] / 100 for sample in here], abs=0.1)
+        for sample in here:
+            assert sample["context"].count(sample["expected"]) == 1
+    assert sorted({sample["depth"] for sample in samples}) == [0, 20, 40, 60, 80, 100]
+    with pytest.raises(ValueError, match="needles: expected at most 12, got 13"):
+        niah.make(model, tmp_path, [600], 13, 1, random.Random(1), 13)
+
+
 @pytest.mark.slow
 def test_default_settings_along_a_real_text(real_decoder: Path, tmp_path: Path) -> None:
     """At most twice what was measured over 128 steps (docs/accuracy.md)."""

@@ -5,7 +5,8 @@
     python -m benchmarks.accuracy.niah plot niah.png --model NAME --samples niah.jsonl stock.jsonl ours.jsonl
     python -m benchmarks.accuracy.niah compare --model NAME --samples niah.jsonl stock.jsonl ours.jsonl
 
-Without `--texts` the haystack is the needle model's filler.
+Without `--texts` the haystack is the needle model's filler. With `--needles 12` a haystack holds twelve needles
+of different kinds, at different depths, and is asked for each: in setup B it is computed once for all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,39 @@ from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, KEYS, VALUES, VOCAB
 
 CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Perth", "Turin", "Dakar", "Lima", "Kyoto", "Cairo", "Boston", "Athens")
+ANIMALS = (
+    "otter",
+    "falcon",
+    "badger",
+    "heron",
+    "lynx",
+    "walrus",
+    "gecko",
+    "bison",
+    "raven",
+    "marmot",
+    "tapir",
+    "stork",
+)
+COLOURS = ("crimson", "silver", "golden", "purple", "orange", "turquoise", "scarlet", "violet", "yellow", "brown")
+COUNTRIES = ("Norway", "Peru", "Kenya", "Japan", "Greece", "Chile", "Egypt", "Ireland", "Nepal", "Cuba", "Finland")
+DISHES = ("lentils", "carrots", "mushrooms", "cabbage", "pumpkin", "spinach", "onions", "barley", "leeks", "beans")
+GOODS = ("copper", "timber", "coffee", "cotton", "marble", "sugar", "wool", "grain", "salt", "rubber")
+HORSES = ("Thunder", "Midnight", "Whisper", "Diamond", "Comet", "Shadow", "Arrow", "Tempest", "Pepper", "Legend")
+HOTELS = (
+    "Savoy",
+    "Bristol",
+    "Imperial",
+    "Central",
+    "Panorama",
+    "Excelsior",
+    "Paradise",
+    "Metropol",
+    "Royal",
+    "Belvedere",
+)
+NAMES = ("Martha", "Oliver", "Ingrid", "Carlos", "Fatima", "Edward", "Sophie", "Dmitri", "Helena", "Victor", "Amelia")
+STREETS = ("Maple", "Castle", "Harbour", "Garden", "Station", "Bridge", "Church", "Market", "Windmill", "Orchard")
 
 Record = dict[str, Any]
 Cells = dict[tuple[int, float], float]
@@ -32,41 +67,56 @@ Cells = dict[tuple[int, float], float]
 
 
 def make(
-    model: str, texts: Path | None, lengths: list[int], num_depths: int, repeats: int, rng: random.Random
+    model: str,
+    texts: Path | None,
+    lengths: list[int],
+    num_depths: int,
+    repeats: int,
+    rng: random.Random,
+    needles: int = 1,
 ) -> list[Record]:
-    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent."""
+    """Lines for `collect --samples`, with what the answer must contain, its length and its depth in percent.
+
+    Every length has `num_depths * repeats` of them, `needles` of neighbouring lines in the same context.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
     words = _words(texts, rng, max(lengths))
+    depths = [100 * i / max(num_depths - 1, 1) for i in range(num_depths)]
+    groups = -(-num_depths // needles)
     lines = []
     for length in lengths:
-        for depth in (100 * i / max(num_depths - 1, 1) for i in range(num_depths)):
+        for group in range(groups):
             for _ in range(repeats):
-                needle, question, expected = _needle(texts is None, rng)
+                here = depths[group::groups]
+                hidden = _needles(texts is None, len(here), rng)
                 start = rng.randrange(max(1, len(words) - length))
                 # Words are fewer than tokens: as many as fill the length, found by proportion.
                 sample = words[start : start + length]
-                room = length - count(f"{needle} {question}") - 8
+                longest = max((question for _, question, _ in hidden), key=count)
+                room = length - count(" ".join([*(needle for needle, _, _ in hidden), longest])) - 8
                 hay = sample[: room // 2]
                 for _ in range(3):
                     hay = sample[: len(hay) * room // count(" ".join(hay))]
                 while (tokens := count(" ".join(hay))) > room:  # their density differs
                     hay = hay[: len(hay) * room // tokens]
-                at = int(len(hay) * depth / 100)
-                context = " ".join([*hay[:at], needle, *hay[at:]])
-                lines.append(
-                    {
-                        "context": context,
-                        "question": question,
-                        "expected": expected,
-                        "family": f"{length} tokens",
-                        "length": length,
-                        "depth": depth,
-                    }
-                )
+                parts = list(hay)
+                for depth, (needle, _, _) in reversed(list(zip(here, hidden, strict=True))):
+                    parts.insert(int(len(hay) * depth / 100), needle)
+                for depth, (_, question, expected) in zip(here, hidden, strict=True):
+                    lines.append(
+                        {
+                            "context": " ".join(parts),
+                            "question": question,
+                            "expected": expected,
+                            "family": f"{length} tokens",
+                            "length": length,
+                            "depth": depth,
+                        }
+                    )
     return lines
 
 
@@ -77,17 +127,92 @@ def _words(texts: Path | None, rng: random.Random, most: int) -> list[str]:
     return words * -(-2 * most // len(words))
 
 
-def _needle(own_words: bool, rng: random.Random) -> tuple[str, str, str]:
-    """The needle, the question and what the answer must contain."""
+def _needles(own_words: bool, number: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Needles, their questions and what answers must contain; of different kinds, or keys that differ."""
     if own_words:
-        key, *values = (VOCAB[i] for i in (rng.choice(KEYS), *rng.sample(VALUES, 2)))
-        return f"@ {key} {' '.join(values)}", f"? {key}", f"{key} {' '.join(values)}"
-    city, number = rng.choice(CITIES), str(rng.randrange(10**6, 10**7))
+        found: dict[str, tuple[str, str, str]] = {}
+        while len(found) < number:
+            key, *values = (VOCAB[i] for i in (rng.choice(KEYS), *rng.sample(VALUES, 2)))
+            found[key] = f"@ {key} {' '.join(values)}", f"? {key}", f"{key} {' '.join(values)}"
+        return list(found.values())
+    if number > len(KINDS):
+        raise ValueError(f"needles: expected at most {len(KINDS)}, got {number}")
+    kinds = rng.sample(KINDS, number) if number > 1 else KINDS[:1]
+    needles = []
+    for asked, said, value in (kind(rng) for kind in kinds):
+        needles.append((f"{said} {value}.", f"\n\nQuestion: {asked}?\nAnswer: {said}", value))
+    return needles
+
+
+def _magic_number(rng: random.Random) -> tuple[str, str, str]:
+    city = rng.choice(CITIES)
     return (
-        f"The magic number of {city} is {number}.",
-        f"\n\nQuestion: What is the magic number of {city}?\nAnswer: The magic number of {city} is",
-        number,
+        f"What is the magic number of {city}",
+        f"The magic number of {city} is",
+        str(rng.randrange(10**6, 10**7)),
     )
+
+
+def _address(rng: random.Random) -> tuple[str, str, str]:
+    name = rng.choice(NAMES)
+    return f"Where does {name} live", f"{name} lives at", f"{rng.randrange(100, 1000)} {rng.choice(STREETS)} Street"
+
+
+KINDS: tuple[Callable[[random.Random], tuple[str, str, str]], ...] = (
+    _magic_number,
+    _address,
+    lambda rng: (
+        "What is the secret password",
+        "The secret password is",
+        f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)}",
+    ),
+    lambda rng: (
+        "When does the dentist open on Friday",
+        "On Friday the dentist opens at",
+        f"{rng.randrange(10, 20)}:{rng.randrange(10, 60)}",
+    ),
+    lambda rng: (
+        "What does the old ship carry",
+        "The old ship carries",
+        f"{rng.randrange(1000, 10000)} tons of {rng.choice(GOODS)}",
+    ),
+    lambda rng: (
+        "What is grandmother's soup made of",
+        "Grandmother's soup is made of",
+        " and ".join(rng.sample(DISHES, 2)),
+    ),
+    lambda rng: (
+        "What is the telephone extension of the library",
+        "The telephone extension of the library is",
+        str(rng.randrange(1000, 10000)),
+    ),
+    lambda rng: (
+        "Which horse won the derby",
+        "The horse that won the derby is",
+        " ".join(rng.sample(HORSES, 2)),
+    ),
+    lambda rng: (
+        "In which year was the treaty of the islands signed",
+        "The treaty of the islands was signed in",
+        str(rng.randrange(1400, 1900)),
+    ),
+    lambda rng: (
+        "How tall is the wooden tower",
+        "The height of the wooden tower is",
+        f"{rng.randrange(100, 1000)} feet",
+    ),
+    lambda rng: (
+        "Where does the ambassador sleep",
+        "The ambassador sleeps in room",
+        f"{rng.randrange(100, 1000)} of Hotel {rng.choice(HOTELS)}",
+    ),
+    lambda rng: (
+        "Where do the songs of the choir come from",
+        "The choir sings songs from",
+        " and ".join(rng.sample(COUNTRIES, 2)),
+    ),
+)
+"""Questions, how needle and answer begin, and what they end with, which cannot be guessed."""
 
 
 def right(samples: list[Record], records: list[Record], model: str) -> dict[str, dict[int, bool]]:
@@ -165,13 +290,16 @@ def main() -> None:
     making.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     making.add_argument("--depths", type=int, default=9)
     making.add_argument("--repeats", type=int, default=5)
+    making.add_argument(
+        "--needles", type=int, default=1, help="in a haystack, at depths that are far apart; at most 12"
+    )
     for command in (plotting, comparing):
         command.add_argument("--samples", type=Path, required=True)
         command.add_argument("results", type=Path, nargs="+", help="of `collect`; stock's first")
     arguments = parser.parse_args()
     if arguments.command == "make":
         sizes = (arguments.lengths, arguments.depths, arguments.repeats)
-        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"))
+        lines = make(arguments.model, arguments.texts, *sizes, random.Random("niah"), arguments.needles)
         arguments.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
     samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
