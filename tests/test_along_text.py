@@ -47,11 +47,31 @@ def test_distributions_are_compared_in_nats() -> None:
     assert found["nats"] == pytest.approx(math.log(2))
     assert found["nats_error"] == pytest.approx(math.log(2) / 8**0.5)
     assert found["nats_full"] == pytest.approx((math.log(2) + math.log(4)) / 2)
+    (apart, said_full, more), (last, *_) = along_text.compare(full[[0] * 101], ours[[1] * 101], [1] * 101)["by_hundred"]
+    assert (apart, said_full, more) == pytest.approx((0.25 * math.log(2), math.log(4), -math.log(2)), abs=1e-5)
+    assert last == pytest.approx(apart)
 
 
 def row(text: str, setup: str, settings: str = "default", divergence: float = 0.004) -> Row:
     return Row(
-        text, "float32", 7424, 128, settings, setup, 2048, divergence, 5e-4, 0.05, 0.2, 0.97, 2.01, 2.0, 0.003, 0, 9.0
+        text,
+        "float32",
+        7424,
+        128,
+        settings,
+        setup,
+        2048,
+        divergence,
+        5e-4,
+        0.05,
+        0.2,
+        0.97,
+        2.01,
+        2.0,
+        0.003,
+        [],
+        0,
+        9.0,
     )
 
 

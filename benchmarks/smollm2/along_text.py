@@ -78,6 +78,7 @@ class Row:
         same_first: share of steps whose likeliest token is full attention's.
         nats, nats_full: of the text's own next token, mean over steps; of full attention.
         nats_error: standard error of their difference, were steps independent.
+        by_hundred: of each hundred steps, mean divergence, mean nats of full attention, and how many more ours takes.
         cached: tokens of the prompt that came from the prefix cache.
         seconds: of the request, together with the other texts'.
     """
@@ -97,6 +98,7 @@ class Row:
     nats: float
     nats_full: float
     nats_error: float
+    by_hundred: list[tuple[float, float, float]]
     cached: int
     seconds: float
 
@@ -112,11 +114,12 @@ def divergences(full: Tensor, ours: Tensor) -> Tensor:
     return (full.exp() * (full - ours)).sum(-1).clamp_min(0)
 
 
-def compare(full: Tensor, ours: Tensor, tokens: list[int]) -> dict[str, float]:
+def compare(full: Tensor, ours: Tensor, tokens: list[int]) -> dict[str, Any]:
     """What a row says of the distributions, `[steps, vocabulary]`, along `tokens`."""
     apart = divergences(full, ours)
     said = torch.tensor(tokens)[:, None]
-    nats, nats_full = (-of.gather(1, said).double() for of in (ours, full))
+    nats, nats_full = (-of.gather(1, said).double().flatten() for of in (ours, full))
+    hundreds = (torch.stack((apart, nats_full, nats - nats_full), 1)).split(100)
     return {
         "divergence": apart.mean().item(),
         "divergence_error": (apart.std(correction=0) / len(apart) ** 0.5).item(),
@@ -126,6 +129,7 @@ def compare(full: Tensor, ours: Tensor, tokens: list[int]) -> dict[str, float]:
         "nats": nats.mean().item(),
         "nats_full": nats_full.mean().item(),
         "nats_error": ((nats - nats_full).std(correction=0) / len(nats) ** 0.5).item(),
+        "by_hundred": [tuple(round(of, 5) for of in hundred.mean(0).tolist()) for hundred in hundreds],
     }
 
 
