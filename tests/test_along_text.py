@@ -33,7 +33,8 @@ def test_settings_are_valid_and_budgets_shares_of_the_prompt(name: str) -> None:
     settings = shadowkv(name, 7424)
     assert settings is not None
     config = ShadowKVConfig(**settings)
-    assert config.sparse_budget == {"3.5 %": 256, "7 %": 520, "14 %": 1040}.get(name, 2048)
+    budgets = {"3.5 %": 256, "7 %": 520, "14 %": 1040, "twice": 4096, "all": 7424}
+    assert config.sparse_budget == budgets.get(name, 2048)
     assert not config.resident_pages
 
 
@@ -98,9 +99,9 @@ def test_needles_lie_where_they_should_and_are_compared_by_length() -> None:
     answers = [tokenizer(sample["expected"], add_special_tokens=False)["input_ids"] for sample in samples]
     stock = [{"name": f"niah-{i}", "setup": "B", "output": answer} for i, answer in enumerate(answers)]
     ours = [record | ({"output": [0]} if i < 2 else {}) for i, record in enumerate(stock)]
-    table = niah.markdown(samples, {"stock": stock, "ours": ours}, model)
-    assert "| ours | B | 2,000 | 100 % | 60 % | 2, 0 of 5 |" in table
-    assert "| ours | B | 3,000 | 100 % | 100 % | 0, 0 of 5 |" in table
+    table = niah.markdown(niah.paired(samples, {"stock": stock, "ours": ours}, model))
+    assert "| ours | B | 2,000 | 100.0 % | 60.0 % | 2, 0 of 5 | 0.5 |" in table
+    assert "| ours | B | 3,000 | 100.0 % | 100.0 % | 0, 0 of 5 | 1 |" in table
 
 
 def test_needles_of_one_haystack_are_of_different_kinds_and_depths(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy.collect import SETUPS, read_records
 from benchmarks.accuracy.paired import Flips
 from benchmarks.accuracy.table import table
+from benchmarks.machine import machine
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, KEYS, VALUES, VOCAB
 
@@ -245,16 +247,25 @@ def compare(samples: list[Record], full: dict[int, bool], ours: dict[int, bool])
     return {n: Flips.of([full[i] for i in of], [ours[i] for i in of]) for n, of in both.items() if of}
 
 
-def markdown(samples: list[Record], results: dict[str, list[Record]], model: str) -> str:
-    """A table of all results against the first, which counts for both setups where it has only one."""
+def paired(samples: list[Record], results: dict[str, list[Record]], model: str) -> list[tuple[str, str, int, Flips]]:
+    """All results against the first, which counts for both setups where it has only one: name, setup, length, flips."""
     (_, baseline), *others = results.items()
     full = right(samples, baseline, model)
-    lines = [["result", "setup", "tokens", "full", "shadowkv", "lost, won"]]
-    for name, records in others:
-        for setup, answers in right(samples, records, model).items():
-            for length, f in compare(samples, full.get(setup) or next(iter(full.values())), answers).items():
-                shares = [f"{100 * n / f.prompts:.0f} %" for n in (f.baseline, f.candidate)]
-                lines.append([name, setup, f"{length:,}", *shares, f"{f.lost}, {f.won} of {f.prompts}"])
+    return [
+        (name, setup, length, flips)
+        for name, records in others
+        for setup, answers in right(samples, records, model).items()
+        for length, flips in compare(samples, full.get(setup) or next(iter(full.values())), answers).items()
+    ]
+
+
+def markdown(rows: list[tuple[str, str, int, Flips]]) -> str:
+    """A table of what `paired` gives."""
+    lines = [["result", "setup", "tokens", "full", "shadowkv", "lost, won", "p"]]
+    for name, setup, length, f in rows:
+        shares = [f"{100 * n / f.prompts:.1f} %" for n in (f.baseline, f.candidate)]
+        lost = f"{f.lost}, {f.won} of {f.prompts}"
+        lines.append([name, setup, f"{length:,}", *shares, lost, f"{f.p_value:.2g}"])
     return table(lines)
 
 
@@ -296,6 +307,8 @@ def main() -> None:
     for command in (plotting, comparing):
         command.add_argument("--samples", type=Path, required=True)
         command.add_argument("results", type=Path, nargs="+", help="of `collect`; stock's first")
+    comparing.add_argument("--json", type=Path)
+    comparing.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of this machine: what answered")
     arguments = parser.parse_args()
     if arguments.command == "make":
         sizes = (arguments.lengths, arguments.depths, arguments.repeats)
@@ -304,7 +317,15 @@ def main() -> None:
         return
     samples = [json.loads(line) for line in arguments.samples.read_text().splitlines()]
     if arguments.command == "compare":
-        print(markdown(samples, {p.stem: read_records(p) for p in arguments.results}, arguments.model), end="")
+        rows = paired(samples, {p.stem: read_records(p) for p in arguments.results}, arguments.model)
+        print(markdown(rows), end="")
+        if arguments.json:
+            content = [
+                {"result": name, "setup": setup, "tokens": length} | asdict(f) | {"p_value": f.p_value}
+                for name, setup, length, f in rows
+            ]
+            about = machine("accuracy.niah", arguments.device)
+            arguments.json.write_text(json.dumps({"machine": about, "rows": content}, indent=1) + "\n")
         return
     plot({p.stem: rates(samples, read_records(p), arguments.model) for p in arguments.results}, arguments.out)
 

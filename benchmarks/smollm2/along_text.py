@@ -34,7 +34,7 @@ from benchmarks.alone import alone
 from benchmarks.machine import machine
 from benchmarks.progress import track
 from benchmarks.smollm2 import SMOLLM2
-from benchmarks.smollm2.settings import NAMES, shadowkv
+from benchmarks.smollm2.settings import NAMES, SHARES, shadowkv
 from benchmarks.smollm2.texts import DIALOGUES, TEXTS
 from benchmarks.wheels import MissingError
 
@@ -246,7 +246,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
-    parser.add_argument("--settings", nargs="+", choices=NAMES, default=[n for n in NAMES if n != "exact"])
+    parser.add_argument("--settings", nargs="+", choices=NAMES, default=[*SHARES, "default"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[LENGTHS[-1]], help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=128, help="tokens to decode")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 SHARES = {"3.5 %": 0.035, "7 %": 0.07, "14 %": 0.14}
-NAMES = (*SHARES, "default", "exact")
-"""Budgets as shares of the prompt; default settings; and a control that reads nothing sealed."""
+NAMES = (*SHARES, "default", "twice", "all", "exact")
+"""Budgets as shares of the prompt; default settings; twice their budget; and two controls: every chunk is selected, so
+that only what sealing does to keys is left, and nothing sealed is read."""
 
 
 def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
@@ -21,6 +22,9 @@ def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
     settings: dict[str, Any] = {"resident_pages": False}
     if name in SHARES:
         settings["sparse_budget"] = 8 * round(SHARES[name] * tokens / 8)
+    if name in ("twice", "all"):
+        budget = 4096 if name == "twice" else 8 * -(-tokens // 8)
+        settings |= {"sparse_budget": budget, "slot_chunks": budget // 8 + 128}
     if name == "exact":
         settings["dense_threshold"] = 2 * tokens
     return settings
