@@ -35,7 +35,7 @@ def test_settings_are_valid_and_budgets_shares_of_the_prompt(name: str) -> None:
     config = ShadowKVConfig(**settings)
     budgets = {"3.5 %": 256, "7 %": 520, "14 %": 1040, "twice": 4096, "all": 7424}
     assert config.sparse_budget == budgets.get(name, 2048)
-    assert not config.resident_pages
+    assert config.resident_pages == (name == "exact")
 
 
 def test_distributions_are_compared_in_nats() -> None:

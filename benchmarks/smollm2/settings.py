@@ -13,7 +13,8 @@ that only what sealing does to keys is left, and nothing sealed is read."""
 def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
     """What `additional_config` says of shadowkv for prompts of `tokens` tokens; None: the stock backend.
 
-    Sealed blocks are read as such: exact pages that happen to be there are not used.
+    Sealed blocks are read as such: exact pages that happen to be there are not used, but by `exact`, which would read
+    what it hits in the prefix cache sealed otherwise, as default settings do.
     """
     if name == "stock":
         return None
@@ -26,5 +27,5 @@ def shadowkv(name: str, tokens: int) -> dict[str, Any] | None:
         budget = 4096 if name == "twice" else 8 * -(-tokens // 8)
         settings |= {"sparse_budget": budget, "slot_chunks": budget // 8 + 128}
     if name == "exact":
-        settings["dense_threshold"] = 2 * tokens
+        settings |= {"dense_threshold": 2 * tokens, "resident_pages": True}
     return settings
