@@ -696,7 +696,7 @@ def test_a_host_too_small_for_one_request_is_refused(make_runtime: Callable[...,
     needed = made.geometry.boundary.other_pages + made.geometry.boundary.max_exact_pages
     assert needed > 64 + made.geometry.slot_pages_per_request
     sentence = (
-        rf"shadowkv: host memory backs 40 KV cache blocks \(shadowkv.host_memory_gib 0\.01\), one request of 65536 "
+        rf"shadowkv: host memory backs 77 KV cache blocks \(shadowkv.host_memory_gib 0\.01\), one request of 65536 "
         rf"token\(s\) needs {needed} \(0\.\d+ GiB\); raise shadowkv\.host_memory_gib, or lower --max-model-len\."
     )
     with pytest.raises(ValueError, match=sentence):
@@ -707,8 +707,8 @@ def test_a_length_that_vllm_fits_is_not_refused(make_runtime: Callable[..., Runt
     made = make_runtime(host_memory_gib=0.01)
     made.geometry.vllm_config.model_config.original_max_model_len = -1
     page = made.geometry.layout.page_bytes * 2
-    assert made.memory.bound_bytes(1 << 50) == 40 * page
-    fitted = made.geometry.boundary.fit(40)
+    assert made.memory.bound_bytes(1 << 50) == 77 * page
+    fitted = made.geometry.boundary.fit(77)
     assert 0 < fitted.max_model_len < 65_536
     tight = make_runtime(host_memory_gib=0.001)
     tight.geometry.vllm_config.model_config.original_max_model_len = -1
