@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 namespace shadowkv::SHADOWKV_ISA {
@@ -28,7 +27,9 @@ inline void round_row(const float* __restrict row, int64_t size, float factor,
     code = code == code ? code : 0.0f;
     code = code < 127.0f ? code : 127.0f;
     code = code > -127.0f ? code : -127.0f;
-    codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyintf(code)));
+    // Rounds to nearest even, as nearbyintf does, which is a call for every element.
+    code = (code + 0x1.8p23f) - 0x1.8p23f;
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(code));
   }
 }
 
