@@ -59,8 +59,8 @@ def test_what_fits_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # To be admitted one needs 6 blocks, 42 exact pages and 7 of slots; while it decodes 6, 2 and 7.
     for blocks, fit in ((175, 8), (176, 9), (182, 9)):
         assert document.fitting("shadowkv", tmp_path, Pool(blocks, 1024, pool), 5300, 5376) == fit
-    # 5 sealed blocks: 1,024 values of 3 heads of 64 in 30 layers, 4 bytes each.
-    assert document.host_bytes("shadowkv", tmp_path, 5376) == 5 * 1024 * 3 * 64 * 30 * 4
+    # 5 sealed blocks: 1,024 values of 3 heads of 64 in 30 layers, a byte each, and their scales.
+    assert document.host_bytes("shadowkv", tmp_path, 5376) == 5 * 1024 * 3 * (64 + 4) * 30
 
 
 def reports() -> dict[str, Report]:
