@@ -311,7 +311,7 @@ ENGINES: list[Case] = [
     # Host memory.
     case(
         "small host pool",
-        "ValueError: shadowkv: host memory backs 40 KV cache blocks (shadowkv.host_memory_gib 0.02), one request of "
+        "ValueError: shadowkv: host memory backs 77 KV cache blocks (shadowkv.host_memory_gib 0.02), one request of "
         "8192 token(s) needs … (… GiB); raise shadowkv.host_memory_gib, or lower --max-model-len.",
         options(**ours(host_memory_gib=0.1)),
         options(max_model_len=1024),
