@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     asked = made.add_argument_group("one case of ours in place of all")
     asked.add_argument("--hits", type=hit_rate, help="share of the selected chunks; default: SmolLM2's, by slots")
     asked.add_argument("--of-scored", action="store_true", help="hits are those of the budget, the forced ones all hit")
-    asked.add_argument("--slots", type=int, help="slot_chunks; default: 384")
+    asked.add_argument("--slots", type=int, help=f"slot_chunks; default: {CASES[2].slots}")
     asked.add_argument("--slot-bits", type=int, choices=(8, 16), help="8: twice the slots in a page (not built)")
     asked.add_argument("--bf16-values", action="store_true", help="value_dtype auto")
     asked.add_argument("--parts", type=int, help="of a step's rows, each beside the link of another (not built)")

@@ -66,7 +66,7 @@ class Case:
     backend: str = "shadowkv"
     hits: float | None = None  # of the selected chunks; None: by slots, as SmolLM2
     of_scored: bool = False  # hits are those of the budget: whatever is forced stays
-    slots: int = 384
+    slots: int = ShadowKVConfig().slot_chunks
     slot_bits: int = 16  # 8: twice the slots in a page, a change that is not built
     bf16_values: bool = False  # value_dtype auto
     parts: int = 1  # of a step's rows; the next part's values are fetched beside the ops of others: not built
