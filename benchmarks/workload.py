@@ -165,6 +165,7 @@ def fill(target: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tens
 def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: torch.Generator) -> None:
     for section in ("coefficient_scales", "landmark_scales"):
         layout.view(pages, section).fill_(0.01)
+    layout.view(pages, "tail_steps").fill_(3)
     layout.view(pages, "mean").zero_()
     for section in ("outlier_keys", "mean_values"):
         view = layout.view(pages, section)

@@ -169,6 +169,8 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
       in_range(l.exact_tokens, 1) && l.exact_tokens % 16 == 0 && l.block_size % l.exact_tokens == 0,
       "exact_tokens", "a multiple of 16 that divides block_size", l.exact_tokens);
   check(in_range(l.rank, 0) && l.rank % 16 == 0, "rank", "a multiple of 16", l.rank);
+  check(l.leading_rank >= 0 && l.leading_rank <= l.rank && l.leading_rank % 16 == 0, "leading_rank",
+        "a multiple of 16, at most rank", l.leading_rank);
   check(l.num_outliers >= 0 && l.num_outliers <= l.chunks(), "num_outliers",
         "at most the chunks of a block", l.num_outliers);
   check(in_range(l.slots_per_page, 1), "slots_per_page", "positive", l.slots_per_page);
@@ -187,8 +189,10 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
                    ", aligned to ", alignment, ", got offset ", offset);
   };
   if (l.rank) {
-    check_section("coefficients", l.coefficients, 1, l.block_size * l.rank);
-    check_section("coefficient_scales", l.coefficient_scales, 4, 4 * l.block_size);
+    check_section("coefficients", l.coefficients, 1, l.block_size * l.leading_rank);
+    check_section("tail_coefficients", l.tail_coefficients, 1, l.block_size * l.tail_bytes());
+    check_section("tail_steps", l.tail_steps, 1, l.block_size);
+    check_section("coefficient_scales", l.coefficient_scales, 2, 2 * l.block_size);
     check_section("basis", l.basis, 1, l.rank * l.width());
     check_section("mean", l.mean, 4, 4 * l.width());
     check_section("outlier_keys", l.outlier_keys, value_bytes,

@@ -14,16 +14,19 @@ struct PageLayout {
   int64_t block_size;
   int64_t chunk_size;
   int64_t exact_tokens;
-  int64_t dtype_index;  // DType
-  int64_t rank;         // 0: exact keys instead of factors
+  int64_t dtype_index;   // DType
+  int64_t rank;          // 0: exact keys instead of factors
+  int64_t leading_rank;  // directions whose coefficients have 8 bits
   int64_t num_outliers;
   int64_t slots_per_page;
   int64_t value_int8;
   int64_t page_bytes;
   int64_t value_record_bytes;
   // Shadow page.
-  int64_t coefficients;        // int8 [block_size, rank]
-  int64_t coefficient_scales;  // fp32 [block_size]
+  int64_t coefficients;        // int8 [block_size, leading_rank]
+  int64_t tail_coefficients;   // uint8 [block_size, tail_bytes], see kTailGroup
+  int64_t tail_steps;          // uint8 [block_size], what a tail code is multiplied with
+  int64_t coefficient_scales;  // bf16 [block_size]
   int64_t basis;               // int8 [num_kv_heads, rank, head_size]
   int64_t mean;                // fp32 [num_kv_heads, head_size]
   int64_t exact_keys;          // dtype [num_kv_heads, block_size, head_size], rank 0 only
@@ -41,6 +44,7 @@ struct PageLayout {
   int64_t slot_epoch;   // int64
 
   constexpr int64_t chunks() const { return block_size / chunk_size; }
+  constexpr int64_t tail_bytes() const { return (rank - leading_rank) / 2; }
   constexpr int64_t width() const { return num_kv_heads * head_size; }
   // A row of the host pool: the values of [num_kv_heads, block_size] tokens, then, where they are
   // int8, as many scales.
@@ -51,6 +55,14 @@ struct PageLayout {
 };
 
 constexpr int64_t kLayoutInts = sizeof(PageLayout) / sizeof(int64_t);
+
+// Of so many tail coefficients of a token, byte i has the i-th in its low half and that kTailGroup
+// / 2 later in its high half, both plus kTailOffset.
+constexpr int kTailGroup = 16;
+constexpr int kTailOffset = 8;
+// Largest code, and the largest step with which it is an int8.
+constexpr int kTailCode = 7;
+constexpr int kTailStep = 17;
 
 // vllm_shadowkv/config.py: SINK_CHUNKS, LOCAL_CHUNKS.
 constexpr int64_t kSinkChunks = 1;

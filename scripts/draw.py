@@ -70,7 +70,9 @@ def _exact_sections(layout: PageLayout) -> list[tuple[str, int, int]]:
 
 def _shadow_sections(layout: PageLayout) -> list[tuple[str, int, int]]:
     names = {
-        "coefficients": "int8 coefficients",
+        "coefficients": "leading coefficients",
+        "tail_coefficients": "4-bit coefficients",
+        "tail_steps": "their steps",
         "basis": "int8 basis",
         "coefficient_scales": "coefficient scales",
         "mean": "mean key",

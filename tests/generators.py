@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from vllm_shadowkv import reference
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
-from vllm_shadowkv.page import PageLayout, plan_page
+from vllm_shadowkv.page import PageLayout, lay_out, plan_page
 
 
 def make_generator(*seed: Any) -> Generator:
@@ -41,11 +41,15 @@ def make_layout(
     chunk_size: int = 8,
     compression: int = 4,
     rank: int | None = 32,
+    leading_rank: int | None = None,
     num_outliers: int = 1,
     exact_keys: bool = False,
     value_int8: bool = False,
 ) -> PageLayout:
-    """A small layout. `exact_keys` is `key_codec` none (rank 0), which needs a low compression."""
+    """A small layout. `exact_keys` is `key_codec` none (rank 0), which needs a low compression.
+
+    In so small a page all coefficients that `rank` caps have 8 bits; `leading_rank` gives the others 4.
+    """
     config = ShadowKVConfig(
         block_size=block_size,
         chunk_size=chunk_size,  # type: ignore[arg-type]
@@ -56,7 +60,12 @@ def make_layout(
         value_dtype="int8" if value_int8 else "auto",
         sparse_budget=chunk_size,
     )
-    return plan_page(config, num_kv_heads, head_size, dtype or DEFAULT_DTYPE)
+    layout = plan_page(config, num_kv_heads, head_size, dtype or DEFAULT_DTYPE)
+    if leading_rank is None:
+        return layout
+    finer = lay_out(config, num_kv_heads, head_size, layout.dtype, layout.rank, leading_rank, layout.page_bytes)
+    assert finer is not None
+    return finer
 
 
 def exact_keys_layout(*args: Any, **kwargs: Any) -> PageLayout:
@@ -196,7 +205,7 @@ def seal_block(
     if not layout.rank:
         mean, coefficients, basis = torch.empty(0), torch.empty(1, 0), torch.empty(1, 0)
     elif exact_factors:
-        mean, coefficients, basis = reference.factorise(keys.float().flatten(1), layout.rank)
+        mean, coefficients, basis = reference.factorise(keys.float().flatten(1), layout.rank, layout.leading_rank)
     else:
         mean = randn(generator, layout.width)
         coefficients = randn(generator, layout.block_size, layout.rank)

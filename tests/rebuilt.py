@@ -15,24 +15,29 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 _SHAPES: list[tuple[int, int, torch.dtype, dict[str, Any]]] = [
     (1, 64, F32, {"rank": 16, "num_outliers": 0, "block_size": 64}),
-    (8, 64, BF16, {"rank": 48, "num_outliers": 3, "block_size": 128, "chunk_size": 16}),
+    (8, 64, BF16, {"rank": 48, "leading_rank": 16, "num_outliers": 3, "block_size": 128, "chunk_size": 16}),
     (2, 80, F16, {"rank": 48, "num_outliers": 1, "block_size": 128, "chunk_size": 16, "value_int8": True}),
-    (1, 80, F32, {"rank": 48, "num_outliers": 3, "block_size": 64}),
+    (1, 80, F32, {"rank": 48, "leading_rank": 32, "num_outliers": 3, "block_size": 64}),
     (3, 64, F32, {"rank": 80, "num_outliers": 1, "block_size": 128}),
-    (2, 96, BF16, {"rank": 112, "num_outliers": 3, "block_size": 128}),
+    (2, 96, BF16, {"rank": 112, "leading_rank": 16, "num_outliers": 3, "block_size": 128}),
     (1, 96, F32, {"rank": 80, "num_outliers": 0, "block_size": 128, "chunk_size": 16, "value_int8": True}),
-    (2, 128, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192}),
-    (2, 128, F32, {"rank": 176, "num_outliers": 3, "block_size": 192, "value_int8": True}),
+    (2, 128, BF16, {"rank": 176, "leading_rank": 16, "num_outliers": 1, "block_size": 192}),
+    (2, 128, F32, {"rank": 176, "leading_rank": 144, "num_outliers": 3, "block_size": 192, "value_int8": True}),
     (1, 128, F16, {"rank": 112, "num_outliers": 1, "block_size": 128}),
-    (1, 256, F32, {"rank": 176, "num_outliers": 3, "block_size": 192, "chunk_size": 16}),
+    (1, 256, F32, {"rank": 176, "leading_rank": 32, "num_outliers": 3, "block_size": 192, "chunk_size": 16}),
     (2, 256, F16, {"rank": 16, "num_outliers": 1, "block_size": 64, "value_int8": True}),
     (2, 64, F32, {"rank": 0, "num_outliers": 1, "block_size": 128}),
     (8, 80, BF16, {"rank": 0, "num_outliers": 0, "block_size": 64, "chunk_size": 16}),
     (1, 128, F16, {"rank": 0, "num_outliers": 3, "block_size": 64, "value_int8": True}),
-    (1, 64, F16, {"rank": 64, "num_outliers": 1, "block_size": 192, "value_int8": True}),
-    (1, 80, BF16, {"rank": 80, "num_outliers": 3, "block_size": 128}),
+    (1, 64, F16, {"rank": 64, "leading_rank": 32, "num_outliers": 1, "block_size": 192, "value_int8": True}),
+    (1, 80, BF16, {"rank": 80, "leading_rank": 64, "num_outliers": 3, "block_size": 128}),
     (1, 96, F16, {"rank": 16, "num_outliers": 0, "block_size": 64}),
-    (1, 256, BF16, {"rank": 176, "num_outliers": 1, "block_size": 192, "chunk_size": 16, "value_int8": True}),
+    (
+        1,
+        256,
+        BF16,
+        {"rank": 176, "leading_rank": 16, "num_outliers": 1, "block_size": 192, "chunk_size": 16, "value_int8": True},
+    ),
 ]
 
 
@@ -45,7 +50,7 @@ def _layout(num_kv_heads: int, head_size: int, dtype: torch.dtype, options: dict
 
 
 LAYOUTS = [_layout(*shape) for shape in _SHAPES]
-WIDE = _layout(2, 256, BF16, {"rank": 304, "num_outliers": 1, "block_size": 320})
+WIDE = _layout(2, 256, BF16, {"rank": 304, "leading_rank": 32, "num_outliers": 1, "block_size": 320})
 """A head's basis does not fit the shared memory of a CTA."""
 
 
@@ -57,7 +62,8 @@ def small_layout() -> PageLayout:
 def layout_id(layout: PageLayout) -> str:
     return (
         f"h{layout.num_kv_heads}-d{layout.head_size}-{str(layout.dtype).removeprefix('torch.')}-b{layout.block_size}-"
-        f"c{layout.chunk_size}-r{layout.rank}-o{layout.num_outliers}{'-int8' if layout.value_int8 else ''}"
+        f"c{layout.chunk_size}-r{layout.rank}-l{layout.leading_rank}-o{layout.num_outliers}"
+        f"{'-int8' if layout.value_int8 else ''}"
     )
 
 
@@ -76,11 +82,12 @@ def keys64(
     """fp64 `[block_size, Hkv, D]`, post-RoPE; pairs turn as complex numbers do."""
     if not layout.rank:
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).double()
-    part = {
-        name: layout.view(pages, name)[block].double()
-        for name in ("coefficients", "coefficient_scales", "basis", "mean", "outlier_keys")
-    }
-    weights = part["coefficients"] * part["coefficient_scales"][:, None]
+    names = ("coefficients", "tail_coefficients", "tail_steps", "coefficient_scales", "basis", "mean", "outlier_keys")
+    part = {name: layout.view(pages, name)[block].double() for name in names}
+    tail = part["tail_coefficients"].unflatten(1, (-1, 8))  # a byte: one coefficient, and the one eight later
+    tail = torch.cat((tail % 16, (tail / 16).floor()), 2).flatten(1) - 8
+    weights = torch.cat((part["coefficients"], tail * part["tail_steps"][:, None]), 1)
+    weights = weights * part["coefficient_scales"][:, None]
     keys = torch.stack([weights @ basis for basis in part["basis"]], 1) + part["mean"]
     half = cos_sin.shape[-1] // 2
     if half:

@@ -139,13 +139,15 @@ def test_needle_samples_split_context_and_question() -> None:
 def test_ours_is_what_the_reference_computes(layer) -> None:
     method = Sealed(block_size=256, compression=4, num_outliers=2)
     page = plan_page(CONFIG, 2, 64, torch.bfloat16)
-    assert method.page_rank(layer) == page.rank
+    assert method.page(layer) == page
     view = method.view(layer)
 
     pages = torch.zeros(5, page.page_bytes, dtype=torch.uint8)
     blocks = torch.arange(1, 5, dtype=torch.int32)
     exact = layer.keys[:1024].unflatten(0, (4, 256)).bfloat16()
-    factors = [reference.factorise(keys, page.rank) for keys in layer.pre_rope().flatten(1).split(256)]
+    factors = [
+        reference.factorise(keys, page.rank, page.leading_rank) for keys in layer.pre_rope().flatten(1).split(256)
+    ]
     reference.pack_block(blocks, exact, *(torch.stack(parts) for parts in zip(*factors, strict=True)), pages, page)
     paged = torch.cat((torch.zeros(1, 2, 64, 64), layer.values[:1024].unflatten(0, (16, 64)).transpose(1, 2)))
     exact_ids = torch.arange(1, 17, dtype=torch.int32).view(4, 4)

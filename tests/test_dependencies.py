@@ -18,6 +18,7 @@ OURS = "vllm_shadowkv"
 ALLOWED: dict[str, set[str]] = {
     "__init__.py": {f"{OURS}.extension"},
     "__main__.py": {f"{OURS}.cli"},
+    "codes.py": {"torch"},
     "config.py": {"pydantic"},
     "extension.py": {"torch"},
     "ops.py": {"torch", f"{OURS}.extension", f"{OURS}.page", f"{OURS}.rotary"},
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "exposition.py": {"prometheus_client", "psutil"},
     "metrics.py": {"prometheus_client", f"{OURS}.exposition", f"{OURS}.page", f"{OURS}.state"},
     "plugin.py": {"prometheus_client", "vllm", f"{OURS}.exposition"},
-    "reference.py": {"torch", f"{OURS}.config", f"{OURS}.page", f"{OURS}.rotary"},
+    "reference.py": {"torch", f"{OURS}.codes", f"{OURS}.config", f"{OURS}.page", f"{OURS}.rotary"},
     "rotary.py": {"torch"},
     "versions.py": set(),
     "state": {
@@ -64,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 9000
+MOST_PACKAGE_LINES = 9100
 
 
 def files() -> list[Path]:

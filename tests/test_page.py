@@ -14,12 +14,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vllm_shadowkv.codes import TAIL_CODE, TAIL_GROUP, TAIL_OFFSET, TAIL_STEP
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, ROW_ALIGNMENT, PageLayout, plan_page
 
 HEADER = (Path(__file__).parent.parent / "csrc/layout.h").read_text()
 
-FACTORS = {"coefficients", "coefficient_scales", "basis", "mean", "outlier_keys"}
+FACTORS = {"coefficients", "tail_coefficients", "tail_steps", "coefficient_scales", "basis", "mean", "outlier_keys"}
 ALWAYS = {"landmarks", "landmark_scales", "outlier_ids", "outlier_cosines", "mean_values"}
 SLOTS = {"slot_keys", "slot_values", "slot_tags", "slot_used", "slot_epoch"}
 
@@ -113,11 +114,13 @@ def test_sections_are_those_of_the_key_codec(layout: PageLayout) -> None:
 
 def shapes(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What csrc/layout.h says of every section."""
-    names = "num_kv_heads block_size chunks chunk_size head_size rank num_outliers slots_per_page"
+    names = "num_kv_heads block_size chunks chunk_size head_size rank leading_rank num_outliers slots_per_page"
     sizes: dict[str, int] = {name: getattr(layout, name) for name in names.split()}
-    dtypes = {"int8": torch.int8, "int32": torch.int32, "int64": torch.int64, "fp32": torch.float32}
+    sizes["tail_bytes"] = (layout.rank - layout.leading_rank) // 2
+    dtypes = {"uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
+    dtypes |= {"fp32": torch.float32, "bf16": torch.bfloat16}
     found = {}
-    comments = re.findall(r"int64_t (\w+);\s+// (int8|int32|int64|fp32|dtype)(?: \[([\w, ]+)\])?", HEADER)
+    comments = re.findall(r"int64_t (\w+);\s+// (u?int8|int32|int64|fp32|bf16|dtype)(?: \[([\w, ]+)\])?", HEADER)
     for name, dtype, shape in comments:
         found[name] = (
             tuple(sizes[size] for size in shape.split(", ")) if shape else (),
@@ -219,6 +222,9 @@ def test_kernels_read_the_fields_in_this_order() -> None:
 def test_constants_of_the_header() -> None:
     constants = dict(re.findall(r"constexpr int64_t k(\w+)Chunks = (\d+);", HEADER))
     assert constants == {"Sink": str(SINK_CHUNKS), "Local": str(LOCAL_CHUNKS)}
+    tail = dict(re.findall(r"constexpr int kTail(\w+) = (\d+);", HEADER))
+    expected = {"Group": TAIL_GROUP, "Offset": TAIL_OFFSET, "Code": TAIL_CODE, "Step": TAIL_STEP}
+    assert {name: int(value) for name, value in tail.items()} == expected
     dtypes = dict(re.findall(r"k(Float|Half|BFloat16) = (\d)", HEADER))
     assert dtypes == {"Float": "0", "Half": "1", "BFloat16": "2"}
     assert list(DTYPES) == [torch.float32, torch.float16, torch.bfloat16]
@@ -228,7 +234,7 @@ def test_llama_3_1_8b() -> None:
     layout = plan(num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     assert layout.page_bytes == 512 * 1024
     assert layout.exact_tokens == 128
-    assert layout.rank == 176
+    assert (layout.rank, layout.leading_rank) == (224, 32)
     bytes_per_sealed_token = layout.page_bytes / layout.block_size
     assert bytes_per_sealed_token * 8 == 2 * 8 * 128 * torch.bfloat16.itemsize
     assert 14 <= layout.slots_per_page <= 16
@@ -239,11 +245,11 @@ def test_llama_3_1_8b() -> None:
 @pytest.mark.parametrize(
     ("num_kv_heads", "block_size", "ranks"),
     [
-        (8, 1024, range(176, 177)),
-        (4, 1024, range(112, 121)),
-        (4, 2048, range(144, 161)),
-        (2, 1024, range(64, 97)),  # about a third of 256 dimensions
-        (1, 1024, range(32, 49)),  # about a third of 128
+        (8, 1024, range(224, 225)),
+        (4, 1024, range(160, 161)),
+        (4, 2048, range(208, 257)),
+        (2, 1024, range(96, 97)),
+        (1, 1024, range(48, 49)),
     ],
 )
 def test_rank_of_usual_shapes(num_kv_heads: int, block_size: int, ranks: range) -> None:
@@ -261,7 +267,7 @@ def test_the_rank_is_the_largest_that_fits(layout: PageLayout) -> None:
         for name, (shape, dtype) in shapes(layout).items()
         if name in FACTORS | ALWAYS
     )
-    per_rank = layout.block_size + layout.width + 4  # a column of coefficients, a row of the basis, its scale
+    per_rank = layout.block_size // 2 + layout.width  # a column of coefficients, a row of the basis
     whole = plan(
         layout.num_kv_heads,
         layout.head_size,
@@ -274,7 +280,23 @@ def test_the_rank_is_the_largest_that_fits(layout: PageLayout) -> None:
     )
     assert layout.rank <= whole.rank, "a cap raised the rank"
     if layout.rank == whole.rank < min(layout.block_size, layout.width) // 16 * 16:
+        used -= (layout.leading_rank - 16) * layout.block_size // 2
         assert used + 16 * per_rank > layout.page_bytes - 3 * ALIGNMENT, "16 more would fit"
+
+
+@FAST
+@given(layouts())
+def test_what_is_left_over_makes_coefficients_finer(layout: PageLayout) -> None:
+    assume(layout.rank)
+    assert layout.leading_rank % 16 == 0
+    assert 16 <= layout.leading_rank <= layout.rank
+    used = sum(
+        -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        for name, (shape, dtype) in shapes(layout).items()
+        if name in FACTORS | ALWAYS
+    )
+    if layout.leading_rank < layout.rank:
+        assert used + 8 * layout.block_size > layout.page_bytes - 2 * ALIGNMENT, "16 more would fit"
 
 
 def test_the_rank_can_be_capped() -> None:
@@ -320,5 +342,5 @@ def test_the_defaults_fit_every_shape(num_kv_heads: int, head_size: int) -> None
         for chunk_size in (8, 16):
             layout = plan(num_kv_heads, head_size, dtype, chunk_size=chunk_size)
             assert layout.rank >= 16
-            factors = (layout.rank + 15) * (layout.block_size + layout.width)  # ranks come in steps of 16
+            factors = (layout.rank + 15) * (layout.block_size // 2 + layout.width)  # ranks come in steps of 16
             assert layout.rank == layout.width or factors > 0.4 * layout.page_bytes

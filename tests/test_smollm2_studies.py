@@ -8,7 +8,7 @@ import torch
 from benchmarks.accuracy.layers import planted
 from benchmarks.accuracy.sealed_method import Sealed
 from benchmarks.accuracy.view import attend, choose, full_attention, relative_error
-from benchmarks.smollm2 import selection, slots
+from benchmarks.smollm2 import keys, selection, slots
 from benchmarks.smollm2.selection import BEFORE, BEST, BUDGETS, CHOICES, NOW, Found
 from benchmarks.smollm2.settings import shadowkv
 
@@ -46,3 +46,18 @@ def test_the_table_says_how_much_of_the_way_is_gone() -> None:
 def test_settings_that_nobody_knows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected stock, 3.5 %, .*, got defualt"):
         shadowkv("defualt", 4352)
+
+
+def test_keys_of_8_and_4_bits_lose_less_than_those_of_8() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = planted(generator, 1024, num_queries=8, num_kv_heads=2, num_heads=8, head_size=64)
+    records = keys.measure("planted", 3, layer)
+    assert [record.code for record in records] == list(keys.CODES)
+    lost = {record.code: record for record in records}
+    assert (lost[keys.EIGHT].rank, lost[keys.EIGHT].leading) == (32, 32)
+    assert (lost[keys.PAGE].rank, lost[keys.PAGE].leading) == (48, 16)
+    assert lost[keys.EXACT].keys == 0
+    assert max(lost[keys.EXACT].outputs["all"], 1e-5) == 1e-5
+    assert lost[keys.PAGE].keys < lost[keys.EIGHT].keys
+    line = keys.markdown(records).splitlines()[3]
+    assert line.startswith(f"| {keys.PAGE} | 48, 16 | {lost[keys.PAGE].keys:.3f} |")

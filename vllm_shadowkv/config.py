@@ -50,7 +50,7 @@ class ShadowKVConfig(BaseModel):
         True,
         description="Use the exact pages of sealed blocks until they are given away; off: results do not depend on it.",
     )
-    key_codec: Literal["int8", "none"] = Field("int8", description="int8 low-rank factors, or exact keys.")
+    key_codec: Literal["int8", "none"] = Field("int8", description="Low-rank factors in 8 and 4 bits, or exact keys.")
     value_dtype: Literal["auto", "int8"] = Field(
         "int8", description="Values in the host pool: int8, or the model's dtype."
     )

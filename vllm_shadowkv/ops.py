@@ -30,7 +30,7 @@ def pack_block(
     pages: Tensor,
     layout: PageLayout,
 ) -> None:
-    """Writes blocks' compressed keys to their shadow pages: int8 factors, landmarks, outliers.
+    """Writes blocks' compressed keys to their shadow pages: factors in 8 and 4 bits, landmarks, outliers.
 
     Args:
         block_ids: int32 `[n]`, where to write; an invalid id is skipped.

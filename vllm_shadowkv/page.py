@@ -53,6 +53,8 @@ class PageLayout:
     dtype_index: int
     """Index in `DTYPES` of keys and values."""
     rank: int
+    leading_rank: int
+    """Directions, of the `rank`, whose coefficients have 8 bits; those of the others have 4."""
     num_outliers: int
     """Outlier chunks per block and KV head."""
     slots_per_page: int
@@ -65,6 +67,8 @@ class PageLayout:
     then eight whole lines of 128 bytes, as a GPU's warps read them."""
     # Byte offsets in a shadow page.
     coefficients: int
+    tail_coefficients: int
+    tail_steps: int
     coefficient_scales: int
     basis: int
     mean: int
@@ -190,7 +194,7 @@ class PageLayout:
 
 
 def plan_page(config: ShadowKVConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> PageLayout:
-    """Lays out a page: the rank is what fits.
+    """Lays out a page: the rank is what fits, and then as many of its directions as fit have 8 bits, the others 4.
 
     Args:
         config: the settings.
@@ -218,9 +222,13 @@ def plan_page(config: ShadowKVConfig, num_kv_heads: int, head_size: int, dtype: 
     widest = min(config.rank or 2**31, config.block_size, num_kv_heads * head_size)
     ranks = [0] if exact else range(widest // RANK_STEP * RANK_STEP, 0, -RANK_STEP)
     for rank in ranks:
-        layout = _lay_out(config, num_kv_heads, head_size, dtype, rank, page_bytes)
-        if layout is not None:
-            return layout
+        layout = lay_out(config, num_kv_heads, head_size, dtype, rank, min(rank, RANK_STEP), page_bytes)
+        if layout is None:
+            continue
+        for leading in range(2 * RANK_STEP, rank + 1, RANK_STEP):
+            finer = lay_out(config, num_kv_heads, head_size, dtype, rank, leading, page_bytes)
+            layout = finer or layout
+        return layout
     what = "exact keys (key_codec none)" if exact else f"keys of rank {RANK_STEP}"
     raise ValueError(
         f"shadowkv: {what}, landmarks and outliers of a block of {config.block_size} tokens do not fit a page of "
@@ -229,8 +237,14 @@ def plan_page(config: ShadowKVConfig, num_kv_heads: int, head_size: int, dtype: 
     )
 
 
-def _lay_out(
-    config: ShadowKVConfig, num_kv_heads: int, head_size: int, dtype: torch.dtype, rank: int, page_bytes: int
+def lay_out(
+    config: ShadowKVConfig,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    rank: int,
+    leading_rank: int,
+    page_bytes: int,
 ) -> PageLayout | None:
     """The layout at a rank, or None where it does not fit."""
     names = [field.name for field in fields(PageLayout)]
@@ -245,6 +259,7 @@ def _lay_out(
         exact_tokens=config.exact_tokens_per_page,
         dtype_index=DTYPES.index(dtype),
         rank=rank,
+        leading_rank=leading_rank,
         num_outliers=config.num_outlier_chunks,
         value_int8=int(value_int8),
         page_bytes=page_bytes,
@@ -276,9 +291,11 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
     keys: list[tuple[str, tuple[int, ...], torch.dtype]]
     if rank:
         keys = [
-            ("coefficients", (block, rank), torch.int8),
+            ("coefficients", (block, layout.leading_rank), torch.int8),
+            ("tail_coefficients", (block, (rank - layout.leading_rank) // 2), torch.uint8),
             ("basis", (heads, rank, size), torch.int8),
-            ("coefficient_scales", (block,), torch.float32),
+            ("tail_steps", (block,), torch.uint8),
+            ("coefficient_scales", (block,), torch.bfloat16),
             ("mean", (heads, size), torch.float32),
             ("outlier_keys", (heads, outliers, layout.chunk_size, size), layout.dtype),
         ]

@@ -1,7 +1,7 @@
 """The whole algorithm in fp32 PyTorch: the oracle of every test, and the explanation. It is slow and obvious.
 
 ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
-KV-cache block instead of per prompt, factors and landmarks are int8, and the selected chunks stay in
+KV-cache block instead of per prompt, factors and landmarks are codes of 8 and 4 bits, and the selected chunks stay in
 least-recently-used slots; and two that make it more accurate: a landmark is nearer to those keys of its chunk that are
 unlike the others (docs/adr/0010), and the rest, the chunks that are not selected, are estimated from their landmarks
 and the mean of their block's values (docs/adr/0008). A function after `seal` is the op of that name.
@@ -17,42 +17,41 @@ import math
 import torch
 from torch import Tensor
 
+from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary, apply
+
+COEFFICIENTS = ("coefficients", "tail_coefficients", "tail_steps", "coefficient_scales")
+"""Sections of a page, as `quantise_coefficients` returns them."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Seal
 
 
-def factorise(keys: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def factorise(keys: Tensor, rank: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best rank-`rank` factors of one block's centred keys, by a float64 SVD (Eckart-Young).
 
     Args:
         keys: `[block_size, width]`, pre-RoPE, all KV heads of a token side by side.
         rank: number of basis rows.
+        leading: those of them, the strongest, whose coefficients get 8 bits.
 
     Returns:
         mean `[width]`, coefficients `[block_size, rank]` and basis `[rank, width]`, fp32;
-        `keys ≈ mean + coefficients @ basis`. An orthogonal matrix has mixed the directions, so that the first ones do
-        not stand out, and then the largest element of each basis row was scaled to 127: its codes need no scale.
+        `keys ≈ mean + coefficients @ basis`. Orthogonal matrices have mixed the leading directions and the others, so
+        that none stands out among its kind, and then the largest element of each basis row was scaled to 127: its codes
+        need no scale.
     """
     mean = keys.double().mean(0)
     left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
     generator = torch.Generator().manual_seed(0)
-    mixing, _ = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))
+    random = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (leading, rank - leading))
+    mixing = torch.block_diag(*(torch.linalg.qr(square).Q for square in random))
     coefficients = left[:, :rank] * singular[:rank] @ mixing
     basis = mixing.mT @ right[:rank]
     scales = basis.abs().amax(1, keepdim=True) / 127
     return mean.float(), (coefficients * scales.mT).float(), (basis / scales).float()
-
-
-def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with one fp32 scale per row (last dimension): absmax / 127, halves to even; a zero row has scale 0."""
-    scales = values.float().abs().amax(-1) / 127
-    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
-    quantised = (values.float() * inverse.unsqueeze(-1)).round().clamp(-127, 127)
-    return quantised.to(torch.int8), scales
 
 
 def landmarks_and_outliers(keys: Tensor, chunk_size: int, num_outliers: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +98,8 @@ def pack_block(
         parts = dict(zip(("landmarks", "landmark_scales"), quantise(landmarks), strict=True))
         parts |= {"outlier_ids": outlier_ids, "outlier_cosines": cosines}
         if layout.rank:
-            parts["coefficients"], parts["coefficient_scales"] = quantise(coefficients[i])
+            codes = quantise_coefficients(coefficients[i], layout.leading_rank)
+            parts |= dict(zip(COEFFICIENTS, codes, strict=True))
             rows = basis[i].nan_to_num(nan=0.0).clamp(-127, 127).round().to(torch.int8)
             parts["basis"] = rows.unflatten(1, (layout.num_kv_heads, layout.head_size)).transpose(0, 1)
             parts["mean"] = mean[i].view(layout.num_kv_heads, layout.head_size)
@@ -139,7 +139,7 @@ def rebuild_keys(
     """Keys of a sealed block, post-RoPE, `[block_size, num_kv_heads, head_size]` fp32."""
     if not layout.rank:
         return layout.view(pages, "exact_keys")[block].transpose(0, 1).float()
-    coefficients = layout.view(pages, "coefficients")[block] * layout.view(pages, "coefficient_scales")[block][:, None]
+    coefficients = coefficients_of(*(layout.view(pages, name)[block] for name in COEFFICIENTS))
     basis = layout.view(pages, "basis")[block].float()
     keys = torch.einsum("tr,hrd->thd", coefficients, basis) + layout.view(pages, "mean")[block]
     positions = first_position + torch.arange(layout.block_size)

@@ -94,7 +94,7 @@ def measure(source: str, layer: Layer) -> list[Record]:
                 source,
                 layer.name,
                 name,
-                method.page_rank(layer) if isinstance(method, Sealed) else method.rank,
+                method.page(layer).rank if isinstance(method, Sealed) else method.rank,
                 method.bytes_per_token(layer),
                 ((view.keys - exact).norm() / exact.norm()).item(),
                 error(everything, 0).mean().item(),

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.view import View, chunked, lowest_cosines, with_exact_chunks
+from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
-from vllm_shadowkv.page import HEAD_SIZES, plan_page
-from vllm_shadowkv.reference import factorise, landmarks_and_outliers, quantise
+from vllm_shadowkv.page import HEAD_SIZES, RANK_STEP, PageLayout, lay_out, plan_page
+from vllm_shadowkv.reference import factorise, landmarks_and_outliers
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Sealed:
     """A method of our kind.
 
     Attributes:
-        rank: None: what fits the page.
+        rank: None: what fits the page, with its leading directions; else all coefficients have 8 bits.
         block_size: tokens that share a basis; None: the whole prompt.
         num_outliers: chunks per KV head and block.
         codec: of the factors; "none": exact keys.
+        eight_bits: all coefficients have 8 bits, not the leading ones alone; fewer directions fit then.
         centred: factorise what differs from the block's mean key.
         exact_landmarks: in fp32 instead of int8.
         mean_landmarks: a landmark is the mean of its chunk's keys.
@@ -45,6 +47,7 @@ class Sealed:
     compression: int = 8
     num_outliers: int = 1
     codec: Literal["int8", "bf16", "none"] = "int8"
+    eight_bits: bool = False
     centred: bool = True
     exact_landmarks: bool = False
     mean_landmarks: bool = False
@@ -59,8 +62,8 @@ class Sealed:
         """Device bytes of a page, over its tokens."""
         return layer.keys[0].numel() * 4 / self.compression
 
-    def page_rank(self, layer: Layer) -> int:
-        """What fits the page."""
+    def page(self, layer: Layer) -> PageLayout:
+        """What fits."""
         config = ShadowKVConfig(
             block_size=self.block_size or 1024,
             chunk_size=self.chunk_size,  # type: ignore[arg-type]
@@ -71,7 +74,14 @@ class Sealed:
         heads, size = layer.keys.shape[1:]
         if size not in HEAD_SIZES:  # only of an encoder: a page of the same width
             heads, size = heads * size // HEAD_SIZES[0], HEAD_SIZES[0]
-        return plan_page(config, heads, size, torch.bfloat16).rank
+        page = plan_page(config, heads, size, torch.bfloat16)
+        if self.eight_bits:
+            pages = (
+                lay_out(config, heads, size, torch.bfloat16, rank, rank, page.page_bytes)
+                for rank in range(page.rank, 0, -RANK_STEP)
+            )
+            return next(filter(None, pages))
+        return page
 
     def view(self, layer: Layer) -> View:
         """What the method keeps of the layer's prompt, whose length must be a multiple of the block size."""
@@ -79,11 +89,12 @@ class Sealed:
         block = self.block_size or prompt
         if prompt % block:
             raise ValueError(f"the prompt must be a multiple of {block} tokens, got {prompt}")
-        rank = self.page_rank(layer) if self.rank is None else self.rank
+        page = self.page(layer)
+        rank, leading = (page.rank, page.leading_rank) if self.rank is None else (self.rank, self.rank)
         rebuilt = exact
         if self.codec != "none":
             blocks = layer.pre_rope().flatten(1).split(block)
-            flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape)) for keys in blocks])
+            flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape), leading) for keys in blocks])
             rebuilt = layer.rotated(flat.view_as(exact))
 
         chunks = chunked(exact, self.chunk_size)
@@ -116,14 +127,14 @@ class Sealed:
             means = layer.values[:prompt].unflatten(0, (-1, shared)).mean(1).bfloat16().float()
         return View(keys, values, landmarks, forced, scored, means, self.highest, shares)
 
-    def _rebuild(self, keys: Tensor, rank: int) -> Tensor:
+    def _rebuild(self, keys: Tensor, rank: int, leading: int) -> Tensor:
         # With every key's opposite beside it, the mean is 0 and the directions are those of the keys as they are.
-        mean, coefficients, basis = factorise(keys if self.centred else torch.cat((keys, -keys)), rank)
+        leading = min(leading, rank)
+        mean, coefficients, basis = factorise(keys if self.centred else torch.cat((keys, -keys)), rank, leading)
         coefficients = coefficients[: len(keys)]
         if self.codec == "bf16":
             return mean + coefficients.bfloat16().float() @ basis.bfloat16().float()
-        codes, scales = quantise(coefficients)
-        return mean + (codes * scales[:, None]) @ basis.round()
+        return mean + coefficients_of(*quantise_coefficients(coefficients, leading)) @ basis.round()
 
 
 def two_centres(chunks: Tensor, per_block: int) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def variants() -> list[Variant]:
         *(Variant("budget", str(budget), default, budget) for budget in budgets),
         *(Variant("context, for dense_threshold", str(n), default, context=n) for n in contexts),
         *points("outliers a block, rank pays", {str(n): {"num_outliers": n} for n in (0, 1, 2, 4, 8)}),
-        *points("factors", {"exact keys": {"codec": "none"}, "int8": {}}),
+        *points("factors", {"exact keys": {"codec": "none"}, "8 and 4 bits": {}, "8 bits": {"eight_bits": True}}),
         *points("factors", {"bf16, same rank": {"codec": "bf16"}, "not centred": {"centred": False}}, 1),
         *points("factors", {"bf16, same bytes": {"codec": "bf16"}}, 0.5),
         *points("landmarks, values", {"int8 landmarks": {}, "fp32 landmarks": {"exact_landmarks": True}}),
@@ -90,7 +90,7 @@ def errors(layer: Layer, studied: list[Variant]) -> list[float]:
         if context not in full:
             full[context] = full_attention(prompt)
         if variant.rank_share is not None:
-            method = replace(method, rank=round(variant.rank_share * Sealed().page_rank(layer)))
+            method = replace(method, rank=round(variant.rank_share * Sealed().page(layer).rank))
         if (context, method) not in views:
             views[context, method] = method.view(prompt)
         output = attend(views[context, method], prompt, variant.budget // method.chunk_size)

@@ -4,8 +4,9 @@
 //
 // A chunk whose tokens still lie in the exact pages that its block was sealed from is copied.
 //
-// The link bounds it: a value record per miss that is not resident. Next come the (chunk_size +
-// head_size) * rank bytes of factors, or chunk_size * head_size exact keys.
+// The link bounds it: a value record per miss that is not resident. Next come head_size *
+// rank bytes of basis and chunk_size * (rank + leading_rank) / 2 of coefficients, or chunk_size *
+// head_size exact keys.
 #include "arguments/fill_slots.h"
 
 #include "cuda/include/dispatch.cuh"

@@ -202,11 +202,7 @@ __global__ void __launch_bounds__(kThreads) pack_factors_kernel(const PackBlockP
   const int tokens = static_cast<int>(layout.block_size);
   const int row = blockIdx.y * kWarps + threadIdx.x / kWarp;
   if (row < tokens) {
-    const float* from = p.coefficients + (i * tokens + row) * rank;
-    auto* codes = reinterpret_cast<int8_t*>(page + layout.coefficients) + row * rank;
-    const float scale =
-        quantise_row(rank, [&](int d) { return from[d]; }, [&](int d) { return codes + d; });
-    if (lane == 0) reinterpret_cast<float*>(page + layout.coefficient_scales)[row] = scale;
+    quantise_coefficients(layout, p.coefficients + (i * tokens + row) * rank, row, page);
   } else if (row < tokens + rank) {
     const int r = row - tokens;
     const float* from = p.basis + (i * rank + r) * width;

@@ -29,7 +29,7 @@ def plan(folder: Path, *line: str, config: Any = LLAMA, **settings: Any) -> Plan
 def test_llama_at_64_gib(tmp_path: Path) -> None:
     made = plan(tmp_path)
     assert made.pool.layout.page_bytes == 524_288
-    assert made.pool.layout.rank == 176
+    assert made.pool.layout.rank == 224
     assert made.num_blocks == 64 * GIB // (32 * 524_288) == 4096
     assert not made.host_bound
     assert made.host_pool_bytes == 4096 * 32 * 8 * (128 + 4) * 1024  # int8 values and a scale of every token
@@ -105,7 +105,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     line = ["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024", "--plot", str(picture)]
     assert main(line) == 0
     said = capsys.readouterr().out
-    for part in ("524,288", "rank 176 of 1024", "4,096, bounded by device memory", "131,072", "now 384", "128K", "█"):
+    for part in ("524,288", "rank 224 of 1024", "4,096, bounded by device memory", "131,072", "now 384", "128K", "█"):
         assert part in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -134,7 +134,7 @@ def test_a_rows_bytes_are_those_of_the_pages(tmp_path: Path) -> None:
     assert row.selected == 256 + 5 + 120
     assert row.attended == (381 * 8 + 512) * pool.layout.page_bytes // 128
     assert row.link == pytest.approx(0.4 * 381 * pool.layout.value_row_bytes / 128)
-    assert row.filled == pytest.approx(0.4 * 381 * 8 * 8 * (176 + 4 + 2 * 256))
+    assert row.filled == pytest.approx(0.4 * 381 * 8 * 8 * ((224 + 32) / 2 + 3 + 2 * 256))
     everything = of_row(ShadowKVConfig(), pool.layout, sealed=2, open_tokens=0)
     assert (everything.selected, everything.link) == (256, 0), "slots for all that is sealed never miss"
 
@@ -165,7 +165,7 @@ def test_the_bound_is_printed_with_what_it_assumes(tmp_path: Path, capsys: pytes
 
     assert "tokens/s" not in said()
     told = said("--bandwidth-gbs", "3350", "--weights-gib", "15")
-    assert "│ 122,880 │ 166 │ 333 │ 1,817 │ memory │ 78% │ 21.3 │" in told
+    assert "│ 122,880 │ 166 │ 333 │ 1,825 │ memory │ 78% │ 21.3 │" in told
     assert "│ memory │ - │ 0.0 │" in told  # 4,096 tokens: exact
     assert "3350 GB/s of memory and 55 GB/s of link beside them; it reads 15 GiB of weights" in told
     assert "no weights (--weights-gib)" in said("--bandwidth-gbs", "3350")

@@ -12,17 +12,20 @@ from rebuilt import LAYOUTS, layout_id
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
+from vllm_shadowkv.codes import coefficients_of
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
+from vllm_shadowkv.reference import COEFFICIENTS
 
 Arguments = dict[str, Any]
 COPIES = ("exact_keys", "outlier_ids", "outlier_keys", "mean")
-CODES = ("coefficients", "coefficient_scales", "basis")
+CODES = ("coefficients", "tail_coefficients", "tail_steps", "coefficient_scales", "basis")
 
 # Every head size in every dtype, and with every kind of page.
 SMALL_LAYOUTS = [
     make_layout(
         1 + i % 3, size, dtype, block_size=(64, 192)[i % 2], chunk_size=(8, 16)[i // 2 % 2], compression=1,
-        rank=None if exact_keys else 16 * (1 + i % 3), num_outliers=(2, 0, 1)[i % 3], exact_keys=exact_keys,
+        rank=None if exact_keys else 16 * (1 + i % 3), leading_rank=0 if exact_keys else 16 + i % 2 * 16 * (i % 3 > 0),
+        num_outliers=(2, 0, 1)[i % 3], exact_keys=exact_keys,
     )
     for exact_keys in (False, True)
     for i, (size, dtype) in enumerate((size, dtype) for size in HEAD_SIZES for dtype in DTYPES)
@@ -141,6 +144,56 @@ def test_tiny_rows() -> None:
     assert layout.view(pages, "coefficient_scales")[1, 7] > 0
 
 
+def tail_layout() -> PageLayout:
+    """Of the kernel's default dtype, with a tail of 16 directions."""
+    layout = make_layout(1, 64, block_size=64, rank=32, leading_rank=16, num_outliers=0, compression=1)
+    assert (layout.rank, layout.leading_rank) == (32, 16)
+    return layout
+
+
+@pytest.mark.parametrize(
+    ("leading", "tail", "scale", "step"),
+    [
+        (127, 7, 1, 1),  # a code is worth a step
+        (127, 21, 1, 3),
+        (127, 0.7, 1, 1),  # and not less
+        (127, 7 * 17, 1, 17),
+        (1, 7 * 17, 1, 17),  # the tail is the larger one
+        (0, 7 * 17, 1, 17),
+        (127, 0, 1, 1),
+        (0, 0, 0, 1),
+    ],
+)
+def test_the_tails_step(leading: float, tail: float, scale: float, step: int) -> None:
+    """Codes of a tail count steps of the scale, whichever of the two kinds is the larger."""
+    layout = tail_layout()
+    arguments = make_arguments(layout, (1,))
+    shape = torch.tensor([1, -1, 0.5, 0] * 4)
+    arguments["coefficients"][0, 7] = torch.cat((leading * shape, tail * shape))
+    pages = run(arguments)
+    parts = [layout.view(pages, name)[1, 7:8] for name in COEFFICIENTS]
+    assert parts[3].item() == scale
+    assert parts[2].item() == step
+    stored = coefficients_of(*parts)[0]
+    unit = torch.tensor([scale] * 16 + [scale * step] * 16)
+    assert ((stored - arguments["coefficients"][0, 7]).abs() <= 0.5 * unit).all()
+    assert (stored[16:] / step).abs().max() <= 7 * scale
+    expected = run(arguments, reference.pack_block)
+    for name in COEFFICIENTS:
+        assert_bytes_equal(layout.view(pages, name), layout.view(expected, name), name)
+
+
+def test_where_the_tails_codes_lie() -> None:
+    layout = tail_layout()
+    arguments = make_arguments(layout, (1,))
+    codes = torch.tensor([-7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 7])
+    arguments["coefficients"][0, 0] = torch.cat((torch.full((16,), 127.0), 5 * codes))
+    row = layout.view(run(arguments), "tail_coefficients")[1, 0]
+    assert [(byte % 16 - 8, byte // 16 - 8) for byte in row.tolist()] == list(
+        zip(*codes.view(2, 8).tolist(), strict=True)
+    )
+
+
 def test_zeros() -> None:
     """Zero rows have scale 0; chunks without a direction are the worst outliers, the lower first."""
     layout = LAYOUTS[5]
@@ -150,6 +203,7 @@ def test_zeros() -> None:
     pages = run(arguments)
     for name in ("coefficients", "basis", "landmarks", "coefficient_scales", "landmark_scales"):
         assert not layout.view(pages, name)[2].any(), name
+    assert (layout.view(pages, "tail_coefficients")[2] == 0x88).all()
     assert layout.view(pages, "outlier_ids")[2].tolist() == [[0, 1, 2]] * layout.num_kv_heads
     assert not layout.view(pages, "outlier_cosines")[2].any()
 

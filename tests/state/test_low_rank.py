@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_shadowkv.reference import quantise
+from vllm_shadowkv.codes import quantise
 from vllm_shadowkv.state import low_rank
 from vllm_shadowkv.state.low_rank import LowRank, factorise, mix
 
@@ -78,9 +78,12 @@ def best_errors(keys: Tensor, rank: int) -> Tensor:
     return torch.linalg.svdvals(centred)[:, rank:].square().sum(dim=1).sqrt()
 
 
+KINDS = (slice(0, 16), slice(16, None))
+
+
 def int8_factors(factors: LowRank) -> LowRank:
-    """The factors as a shadow page keeps them."""
-    _, coefficients, basis = mix(factors)
+    """The factors as a shadow page keeps them where all directions are leading ones."""
+    _, coefficients, basis = mix(factors, factors.basis.shape[1])
     return LowRank(factors.mean, rounded(coefficients), basis.round())
 
 
@@ -209,7 +212,7 @@ def test_shapes_and_dtypes():
 def test_no_blocks(block_size, width):
     factors = factorise(torch.empty(0, block_size, width), 7)
     assert factors.reconstruct().shape == (0, block_size, width)
-    assert mix(factors).coefficients.shape == (0, block_size, 7)
+    assert mix(factors, 7).coefficients.shape == (0, block_size, 7)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -270,7 +273,7 @@ def test_factorise_refuses(keys, rank, message):
 
 def test_mix_keeps_the_product_and_evens_the_columns():
     factors = factorise(spectrum(SHAPES["4kv"], "i^-1", 0.05), 120)
-    mixed = mix(factors)
+    mixed = mix(factors, 120)
     torch.testing.assert_close(mixed.reconstruct(), factors.reconstruct(), rtol=0, atol=1e-4)
     assert_orthonormal(mixed.basis / mixed.basis.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(mixed.basis.abs().amax(-1), torch.full((1, 120), 127.0))
@@ -281,6 +284,24 @@ def test_mix_keeps_the_product_and_evens_the_columns():
 
     assert unevenness(factors.coefficients) > 20
     assert unevenness(mixed.coefficients) < 2
+
+
+def test_leading_directions_are_mixed_among_themselves():
+    factors = factorise(spectrum(SHAPES["4kv"], "i^-1", 0.05), 112)
+    mixed = mix(factors, 16)
+    torch.testing.assert_close(mixed.reconstruct(), factors.reconstruct(), rtol=0, atol=1e-4)
+    parts = [LowRank(factors.mean, factors.coefficients[..., at], factors.basis[:, at]).reconstruct() for at in KINDS]
+    kept = [LowRank(factors.mean, mixed.coefficients[..., at], mixed.basis[:, at]).reconstruct() for at in KINDS]
+    torch.testing.assert_close(kept, parts, rtol=0, atol=1e-4)
+
+
+def test_the_strongest_directions_come_first():
+    """As far as 8 bits for 16 of them are concerned: what the first leave is little more than what the best leave."""
+    for decay in ("i^-0.5", "i^-1", "exponential"):
+        keys = spectrum(SHAPES["4kv"], decay, 0.05)
+        mean, coefficients, basis = factorise(keys, 112)
+        leading = LowRank(mean, coefficients[..., :16], basis[:, :16])
+        assert (errors(keys, leading) <= 1.05 * best_errors(keys, 16)).all(), decay
 
 
 def precisions() -> list[str]:
@@ -297,7 +318,7 @@ def test_products_are_of_true_fp32_whatever_the_process_allows(older, newer, mon
     """On a CPU that computes bf16 products the results show it, on others the settings alone."""
     *_, rank = shape = SHAPES["4kv"]
     keys = spectrum(shape, "i^-1", 0.05)
-    before, expected = precisions(), mix(factorise(keys, rank))
+    before, expected = precisions(), mix(factorise(keys, rank), rank)
     assert precisions() == before
     inside = []
     orthonormalise = low_rank._orthonormalise
@@ -307,7 +328,7 @@ def test_products_are_of_true_fp32_whatever_the_process_allows(older, newer, mon
         torch.backends.cuda.matmul.fp32_precision = newer
     allowed = precisions()
     try:
-        factors = mix(factorise(keys, rank))
+        factors = mix(factorise(keys, rank), rank)
         assert precisions() == allowed
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -321,13 +342,13 @@ def test_products_are_of_true_fp32_whatever_the_process_allows(older, newer, mon
 @pytest.mark.parametrize("rank", [1, 2, 3, 16, 120, 176])
 def test_mix_is_orthogonal_for_any_rank(rank):
     eye = torch.eye(rank).unsqueeze(0)
-    basis = mix(LowRank(torch.zeros(1, rank), eye, eye)).basis
+    basis = mix(LowRank(torch.zeros(1, rank), eye, eye), rank // 3).basis
     assert_orthonormal(basis / basis.norm(dim=-1, keepdim=True))
 
 
 def test_mix_leaves_a_basis_row_of_zeros():
     zeros = torch.zeros(1, 16, 64)
-    mixed = mix(LowRank(torch.zeros(1, 64), torch.zeros(1, 32, 16), zeros))
+    mixed = mix(LowRank(torch.zeros(1, 64), torch.zeros(1, 32, 16), zeros), 16)
     assert torch.equal(mixed.basis, zeros)
     assert not mixed.coefficients.any()
 

@@ -59,7 +59,9 @@ def of_row(
         hits=hits,
         landmarks=heads * sealed * (layout.chunks * (layout.head_size + 4) + vector),
         attended=heads * (selected * tokens + open_tokens) * 2 * vector,
-        filled=missed * tokens * ((layout.rank + 4 if layout.rank else vector) + 2 * vector),
+        filled=missed
+        * tokens
+        * (((layout.rank + layout.leading_rank) / 2 + 3 if layout.rank else vector) + 2 * vector),
         link=missed * layout.value_chunk_bytes,
     )
 

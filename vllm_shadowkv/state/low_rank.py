@@ -1,4 +1,4 @@
-"""Low-rank factors of a block's pre-RoPE keys, and their int8 form.
+"""Low-rank factors of a block's pre-RoPE keys, and their form for codes.
 
     keys ≈ mean + coefficients @ basis
 
@@ -86,7 +86,7 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
 
     Basis rows are orthonormal (to about 3e-6) for every finite block, also where the data has fewer
     than `rank` directions: surplus rows are arbitrary, their coefficients zero up to rounding. Rows
-    are only roughly ordered by importance, so a prefix of them is not a good smaller basis.
+    are roughly ordered by importance: nearly all of what the strongest 16 hold is in the first 16.
 
     Deterministic: the start is a fixed pattern of signs. A block has the same reconstruction alone
     and in a batch up to fp32 rounding, not bit by bit, because matrix products choose their kernel
@@ -142,23 +142,24 @@ def factorise(keys: Tensor, rank: int) -> LowRank:
 
 
 @_true_fp32()
-def mix(low_rank: LowRank) -> LowRank:
-    """Makes the factors fit for int8: no direction stands out, and the basis needs no scale.
+def mix(low_rank: LowRank, leading: int) -> LowRank:
+    """Makes the factors fit for codes: no direction of a kind stands out, and the basis needs no scale.
 
-    Leading directions are large in the coefficients, and single channels may be large in their
-    basis rows. A fixed orthogonal matrix mixes the directions, so that all are about equally large.
-    Then each basis row is scaled to the range of its codes, and its column of coefficients by the
-    inverse: a key is one integer product of codes and the scale of its token. The product of the
-    factors stays as it is.
+    The first directions are large in the coefficients, and single channels may be large in their
+    basis rows. Fixed orthogonal matrices mix the leading directions, whose coefficients get 8 bits,
+    and the others, which get 4, so that all of a kind are about equally large. Then each basis row
+    is scaled to the range of its codes, and its column of coefficients by the inverse: a key is one
+    integer product of codes and the scale of its token. The product of the factors stays as it is.
 
     Args:
         low_rank: factors as `factorise` returns them, fp32.
+        leading: how many directions are leading ones.
 
     Returns:
         Factors with the same product up to fp32 rounding; the largest element of a basis row that
         is not zero is `BASIS_RANGE`, and the rows of an orthonormal basis stay orthogonal.
     """
-    mixing = _mixing(low_rank.basis.shape[-2], low_rank.basis.device)
+    mixing = _mixing(leading, low_rank.basis.shape[-2] - leading, low_rank.basis.device)
     basis = mixing.mT @ low_rank.basis
     scales = basis.abs().amax(-1, keepdim=True) / BASIS_RANGE
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
@@ -230,11 +231,16 @@ def _drop_weakest(vectors: Tensor, images: Tensor, rank: int) -> Tensor:
     return images[..., :rank] - (images @ weakest) @ weakest[..., :rank, :].mT
 
 
-@functools.lru_cache(maxsize=2)
-def _mixing(rank: int, device: torch.device) -> Tensor:
-    """Returns an orthogonal fp32 `[rank, rank]`: signs times DCT-II, flat entries for any rank."""
-    frequency = torch.arange(rank, device=device, dtype=torch.float64).unsqueeze(1)
-    position = torch.arange(rank, device=device, dtype=torch.float64) + 0.5
-    cosines = torch.cos(frequency * position * (math.pi / rank)) * math.sqrt(2 / rank)
+@functools.lru_cache(maxsize=4)
+def _mixing(leading: int, tail: int, device: torch.device) -> Tensor:
+    """Returns an orthogonal fp32 matrix that mixes the first directions and the others."""
+    return torch.block_diag(*(_flat(size, device) for size in (leading, tail) if size))
+
+
+def _flat(size: int, device: torch.device) -> Tensor:
+    """Returns an orthogonal fp32 `[size, size]`: signs times DCT-II, flat entries for any size."""
+    frequency = torch.arange(size, device=device, dtype=torch.float64).unsqueeze(1)
+    position = torch.arange(size, device=device, dtype=torch.float64) + 0.5
+    cosines = torch.cos(frequency * position * (math.pi / size)) * math.sqrt(2 / size)
     cosines[:1] *= math.sqrt(0.5)
-    return (_signs(rank, 1, device) * cosines).float()
+    return (_signs(size, 1, device) * cosines).float()

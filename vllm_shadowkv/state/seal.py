@@ -75,5 +75,5 @@ def _factorise(
     before_rope = torch.empty(len(keys), *keys[0].shape, dtype=torch.float32, device=keys[0].device)
     for of_layer, memory, rotated in zip(before_rope, memories, keys, strict=True):
         of_layer.flatten(0, 1).copy_(undo(memory.rotary, rotated.flatten(0, 1), positions.flatten()))
-    factors = mix(factorise(before_rope.view(-1, layout.block_size, layout.width), layout.rank))
+    factors = mix(factorise(before_rope.view(-1, layout.block_size, layout.width), layout.rank), layout.leading_rank)
     return list(zip(*(part.split(len(first_positions)) for part in factors), strict=True))

@@ -1,7 +1,7 @@
 // An item is one chunk of one KV head; chunks of a head follow each other, so that its basis stays
-// in the cache: rank * head_size bytes, read once per head, and block_size * rank bytes of
-// coefficients, read once per head too. Writes the block's keys and values, and reads its values
-// from the host pool.
+// in the cache: rank * head_size bytes, read once per head, and block_size * (rank + leading_rank)
+// / 2 bytes of coefficients, read once per head too. Writes the block's keys and values, and reads
+// its values from the host pool.
 #include "cpu/kernels/expand_blocks.h"
 
 #include <algorithm>

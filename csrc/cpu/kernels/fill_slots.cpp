@@ -4,7 +4,8 @@
 //
 // A chunk whose tokens still lie in the exact pages that its block was sealed from is copied.
 //
-// Another miss reads (chunk_size + head_size) * rank bytes of factors, or chunk_size * head_size
+// Another miss reads head_size * rank bytes of basis and chunk_size * (rank + leading_rank) / 2 of
+// coefficients, or chunk_size * head_size
 // exact keys, and one record of values; it writes chunk_size * head_size keys and as many values.
 #include "cpu/kernels/fill_slots.h"
 
@@ -127,8 +128,10 @@ Ahead memory_of(const FillSlotsParams& p, const Miss<T>& miss, const Miss<T>& be
     const int64_t angles = p.rotary.rotary_dim;  // a long table, seldom in any cache
     memory.add(p.rotary.cos_sin + miss.position * angles,
                layout.chunk_size * angles * static_cast<int64_t>(sizeof(float)));
-    const int64_t codes = layout.chunk_size * layout.rank;
+    const int64_t codes = layout.chunk_size * layout.leading_rank;
+    const int64_t tail = layout.chunk_size * layout.tail_bytes();
     memory.add(miss.page + layout.coefficients + miss.chunk * codes, codes);
+    memory.add(miss.page + layout.tail_coefficients + miss.chunk * tail, tail);
     if (miss.page != before.page || miss.head != before.head) {
       memory.add(head_basis(layout, miss.page, miss.head), layout.rank * layout.head_size);
     }

@@ -150,6 +150,13 @@ SHADOWKV_INLINE void store(Half* p, FloatV x) {
 #endif
 }
 
+// One value, rounded to nearest even.
+SHADOWKV_INLINE BFloat16 to_bfloat16(float x) {
+  BFloat16 lanes[kLanes];
+  store(lanes, splat(x));
+  return lanes[0];
+}
+
 SHADOWKV_INLINE float sum(FloatV x) {
   float total[kLanes];
   std::memcpy(total, &x, sizeof x);

@@ -158,11 +158,12 @@ void pack_factors(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* pa
 
   const float* coefficients = p.coefficients + i * layout.block_size * rank;
   auto* codes = reinterpret_cast<int8_t*>(page + layout.coefficients);
-  auto* scales = reinterpret_cast<float*>(page + layout.coefficient_scales);
+  auto* scales = reinterpret_cast<BFloat16*>(page + layout.coefficient_scales);
   const int64_t last_token = (head + 1) * layout.block_size / heads;
   for (int64_t t = head * layout.block_size / heads; t < last_token; ++t) {
-    scales[t] = quantisation_scale(coefficients + t * rank, rank);
-    quantise_row(coefficients + t * rank, rank, scales[t], codes + t * rank);
+    quantise_coefficients(layout, coefficients + t * rank, codes + t * layout.leading_rank,
+                          page + layout.tail_coefficients + t * layout.tail_bytes(),
+                          page + layout.tail_steps + t, scales + t);
   }
 
   const float* basis = p.basis + i * rank * width;

@@ -1,17 +1,19 @@
 // Keys of a sealed block out of its shadow page: what fill_slots and expand_blocks share.
 //
 // A key is mean + scale[t] * sum over r of coefficient[t, r] * basis[r, :], turned to its position.
-// The sum is one of integers, exact in int32 and in fp32. A call reads kRebuildTokens * rank bytes
-// of coefficients and rank * head_size bytes of basis; the multiply-adds (kRebuildTokens * rank *
-// head_size) bound it.
+// The sum is one of integers, exact in int32 and in fp32. A call reads kRebuildTokens * (rank +
+// leading_rank) / 2 bytes of coefficients and rank * head_size bytes of basis; the multiply-adds
+// (kRebuildTokens * rank * head_size) bound it.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cpu/kernels/ahead.h"
 #include "cpu/kernels/numeric.h"
+#include "cpu/kernels/quantise.h"
 #include "layout.h"
 #include "params/rotary_table.h"
 
@@ -227,15 +229,16 @@ template <typename T, int kHeadSize>
 inline void low_rank_keys(const PageLayout& layout, const uint8_t* page, int64_t head,
                           int64_t token, int64_t position, const RotaryTable& rotary, Ahead& ahead,
                           T* out, int64_t stride) {
-  const auto* coefficients =
-      reinterpret_cast<const int8_t*>(page + layout.coefficients) + token * layout.rank;
-  const auto* scales = reinterpret_cast<const float*>(page + layout.coefficient_scales) + token;
+  thread_local std::vector<int8_t> coefficients;
+  coefficients.resize(kRebuildTokens * layout.rank);
+  read_coefficients<kRebuildTokens>(layout, page, token, coefficients.data());
+  const auto* scales = reinterpret_cast<const BFloat16*>(page + layout.coefficient_scales) + token;
   const auto* mean = reinterpret_cast<const float*>(page + layout.mean) + head * kHeadSize;
   alignas(64) float sums[kRebuildTokens * kHeadSize];
-  factor_products<kHeadSize>(coefficients, head_basis(layout, page, head), layout.rank, ahead,
-                             sums);
+  factor_products<kHeadSize>(coefficients.data(), head_basis(layout, page, head), layout.rank,
+                             ahead, sums);
   for (int t = 0; t < kRebuildTokens; ++t) {
-    finish_key<T, kHeadSize>(mean, scales[t], sums + t * kHeadSize, rotary, position + t,
+    finish_key<T, kHeadSize>(mean, to_float(scales[t]), sums + t * kHeadSize, rotary, position + t,
                              out + t * stride);
   }
 }

@@ -29,4 +29,10 @@ __device__ __forceinline__ uint2 widen_int8<BFloat16>(uint32_t bytes) {
           widen(pick_bytes(bytes, 0x43434343u, 0x4342))};
 }
 
+// a - b of four bytes, each modulo 256.
+__device__ __forceinline__ uint32_t subtract_bytes(uint32_t a, uint32_t b) {
+  constexpr uint32_t kTops = 0x80808080u;
+  return ((a | kTops) - (b & ~kTops)) ^ ((a ^ ~b) & kTops);
+}
+
 }  // namespace shadowkv::cuda

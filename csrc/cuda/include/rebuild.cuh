@@ -3,10 +3,12 @@
 //
 // A CTA rebuilds a tile of kTokens keys of one KV head: keys^T [head_size x tokens] = basis^T
 // [head_size x rank] * coefficients^T [rank x tokens] on tensor cores, int8 with int32 sums; the
-// epilogue applies the token's scale. That reads rank * (head_size + kTokens) bytes, which bound
-// it; the basis stays in shared memory for the next tile of the block.
+// epilogue applies the token's scale. That reads rank * head_size + kTokens * (rank +
+// leading_rank) / 2 bytes, which bound it; the basis stays in shared memory for the next tile of
+// the block.
 #pragma once
 
+#include "cuda/include/int8.cuh"
 #include "cuda/include/intrinsics.cuh"
 #include "cuda/include/rotary.cuh"
 #include "cuda/include/value_tile.cuh"
@@ -74,14 +76,15 @@ class Rebuilder {
     const int8_t* basis = reinterpret_cast<const int8_t*>(page + layout_.basis) +
                           static_cast<int64_t>(head) * rank_ * kHeadSize;
     if (basis != staged_) stage(basis, 0);
-    const auto* scales = reinterpret_cast<const float*>(page + layout_.coefficient_scales) + token;
+    const auto* scales =
+        reinterpret_cast<const BFloat16*>(page + layout_.coefficient_scales) + token;
     const auto* mean = reinterpret_cast<const float*>(page + layout_.mean) + head * kHeadSize;
     float scale[kTiles][2];
     float4 centre[kMine];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) scale[n][j] = scales[8 * n + 2 * (lane % 4) + j];
+      for (int j = 0; j < 2; ++j) scale[n][j] = to_float(scales[8 * n + 2 * (lane % 4) + j]);
     }
 #pragma unroll
     for (int m = 0; m < kMine; ++m) {
@@ -153,15 +156,35 @@ class Rebuilder {
   // 2i + 8 and 2i + 9: then the lanes of a warp read basis rows without meeting a bank twice.
   __device__ __forceinline__ void load_coefficients(const uint8_t* page, int token, int first,
                                                     int rows) {
-    const uint8_t* from = page + layout_.coefficients + static_cast<int64_t>(token) * rank_ + first;
+    const int leading = static_cast<int>(layout_.leading_rank), tail = (rank_ - leading) / 2;
+    const uint8_t* codes = page + layout_.coefficients + static_cast<int64_t>(token) * leading;
+    const uint8_t* tails = page + layout_.tail_coefficients + static_cast<int64_t>(token) * tail;
+    const uint8_t* steps = page + layout_.tail_steps + token;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kTokens * rows / 16; i += kRebuildThreads) {
-      const int t = i % kTokens, r = i / kTokens * 16;
-      const uint4 codes = *reinterpret_cast<const uint4*>(from + t * rank_ + r);
+      const int t = i % kTokens, r = i / kTokens * 16, at = first + r;
+      // Of the 16 of a token, the lower eight and the upper eight.
+      uint2 low, high;
+      if (at < leading) {
+        const uint4 both = *reinterpret_cast<const uint4*>(codes + t * leading + at);
+        low = {both.x, both.y}, high = {both.z, both.w};
+      } else {
+        const uint2 both = *reinterpret_cast<const uint2*>(tails + t * tail + (at - leading) / 2);
+        const uint32_t step = steps[t];
+        low = {tail_codes(both.x, step), tail_codes(both.y, step)};
+        high = {tail_codes(both.x >> 4, step), tail_codes(both.y >> 4, step)};
+      }
       *reinterpret_cast<uint4*>(coefficients_ + t * coefficient_stride() + r) = {
-          pick_bytes(codes.x, codes.z, 0x5410), pick_bytes(codes.x, codes.z, 0x7632),
-          pick_bytes(codes.y, codes.w, 0x5410), pick_bytes(codes.y, codes.w, 0x7632)};
+          pick_bytes(low.x, high.x, 0x5410), pick_bytes(low.x, high.x, 0x7632),
+          pick_bytes(low.y, high.y, 0x5410), pick_bytes(low.y, high.y, 0x7632)};
     }
+  }
+
+  // Four int8 out of the lower halves of four bytes: (half - kTailOffset) * step. A product of at
+  // most 15 * kTailStep stays in its byte.
+  static __device__ __forceinline__ uint32_t tail_codes(uint32_t halves, uint32_t step) {
+    static_assert(15 * kTailStep < 256);
+    return subtract_bytes((halves & 0x0f0f0f0fu) * step, kTailOffset * 0x01010101u * step);
   }
 
   // sums[m][tile of a pair][n] += a panel's product.
@@ -216,6 +239,7 @@ inline void check_rebuilt_sections(const PageLayout& layout) {
                    offset);
   };
   check("coefficients", layout.coefficients);
+  check("tail_coefficients", layout.tail_coefficients);
   check("basis", layout.basis);
   check("mean", layout.mean);
   check("exact_keys", layout.exact_keys);

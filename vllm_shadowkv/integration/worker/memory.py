@@ -71,7 +71,7 @@ class Memory:
             keys = torch.zeros(
                 BLOCKS_AT_ONCE, layout.block_size, layout.width, dtype=torch.float32, device=query.device
             )
-            mix(factorise(keys, layout.rank))
+            mix(factorise(keys, layout.rank), layout.leading_rank)
             del keys
         tiles = (TILES, TILE_BLOCKS, layout.block_size, layout.num_kv_heads, layout.head_size)
         _ = [torch.empty(tiles, dtype=layout.dtype, device=query.device) for _ in range(2)]

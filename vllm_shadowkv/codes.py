@@ -1,0 +1,56 @@
+"""How numbers become codes of 8 and of 4 bits, in fp32 PyTorch: the oracle of the kernels that write and read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TAIL_GROUP = 16
+"""Of so many tail coefficients of a token, byte i has the i-th in its low half, and the one half a group later in its
+high half; both plus `TAIL_OFFSET`."""
+TAIL_OFFSET = 8
+TAIL_CODE = 7
+"""Largest tail code."""
+TAIL_STEP = 17
+"""Largest step of a tail: code times step is an int8."""
+
+
+def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 with one fp32 scale per row (last dimension): absmax / 127, halves to even; a zero row has scale 0."""
+    scales = values.float().abs().amax(-1) / 127
+    return _codes(values.float(), scales, 127), scales
+
+
+def quantise_coefficients(coefficients: Tensor, leading: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """8 bits for the leading directions and 4 for the others, the tail, which are smaller (docs/adr/0012).
+
+    A tail code counts whole steps of the token's scale, so that both kinds are int8 multiples of one scale.
+
+    Args:
+        coefficients: `[tokens, rank]`.
+        leading: directions of 8 bits.
+
+    Returns:
+        int8 `[tokens, leading]`; the tail, uint8 `[tokens, (rank - leading) / 2]`; its steps, uint8 `[tokens]`, from 1
+        to `TAIL_STEP`; and scales, bf16 `[tokens]`: about the least with which nothing is clipped.
+    """
+    head, tail = coefficients.float().split((leading, coefficients.shape[1] - leading), 1)
+    head_size, tail_size = (torch.cat((part, part.new_zeros(len(part), 1)), 1).abs().amax(1) for part in (head, tail))
+    scales = torch.maximum(head_size / 127, tail_size / (TAIL_CODE * TAIL_STEP)).bfloat16()
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0)
+    steps = (tail_size / TAIL_CODE * inverse).round().nan_to_num(nan=1).clamp(1, TAIL_STEP)
+    low, high = (_codes(tail, steps * scales, TAIL_CODE) + TAIL_OFFSET).unflatten(1, (-1, 2, TAIL_GROUP // 2)).unbind(2)
+    return _codes(head, scales.float(), 127), (low + 16 * high).byte().flatten(1), steps.byte(), scales
+
+
+def coefficients_of(codes: Tensor, tail: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
+    """fp32 `[tokens, rank]` of what `quantise_coefficients` returns."""
+    groups = tail.unflatten(1, (-1, TAIL_GROUP // 2))
+    tail_codes = torch.cat((groups & 15, groups >> 4), 2).flatten(1).char() - TAIL_OFFSET
+    return torch.cat((codes, tail_codes * steps[:, None].char()), 1) * scales.float()[:, None]
+
+
+def _codes(values: Tensor, scales: Tensor, largest: int) -> Tensor:
+    """int8, halves to even; what has none (NaN, or beside an infinity) gets 0 or the ends."""
+    inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))
+    return (values * inverse.unsqueeze(-1)).round().nan_to_num(nan=0.0).clamp(-largest, largest).to(torch.int8)
