@@ -12,6 +12,7 @@ import simulation
 from engine import Trial, Trials, differences, each_trial, noise_of
 from test_life_of_a_token import LOSSLESS, RESIDENT, STOCK, TOLERANCE, UNSHARED
 from vllm.config import ParallelConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.core import EngineCore
 
 from vllm_shadowkv import metrics
@@ -154,10 +155,10 @@ def test_a_prompt_in_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_serve", lambda: None)
     before = refused._value.get()
     request = SimpleNamespace(resumable=True)
-    for served, error in ((managers, ValueError), ((), AttributeError)):
+    for served, error in ((managers, VLLMValidationError), ((), AttributeError)):
         coordinator = SimpleNamespace(single_type_managers=served)
         core.scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
-        with pytest.raises(error, match="streaming input; send the whole prompt" if error is ValueError else None):
+        with pytest.raises(error, match="streaming input; send the whole prompt" if served else None):
             core.preprocess_add_request(request)
     assert refused._value.get() == before + 1
 

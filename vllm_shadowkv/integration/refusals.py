@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
@@ -246,11 +247,12 @@ def check_request(request: Any, vllm_config: VllmConfig) -> None:
     """Refuses a request that cannot be served, before it is scheduled.
 
     Raises:
-        ValueError: its prompt comes in pieces, so it would grow after its exact pages were freed.
+        VLLMValidationError: its prompt comes in pieces, so it would grow after its exact pages were freed. Of this kind
+            vLLM 0.33 tells the client the sentence; 0.32 logs it, and answers with an error without it.
     """
     if request.resumable:
         count_refusal(labels_of(vllm_config))
-        raise ValueError(
+        raise VLLMValidationError(
             f"shadowkv does not support streaming input; send the whole prompt at once, or {OTHER_BACKEND}."
         )
 

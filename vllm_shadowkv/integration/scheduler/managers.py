@@ -161,7 +161,7 @@ def see_request(core: Any, request: Any) -> None:
         request: vLLM's, as it came.
 
     Raises:
-        ValueError: it cannot be served; `refusals.check_request`.
+        VLLMValidationError: it cannot be served; `refusals.check_request`.
     """
     managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     for manager in managers:

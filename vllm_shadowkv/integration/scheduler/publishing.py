@@ -91,8 +91,8 @@ class PublishingManager(SingleTypeKVCacheManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Notes which blocks will be sealed.
 
-        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the
-        output of a step; that schedules nothing, so such a call changes nothing.
+        vLLM calls it in scheduling, after it has allocated. The asynchronous scheduler of 0.32 calls it again when it
+        has the output of a step; that schedules nothing, so such a call changes nothing.
         """
         if self._being_scheduled != request.request_id:
             return
