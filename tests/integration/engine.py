@@ -47,6 +47,7 @@ class Trial:
         options: of `vllm.LLM`, beside those of `trial.start`.
         asynchronous: schedule a step before the output of the last is known.
         graphs: emulate decode graphs; on the V2 runner.
+        warm_up: run the V2 runner's kernel warm-up before anything is asked, as vLLM does on CUDA unless it is eager.
         emulated_cuda: plan as on CUDA, with this for exact pages, and run the CUDA kernels on emulated threads; float16
             and bfloat16 only.
         poison: fill pages that nobody may read with NaN.
@@ -63,6 +64,7 @@ class Trial:
     options: Mapping[str, Any] = field(default_factory=dict)
     asynchronous: bool = False
     graphs: bool = False
+    warm_up: bool = False
     emulated_cuda: Literal["", "flash_attention", "xformers"] = ""
     poison: bool = False
     plants: tuple[str, ...] = ()

@@ -103,6 +103,7 @@ V2_GRAPHS = Trial(
     options={"num_gpu_blocks_override": 24},
     asynchronous=True,
     graphs=True,
+    warm_up=True,
     poison=True,
     quick=("edges", "preemption", "prefixes", "reset", "storm", "short"),
 )
@@ -159,6 +160,7 @@ CUDA_V2_GRAPHS = Trial(
     options=HALF,
     asynchronous=True,
     graphs=True,
+    warm_up=True,
     emulated_cuda="flash_attention",
     poison=True,
     quick=("eight", "prefixes"),
@@ -293,6 +295,15 @@ def test_graphs_and_asynchronous_steps_were_used(trials: Trials, trial: Trial) -
     counts = trials(trial).counts
     assert counts["replays"] > 1000
     assert counts["asynchronous steps"] > 1000
+
+
+@each_trial(V2_GRAPHS, CUDA_V2_GRAPHS)
+def test_the_warm_up_of_kernels_was_planned(trials: Trials, trial: Trial) -> None:
+    """Three groups each, of a prefill and of decode steps of all requests, of two and of one.
+
+    It must leave nothing behind: what is asked next is compared with the stock backend, which was not warmed up.
+    """
+    assert trials(trial).counts["warm-up plans"] == 3 * 4
 
 
 @each_trial(V1, V1_SMALL_POOL, V1_WINDOWS, V1_SPAWNED, V2, V2_GRAPHS, COMPRESSED)

@@ -158,6 +158,10 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
 
     from scenarios import SCENARIOS, Asker
 
+    if trial["warm_up"]:
+        from v2_on_cpu import warm_up
+
+        counts["warm-up plans"] = warm_up.run(_worker(llm))
     asker = Asker(llm, margins=trial["shadowkv"] is None, adapters=extras / "adapters")
     if trial["graphs"]:
         _capture_graphs(llm)
@@ -379,8 +383,11 @@ def _check_nothing_is_left(llm: Any, ours: bool) -> None:
 def _capture_graphs(llm: Any) -> None:
     from v2_on_cpu import emulated_graphs
 
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    emulated_graphs.capture(executor.driver_worker.worker.model_runner)
+    emulated_graphs.capture(_worker(llm).model_runner)
+
+
+def _worker(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
 if __name__ == "__main__":
