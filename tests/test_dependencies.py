@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         f"{OURS}.metrics",
     },
     "integration/worker": {
-        *("torch", "vllm"),
+        *("torch", "vllm", "ray"),
         *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "rotary", "state")),
         *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "specs", "attention", "model", "worker")),
     },

@@ -7,7 +7,10 @@ because vLLM merely logs a plugin that raises.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from vllm_shadowkv.exposition import FOLDER, Collector, belong_to, owners
 
 NAME = "SHADOWKV"
 BACKEND = "vllm_shadowkv.integration.backend.ShadowKVBackend"
@@ -21,14 +24,12 @@ def register() -> None:
     from prometheus_client import REGISTRY
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from vllm_shadowkv.exposition import Collector
-
     if NAME in AttentionBackendEnum.__members__:
         return
     register_backend(NAME, BACKEND)
     # A spawned process unpickles the engine's configuration before it loads plugins, and an enum member pickles by a
-    # value that the process does not know yet. So our member says how to get itself.
-    AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_member, ())
+    # value that the process does not know yet. So our member says how to get itself, and who asks for metrics there.
+    AttentionBackendEnum[NAME].__reduce_ex__ = lambda _: (_member, (os.environ.get(FOLDER), os.getpid(), *owners))
     # What vLLM takes whatever was asked for; it does honour an override of it.
     for name in IN_PLACE_OF_OURS:
         member = AttentionBackendEnum.__members__.get(name)
@@ -46,9 +47,10 @@ def platform() -> None:
     register()
 
 
-def _member() -> Any:
-    """The backend's enum member, in a process that may not have loaded plugins."""
+def _member(folder: str | None = None, *pids: int) -> Any:
+    """The backend's enum member, in a process that may not have loaded plugins; of the rest see `belong_to`."""
     register()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    belong_to(folder, *pids)
     return AttentionBackendEnum[NAME]

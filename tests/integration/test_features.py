@@ -4,6 +4,7 @@ prompts, quantised weights, several engines, stages of a pipeline. The method is
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,4 +171,36 @@ def test_data_parallel_engines_of_a_dense_model_share_the_host(sizes: tuple[int,
     assert machine._engines(parallel) == sizes[1]
     parallel.reconfigure_for_independent_dp_rank()
     assert parallel.data_parallel_size == 1
+    assert machine._engines(parallel) == engines
+
+
+@pytest.mark.parametrize(
+    ("groups", "engines"),
+    [
+        ([("ours", "here"), ("ours", "there")], 1),
+        ([("ours", "here"), ("ours", "here there"), ("ours", "there")], 2),
+        ([("ours", "here"), ("ours", "")], 2),  # Ray has not placed the other yet
+        ([("ours", "here"), ("theirs", "here")], 1),
+        ([("ours", "here"), ("ours", "here", "REMOVED")], 1),
+    ],
+)
+def test_data_parallel_engines_that_ray_has_placed_on_a_machine_share_it(
+    groups: list[tuple[str, ...]], engines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has a placement group of each engine; the id of a group ends with that of the server's job."""
+    jobs = {"ours": "02000000", "theirs": "03000000"}
+    table = {
+        f"{number:028x}{jobs[job]}": {"state": "".join(state) or "CREATED", "bundles_to_node_id": nodes}
+        for number, (job, placed, *state) in enumerate(groups)
+        for nodes in [dict(enumerate(placed.split(" ")))]
+    }
+    ray: Any = SimpleNamespace(
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
+        util=SimpleNamespace(placement_group_table=lambda: table),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    parallel = ParallelConfig(data_parallel_size=8, data_parallel_backend="ray")
+    parallel.reconfigure_for_independent_dp_rank()
+    group: Any = SimpleNamespace(id=bytes.fromhex(next(iter(table))))
+    parallel.placement_group = group
     assert machine._engines(parallel) == engines

@@ -726,6 +726,19 @@ def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> N
     assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
 
 
+def test_data_parallel_engines_of_ray_are_one_server(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VLLM adds an ending to the id of each."""
+    made = make_runtime()
+    servers = []
+    monkeypatch.setattr(machine, "promised_to_others", lambda server: servers.append(server) or 0)
+    config = copy.copy(made.geometry.vllm_config)
+    for config.instance_id in ("0a1b2", "0a1b2_dp0", "0a1b2_dp11"):
+        runtime._measured_bytes(config, lambda: 1 << 30)
+    assert servers == ["0a1b2"] * 3
+
+
 def test_requests_beyond_the_rotary_table_are_refused_at_start_up() -> None:
     refusals.check_positions(4096, 4096)
     sentence = r"has 4096 positions, fewer than --max-model-len 8192; lower it to 4096, or give the model a scaled RoPE"

@@ -71,16 +71,19 @@ def test_registering_again_changes_nothing() -> None:
 # -- Processes -------------------------------------------------------------------------------------------------------
 
 SPAWN = """
-import multiprocessing, sys
+import multiprocessing, os, sys
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 def child(member, queue):
-    queue.put((member is AttentionBackendEnum["SHADOWKV"], member.get_path()))
+    from vllm_shadowkv.exposition import owners
+    queue.put((member is AttentionBackendEnum["SHADOWKV"], member.get_path(), owners))
 
 if __name__ == "__main__":
     import copy
     from vllm.plugins import load_general_plugins
     load_general_plugins()
+    from vllm_shadowkv.exposition import belong_to
+    belong_to(None, 7)
     member = AttentionBackendEnum["SHADOWKV"]
     assert copy.deepcopy(member) is member
     context = multiprocessing.get_context("spawn")
@@ -89,7 +92,8 @@ if __name__ == "__main__":
     process.start()
     process.join()
     assert process.exitcode == 0, "the child could not unpickle its arguments"
-    print("said", *queue.get(timeout=10))
+    same, path, owners = queue.get(timeout=10)
+    print("said", same, path, owners == {7, os.getpid()})
 """
 
 
@@ -101,7 +105,7 @@ def test_vllm_loads_the_plugin_and_a_spawned_process_unpickles_the_member_before
     script = tmp_path / "spawn.py"
     script.write_text(SPAWN)
     said = python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')")
-    assert said == [f"True {BACKEND}"]
+    assert said == [f"True {BACKEND} True"]
 
 
 TOUCH = """

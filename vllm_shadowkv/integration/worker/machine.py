@@ -81,8 +81,14 @@ def _engines(parallel: ParallelConfig) -> int:
     """Data parallel engines that share this machine's memory, at most.
 
     VLLM makes an engine of a dense model forget that there are others (`reconfigure_for_independent_dp_rank`). What it
-    leaves is how many there are on all machines.
+    leaves is how many there are on all machines. Ray knows where each has its devices.
     """
-    if parallel.data_parallel_size == 1:
-        return max(1, parallel.elastic_ep_max_dp_size or 1)
-    return parallel.data_parallel_size_local
+    dense = parallel.data_parallel_size == 1
+    engines = (parallel.elastic_ep_max_dp_size or 1) if dense else parallel.data_parallel_size_local
+    if not dense or engines == 1 or parallel.data_parallel_backend != "ray":
+        return engines
+    from ray import get_runtime_context, util
+
+    job, here = parallel.placement_group.id.hex()[-8:], get_runtime_context().get_node_id()
+    ours = (one for key, one in util.placement_group_table().items() if key.endswith(job) and one["state"] != "REMOVED")
+    return sum(not {here, ""}.isdisjoint(one["bundles_to_node_id"].values()) for one in ours)  # "": not placed yet

@@ -105,4 +105,5 @@ def _measured_bytes(vllm_config: VllmConfig, measure: Callable[[], int]) -> int:
     """`compat.bound_kv_cache_memory` calls it in every worker; other backends' workers are left alone."""
     runtime = Runtime._of(vllm_config)
     # The worker's own configuration: a model may be built with a copy of it, which gets another id.
-    return measure() if runtime is None else runtime.memory.measured_bytes(measure, vllm_config.instance_id)
+    server = vllm_config.instance_id.partition("_dp")[0]  # data parallel engines of Ray's are one server
+    return measure() if runtime is None else runtime.memory.measured_bytes(measure, server)
