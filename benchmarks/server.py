@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,14 @@ class Completion:
 class Server:
     """`vllm serve` in a process group of its own. Use it as a context manager."""
 
-    def __init__(self, model: Path, log: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        command: Sequence[str] = (*VLLM, "serve"),
+    ) -> None:
         """Describes a server.
 
         Args:
@@ -50,8 +57,9 @@ class Server:
             log: file that takes the server's output.
             arguments: of `vllm serve`, beyond model and port.
             environment: variables beyond this process's own.
+            command: `vllm serve`, or what takes its arguments.
         """
-        self._log, self._arguments, self._environment = log, arguments, environment
+        self._log, self._arguments, self._environment, self._command = log, arguments, environment, command
         self._model = str(model)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -68,7 +76,7 @@ class Server:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP):
                 self._handlers.callback(signal.signal, number, signal.signal(number, _exit))
-        command = [*VLLM, "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
+        command = [*self._command, self._model, "--host", "127.0.0.1", "--port", str(self._port), *self._arguments]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,

@@ -93,7 +93,7 @@ WAITS_FOR_RAY = 'until grep -q ^ray "$COMMANDS"; do sleep 0.1; done\n'
     ids=lambda line: " ".join(line or ["refused"]),
 )
 def test_two_nodes(line: list[str], commands: list[str] | None, tmp_path: Path) -> None:
-    """What the script starts, and with which Ray: there is no second machine here, and vLLM has no Ray on the CPU."""
+    """What the script starts, and with which Ray; `tests/integration/test_ray.py` runs it."""
     for name in ("ray", "vllm", "python3"):
         (tmp_path / name).write_text(STUB + (WAITS_FOR_RAY if name == "python3" else ""))
         (tmp_path / name).chmod(0o755)

@@ -32,9 +32,11 @@ head)
     export RAY_ADDRESS="$address:$PORT" VLLM_HOST_IP="$address"
     ray start --head --block --node-ip-address="$address" --port="$PORT" --num-gpus="$GPUS_PER_NODE" &
     ray=$!
-    trap 'kill "$ray" 2>/dev/null || true; wait "$ray" || true' EXIT
+    server=
+    # The server first: Ray would wait for what it has left at work.
+    trap 'for each in $server $ray; do kill "$each" 2>/dev/null || true; wait "$each" || true; done' EXIT
     trap 'exit 1' INT TERM
-    python3 - "$NODES" "$ray" <<'EOF'
+    python3 - "$NODES" "$ray" <<'EOF' &
 import os, sys, time
 
 import ray
@@ -50,12 +52,16 @@ while True:
     print("waiting for the other machines", flush=True)
     time.sleep(5)
 EOF
+    server=$!
+    wait "$server" # in the foreground a shell would hear no signal before its end
     vllm serve "$model" \
         --attention-backend shadowkv \
         --distributed-executor-backend ray \
         --tensor-parallel-size "$GPUS_PER_NODE" \
         --pipeline-parallel-size "$NODES" \
-        "$@"
+        "$@" &
+    server=$!
+    wait "$server"
     ;;
 worker)
     [ $# -eq 2 ] || usage

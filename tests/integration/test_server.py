@@ -163,28 +163,37 @@ def test_a_small_host_pool_is_said(server: Server) -> None:
 # -- The end ---------------------------------------------------------------------------------------------------------
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; one whose new parent has not noticed has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Traces:
     """A server's processes, and what they have outside of themselves."""
 
-    def __init__(self, pid: int, temporary: Path) -> None:
-        main = psutil.Process(pid)
-        self.processes = [main, *main.children(recursive=True)]
+    def __init__(self, processes: list[psutil.Process], temporary: Path) -> None:
+        self.processes = processes
         self.temporary = temporary
         # psutil reads smaps, which takes seconds: the answer would have ended.
         maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in self.processes)
         self.shared = {Path(path) for path in re.findall(r"/dev/shm/\S+", maps)}
-        self.socket_names = {f"@{NAME}.{process.pid}" for process in self.processes}
 
     def engine(self) -> psutil.Process:
         (engine,) = (process for process in self.processes if "EngineCore" in process.cmdline()[0])
         return engine
 
     def sockets(self) -> set[str]:
-        return self.socket_names & {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()}
+        named = re.findall(rf"@{NAME}\.(\d+)\S*$", Path("/proc/net/unix").read_text(), re.MULTILINE)
+        return {pid for pid in named if int(pid) in {process.pid for process in self.processes}}
 
     def left(self) -> list[str]:
         """What outlives the server, but for what vLLM leaves of its own, with the stock backend too."""
-        _, alive = psutil.wait_procs(self.processes, timeout=20)
+        deadline = time.monotonic() + 20
+        while (alive := list(filter(runs, self.processes))) and time.monotonic() < deadline:
+            time.sleep(0.1)
         files = [path for path in self.temporary.rglob("*") if not stat.S_ISSOCK(path.lstat().st_mode)]
         theirs = ("vllm_dist_", "torchinductor_")
         return [
@@ -200,7 +209,8 @@ def end(server: Server, directory: Path, how: str) -> None:
     answer = server.stream(make_prompt("multi_value", PROMPT_TOKENS, 8).text, 1900, ignore_eos=True)
     next(answer), next(answer)
     eventually(lambda: server.metrics()['vllm:num_requests_running{engine="0",model_name="needle"}'])
-    traces = Traces(server.pid, directory / "tmp")
+    main = psutil.Process(server.pid)
+    traces = Traces([main, *main.children(recursive=True)], directory / "tmp")
     assert len(traces.processes) >= 3, "the server, the engine, a worker"
     assert 1 <= len(traces.sockets()) <= 2, "the worker's, and the engine's once a request has hit the prefix cache"
     assert traces.shared, "the engine's and the worker's queues"
