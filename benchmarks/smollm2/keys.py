@@ -101,9 +101,9 @@ def plot(records: list[Lost], path: Path) -> None:
         panel.set_title(text)
         panel.set_xlabel("layer")
         panel.set_yscale("log")
-    panels[0][0].set_ylabel(f"relative error of the attention output, {budget}")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    panels[0][0].set_ylabel(f"error of the output, {budget}")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(CODES), fontsize=8)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
 
 
