@@ -6,6 +6,7 @@ usage: draw.py [FOLDER]     default: docs/images; tests/test_docs.py checks that
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ matplotlib.use("agg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "shadowkv", "font.family": "sans-serif"})
 
 INK, GREY = "#222222", "#777777"
+NARROW = 0.07  # no room for a name
 EXACT, SHADOW, SLOTS, HOST = "#9ecae9", "#a1d99b", "#fdd0a2", "#dadaeb"
 
 
@@ -52,12 +54,17 @@ def draw_page() -> Any:
         for name, first, end in sections:
             at, wide = left + width * first / layout.page_bytes, width * (end - first) / layout.page_bytes
             axes.add_patch(Rectangle((at, bottom), wide, 0.4, facecolor=colour, edgecolor=INK, linewidth=0.6))
-            if wide > 0.07:
+            if wide > NARROW:
                 label = f"{name}\n{(end - first) / 1024:.0f} KiB"
                 axes.text(at + wide / 2, bottom + 0.2, label, ha="center", va="center", fontsize=9, color=INK)
-        small = [f"{name} {end - first:,} B" for name, first, end in sections if end - first < 2**15]
+        small = [
+            f"{name} {end - first:,} B"
+            for name, first, end in sections
+            if width * (end - first) / layout.page_bytes <= NARROW
+        ]
         if small:
-            axes.text(left, bottom - 0.13, "and " + ", ".join(small), ha="left", va="center", fontsize=8, color=GREY)
+            said = textwrap.fill("and " + ", ".join(small), 132)
+            axes.text(left, bottom - 0.08, said, ha="left", va="top", fontsize=8, color=GREY)
     text = f"one layer's page of {layout.page_bytes:,} bytes: 8 KV heads of 128, bfloat16, default settings"
     axes.text(0.19, 2.83, text, ha="left", fontsize=10, color=INK)
     return figure
@@ -72,7 +79,7 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, int, int]]:
     names = {
         "coefficients": "leading coefficients",
         "tail_coefficients": "4-bit coefficients",
-        "tail_steps": "their steps",
+        "tail_steps": "steps",
         "basis": "int8 basis",
         "coefficient_scales": "coefficient scales",
         "mean": "mean key",
