@@ -48,7 +48,7 @@ class Server:
         log: Path,
         arguments: list[str],
         environment: dict[str, str],
-        command: Sequence[str] = (*VLLM, "serve"),
+        command: Sequence[str] = (),
     ) -> None:
         """Describes a server.
 
@@ -57,9 +57,10 @@ class Server:
             log: file that takes the server's output.
             arguments: of `vllm serve`, beyond model and port.
             environment: variables beyond this process's own.
-            command: `vllm serve`, or what takes its arguments.
+            command: what takes the arguments of `vllm serve`; default: that.
         """
-        self._log, self._arguments, self._environment, self._command = log, arguments, environment, command
+        self._log, self._arguments, self._environment = log, arguments, environment
+        self._command = command or (*VLLM, "serve")
         self._model = str(model)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
