@@ -91,7 +91,7 @@ def run(
     layout, memory, rows, workspace = work.layout, work.memory, work.rows, work.workspace
     row, heads = of_row(work.config, layout, rows.block_table.shape[1], OPEN_TOKENS), batch * layout.num_kv_heads
     token_bytes = 2 * layout.head_size * 2
-    factors = layout.rank * layout.head_size + layout.chunk_size * (layout.rank + layout.leading_rank) // 2
+    factors = layout.rank * layout.head_size + layout.chunk_size * (layout.leading_rank + layout.tail_bytes)
     sweep = sweeper(device) if device == "cuda" else None
 
     def record(op: str, call: Callable[[], None], moved: float, limit: str = "copy", rate: float = 0.0) -> Record:

@@ -256,17 +256,22 @@ def test_rank_of_usual_shapes(num_kv_heads: int, block_size: int, ranks: range) 
     assert plan(num_kv_heads, block_size=block_size).rank in ranks
 
 
+def sealed_bytes(layout: PageLayout) -> int:
+    """What the sections of a shadow page take of it."""
+    return sum(
+        -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        for name, (shape, dtype) in shapes(layout).items()
+        if name in FACTORS | ALWAYS
+    )
+
+
 @FAST
 @given(layouts())
 def test_the_rank_is_the_largest_that_fits(layout: PageLayout) -> None:
     assume(layout.rank)
     assert layout.rank % 16 == 0
     assert layout.rank <= min(layout.block_size, layout.width)
-    used = sum(
-        -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        for name, (shape, dtype) in shapes(layout).items()
-        if name in FACTORS | ALWAYS
-    )
+    used = sealed_bytes(layout)
     per_rank = layout.block_size // 2 + layout.width  # a column of coefficients, a row of the basis
     whole = plan(
         layout.num_kv_heads,
@@ -290,11 +295,7 @@ def test_what_is_left_over_makes_coefficients_finer(layout: PageLayout) -> None:
     assume(layout.rank)
     assert layout.leading_rank % 16 == 0
     assert 16 <= layout.leading_rank <= layout.rank
-    used = sum(
-        -(-prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        for name, (shape, dtype) in shapes(layout).items()
-        if name in FACTORS | ALWAYS
-    )
+    used = sealed_bytes(layout)
     if layout.leading_rank < layout.rank:
         assert used + 8 * layout.block_size > layout.page_bytes - 2 * ALIGNMENT, "16 more would fit"
 

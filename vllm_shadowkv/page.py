@@ -102,6 +102,11 @@ class PageLayout:
         return self.num_kv_heads * self.head_size
 
     @property
+    def tail_bytes(self) -> int:
+        """Bytes of a token's coefficients of 4 bits."""
+        return (self.rank - self.leading_rank) // 2
+
+    @property
     def value_row_bytes(self) -> int:
         """Bytes of one block's values in the host pool, one layer; a multiple of `ROW_ALIGNMENT`."""
         return self._value_scales + (4 * self.num_kv_heads * self.block_size if self.value_int8 else 0)
@@ -292,7 +297,7 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
     if rank:
         keys = [
             ("coefficients", (block, layout.leading_rank), torch.int8),
-            ("tail_coefficients", (block, (rank - layout.leading_rank) // 2), torch.uint8),
+            ("tail_coefficients", (block, layout.tail_bytes), torch.uint8),
             ("basis", (heads, rank, size), torch.int8),
             ("tail_steps", (block,), torch.uint8),
             ("coefficient_scales", (block,), torch.bfloat16),

@@ -52,7 +52,8 @@ def measure(text: str, number: int, layer: Layer) -> list[Lost]:
     """One layer."""
     full, found = full_attention(layer), []
     keys = layer.keys[: layer.prompt_tokens]
-    apart = (layer.pre_rope().unflatten(0, (-1, 1024)) - layer.pre_rope().unflatten(0, (-1, 1024)).mean(1, True)).norm()
+    blocks = layer.pre_rope().unflatten(0, (-1, 1024))
+    apart = (blocks - blocks.mean(1, keepdim=True)).norm()
     for name, method in CODES.items():
         view, page = method.view(layer), method.page(layer)
         rank, leading = (page.rank, page.leading_rank) if name != EXACT else (0, 0)

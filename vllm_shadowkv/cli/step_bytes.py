@@ -61,7 +61,7 @@ def of_row(
         attended=heads * (selected * tokens + open_tokens) * 2 * vector,
         filled=missed
         * tokens
-        * (((layout.rank + layout.leading_rank) / 2 + 3 if layout.rank else vector) + 2 * vector),
+        * ((layout.leading_rank + layout.tail_bytes + 3 if layout.rank else vector) + 2 * vector),
         link=missed * layout.value_chunk_bytes,
     )
 
