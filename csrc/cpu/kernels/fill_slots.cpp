@@ -5,9 +5,8 @@
 // A chunk whose tokens still lie in the exact pages that its block was sealed from is copied.
 //
 // Another miss reads head_size * rank bytes of basis and chunk_size * (rank + leading_rank) / 2 of
-// coefficients, or chunk_size * head_size exact keys, and one record of values; it writes
-// chunk_size
-// * head_size keys and as many values.
+// coefficients, or chunk_size * head_size exact keys, and one record of values. It writes
+// chunk_size * head_size keys and as many values.
 #include "cpu/kernels/fill_slots.h"
 
 #include <algorithm>
