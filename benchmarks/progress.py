@@ -23,7 +23,7 @@ class Progress(rich.progress.Progress):
         """Draws, or writes, to `console`."""
         columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
         columns += [MofNCompleteColumn(), TimeElapsedColumn()]
-        super().__init__(*columns, console=console, auto_refresh=console.is_terminal)
+        super().__init__(*columns, console=console, auto_refresh=console.is_terminal, get_time=time.monotonic)
         self._next_line = time.monotonic() + LINE_SECONDS
 
     def advance(self, task_id: rich.progress.TaskID, advance: float = 1) -> None:

@@ -69,7 +69,7 @@ def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in progress.track(range(6), "sizes", Console(file=log)):
         now[0] += 4
     lines = [line for line in log.getvalue().splitlines() if line.startswith("sizes: ")]
-    assert lines == ["sizes: 3 of 6 after 0 s", "sizes: 6 of 6 after 0 s"]
+    assert lines == ["sizes: 3 of 6 after 12 s", "sizes: 6 of 6 after 24 s"]
 
 
 def test_what_is_asked_again_becomes_a_table_and_a_plot(tmp_path: Path) -> None:

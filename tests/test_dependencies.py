@@ -30,8 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "rotary.py": {"torch"},
     "versions.py": set(),
     "state": {
-        "torch",
-        "psutil",
+        *("torch", "psutil", "safetensors"),
         *(f"{OURS}.{part}" for part in ("config", "page", "rotary", "ops", "state")),
     },
     "cli": {
@@ -41,19 +40,22 @@ ALLOWED: dict[str, set[str]] = {
     # Seams: what vLLM is told. Below them the two processes, which know nothing of each other, and below those what a
     # worker computes with and what it knows of the model.
     "integration": {
-        *("torch", "vllm"),
+        *("torch", "vllm", "huggingface_hub", OURS),
         *(f"{OURS}.{part}" for part in ("config", "extension", "metrics", "page", "plugin", "state", "versions")),
         f"{OURS}.integration",
     },
     "integration/scheduler": {
         "vllm",
-        *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "scheduler")),
+        *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "scheduler", "stored")),
         f"{OURS}.metrics",
     },
     "integration/worker": {
-        *("torch", "vllm", "ray"),
+        *("torch", "numpy", "vllm", "ray"),
         *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "rotary", "state")),
-        *(f"{OURS}.integration.{part}" for part in ("compat", "refusals", "specs", "attention", "model", "worker")),
+        *(
+            f"{OURS}.integration.{part}"
+            for part in ("compat", "refusals", "specs", "stored", "attention", "model", "worker")
+        ),
     },
     "integration/attention": {
         *("torch", "vllm", "xformers"),
@@ -65,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 9100
+MOST_PACKAGE_LINES = 10100
 
 
 def files() -> list[Path]:

@@ -129,18 +129,48 @@ class ShadowKVConfig(BaseModel):
         try:
             return cls.model_validate(dict(entry))
         except ValidationError as error:
-            raise ValueError(_one_sentence(error)) from None
+            raise ValueError(_one_sentence(error, "--additional-config shadowkv", cls)) from None
 
 
-def _one_sentence(error: ValidationError) -> str:
+class StoreConfig(BaseModel):
+    """Settings of `ShadowKVConnector`: the `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    path: str = Field(min_length=1, description="Folder of sealed blocks, which engines may share; made if missing.")
+    max_gib: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most that all files in the folder may take; default: half of what is free at start-up.",
+    )
+
+    @classmethod
+    def from_vllm(cls, extra_config: Mapping[str, Any]) -> StoreConfig:
+        """Reads vLLM's `kv_connector_extra_config`.
+
+        Raises:
+            ValueError: an unknown key, a missing path or a wrong type; the sentence names it.
+        """
+        try:
+            return cls.model_validate(dict(extra_config))
+        except ValidationError as error:
+            raise ValueError(
+                _one_sentence(error, "--kv-transfer-config kv_connector_extra_config of ShadowKVConnector", cls)
+            ) from None
+
+
+def _one_sentence(error: ValidationError, where: str, settings: type[BaseModel]) -> str:
     """Says what is wrong with the settings in one sentence."""
     parts = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parts.append(f"unknown key {key!r} (known: {', '.join(ShadowKVConfig.model_fields)})")
+            parts.append(f"unknown key {key!r} (known: {', '.join(settings.model_fields)})")
+        elif item["type"] == "missing":
+            parts.append(f"{key!r} is missing")
         elif key:
             parts.append(f"'{key}': {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
         else:
             parts.append(item["msg"].removeprefix("Value error, "))
-    return f"--additional-config shadowkv: {'; '.join(parts)}."
+    return f"{where}: {'; '.join(parts)}."

@@ -45,6 +45,7 @@ OWNERLESS_SEALS = _counter("ownerless_seals", "Blocks whose request had ended be
 SEALED_PREFILLS = _counter("sealed_prefills", "Prefill steps of a request that attended to sealed context.")
 TABLE_READS = _counter("table_reads", "Steps whose plan read the block tables, which on CUDA waits for the device.")
 REFUSED_REQUESTS = _counter("refused_requests", "Requests answered with an error: prompts in pieces (streaming input).")
+FILES = _counter("files", "Files of sealed blocks, one per block and rank: saved, loaded, refused, unsaved.", "kind")
 HOST_POOL_BYTES = _gauge("host_pool_bytes", "Bytes of the host pool.")
 HOST_POOL_USED_BYTES = _gauge("host_pool_used_bytes", "Bytes of the host pool that hold values of running requests.")
 
@@ -93,6 +94,12 @@ def count_hit(labels: dict[str, str], exact_tokens: int, sealed_tokens: int) -> 
     """Counts what a request found in the prefix cache, in the process of the scheduler."""
     HIT_TOKENS.labels(**labels, kind="exact").inc(exact_tokens)
     HIT_TOKENS.labels(**labels, kind="sealed").inc(sealed_tokens)
+    _serve()
+
+
+def count_files(labels: dict[str, str], kind: str, files: int = 1) -> None:
+    """Counts files of the KV connector, in a worker's process; threads may call it."""
+    FILES.labels(**labels, kind=kind).inc(files)
     _serve()
 
 

@@ -7,6 +7,7 @@ because vLLM merely logs a plugin that raises.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -14,13 +15,22 @@ from vllm_shadowkv.exposition import FOLDER, Collector, belong_to, owners
 
 NAME = "SHADOWKV"
 BACKEND = "vllm_shadowkv.integration.backend.ShadowKVBackend"
+CONNECTOR = "ShadowKVConnector"
 OF_CPU = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 IN_PLACE_OF_OURS = (*OF_CPU, "FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV")
 """Backends that vLLM's CPU platform, or a model, chooses by itself; see `integration/platform.py`."""
 
 
 def register() -> None:
-    """Makes `--attention-backend shadowkv` known to vLLM. Safe to call again."""
+    """Makes `--attention-backend shadowkv` and its KV connector known to vLLM. Safe to call again."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    _register_backend()
+    with contextlib.suppress(ValueError):  # it is known
+        KVConnectorFactory.register_connector(CONNECTOR, "vllm_shadowkv.integration.connector", CONNECTOR)
+
+
+def _register_backend() -> None:
     from prometheus_client import REGISTRY
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -44,12 +54,12 @@ def platform() -> None:
     General plugins come too late for `LLM(attention_config={"backend": "SHADOWKV"})`, which vLLM validates before it
     loads them. With VLLM_TARGET_DEVICE=cpu it does not ask.
     """
-    register()
+    _register_backend()
 
 
 def _member(folder: str | None = None, *pids: int) -> Any:
     """The backend's enum member, in a process that may not have loaded plugins; of the rest see `belong_to`."""
-    register()
+    _register_backend()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     belong_to(folder, *pids)

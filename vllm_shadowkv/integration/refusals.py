@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm_shadowkv.config import OTHER_BACKEND, ShadowKVConfig
 from vllm_shadowkv.integration.compat import check_vllm_version
 from vllm_shadowkv.metrics import count_refusal, labels_of
 from vllm_shadowkv.page import DTYPES
+from vllm_shadowkv.plugin import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,16 +75,27 @@ def check_engine(vllm_config: VllmConfig, config: ShadowKVConfig) -> None:
         ValueError: the sentence names the setting and the way out.
     """
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
-    speculative = vllm_config.speculative_config
+    speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
     own = str(model.dtype).removeprefix("torch.")
     # vLLM knows no KV cache of float32 by name.
     half = model.dtype in (torch.float16, torch.bfloat16)
     dtype_flags = f"--kv-cache-dtype {own}" if half else "--dtype bfloat16 --kv-cache-dtype bfloat16"
     refusals: list[tuple[Any, str]] = [
         (
-            vllm_config.kv_transfer_config is not None,
-            "does not support KV connectors (--kv-transfer-config, --kv-offloading-size), which would move device "
-            "pages without the values in the host pool; drop the connector",
+            transfer is not None and transfer.kv_connector != CONNECTOR,
+            "does not support KV connectors (--kv-transfer-config, --kv-offloading-size) but its own, because others "
+            f"would move device pages without the values in the host pool; use {CONNECTOR}, or drop the connector",
+        ),
+        (
+            transfer is not None and not cache.enable_prefix_caching,
+            f"has {CONNECTOR} extend the prefix cache; drop --no-enable-prefix-caching, or --kv-transfer-config",
+        ),
+        (
+            transfer is not None
+            and cache.prefix_caching_hash_algo.startswith("xxhash")
+            and "PYTHONHASHSEED" not in os.environ,
+            f"has {CONNECTOR} find files by hashes that other processes must come to as well; use "
+            "--prefix-caching-hash-algo sha256, or set PYTHONHASHSEED alike for all of them",
         ),
         (
             speculative is not None and speculative.method not in DRAFT_METHODS,
@@ -226,6 +239,28 @@ def check_served(num_layers: int, num_stages: int) -> None:
         raise ValueError(
             "shadowkv serves layers without a sliding window, and this model has none; "
             f"{OTHER_BACKEND}, or lower --max-model-len to the window."
+        )
+
+
+def check_connected(ours: bool, beside: bool) -> None:
+    """Refuses our KV connector where the cache is not ours, or not ours alone.
+
+    Args:
+        ours: there are sealed blocks.
+        beside: there are layers of other backends.
+
+    Raises:
+        ValueError: the sentence names the way out.
+    """
+    if not ours:
+        raise ValueError(
+            f"{CONNECTOR} moves sealed blocks of the shadowkv backend, and this engine has none; add "
+            "--attention-backend shadowkv, or drop --kv-transfer-config."
+        )
+    if beside:
+        raise ValueError(
+            f"{CONNECTOR} moves sealed blocks alone, of which a model with layers of other backends beside (windows, "
+            "chunks, states, a draft model) cannot make use; drop --kv-transfer-config."
         )
 
 

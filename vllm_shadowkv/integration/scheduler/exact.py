@@ -116,6 +116,35 @@ class ExactManager(PublishingManager):
         size = self.boundary.block_size
         return 0 if self.kv_cache_spec.prefix_cacheable else num_computed_tokens // size * size
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """As vLLM; what a request reads from files it holds sealed only."""
+        if total_computed_tokens > num_local_computed_tokens:
+            new_computed_blocks = self._nulls(total_computed_tokens)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            *args,
+            **kwargs,
+        )
+
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """None: see `add_local_computed_blocks`."""
+
+    def _nulls(self, num_tokens: int) -> list[KVCacheBlock]:
+        return [self._null_block] * (num_tokens // self.block_size)
+
     def add_local_computed_blocks(
         self,
         request_id: str,
@@ -123,7 +152,13 @@ class ExactManager(PublishingManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """As vLLM; counts what was hit."""
+        """As vLLM; counts what was hit.
+
+        Exact pages of a hit would end before the blocks behind it that are read from files: their run must reach the
+        end, so none is held.
+        """
+        if num_external_computed_tokens:
+            new_computed_blocks = self._nulls(num_local_computed_tokens + num_external_computed_tokens)
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
@@ -161,14 +196,15 @@ class ExactManager(PublishingManager):
         self._freed.take(freed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forgets the request."""
+        """Frees the request's pages, the first ones to be given up first: a hit takes a run that reaches its end.
+
+        VLLM would free what it is given a step later where a KV connector may write to it meanwhile. Ours does not
+        (`worker/transfers.py`), so nothing is left to it.
+        """
         self._prefill_end.pop(request_id, None)
         self._processed.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
-
-    def free(self, request_id: str) -> None:
-        """Frees the request's pages, the first ones to be given up first: a hit takes a run that reaches its end."""
-        self._freed.take(self.pop_blocks_for_free(request_id))
+        self._freed.take(super().pop_blocks_for_free(request_id))
+        return []
 
 
 class _FreedPages:

@@ -15,7 +15,7 @@ from vllm_shadowkv.metrics import count_ownerless_seals, labels_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 
 class ShadowManager(PublishingManager, FullAttentionManager):
@@ -28,11 +28,25 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         see_requests(see_request)
         self._unsealed: set[int] = set()
         """Blocks that can be hit and that this step completes: who is in it, too, must not read them sealed."""
+        self.keeps_published = False
+        """Whether `take_sealed` is called in every step."""
+        self._published: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
+        self._sealed: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
 
     def new_step_starts(self) -> None:
         """As its base says; what the step before has completed is sealed before anyone reads it now."""
         super().new_step_starts()
         self._unsealed.clear()
+        self._sealed += self._published
+        self._published.clear()
+
+    def take_sealed(self) -> list[tuple[KVCacheBlock, BlockHashWithGroupId]]:
+        """Published blocks that will be sealed when the step that was scheduled is planned, or are, with their hashes.
+
+        Every one is returned once.
+        """
+        sealed, self._sealed = self._sealed, []
+        return sealed
 
     @classmethod
     def find_longest_cache_hit(
@@ -74,9 +88,15 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         return False
 
     def _publish(self, scheduled: Scheduled) -> None:
+        request_id = scheduled.request.request_id
+        published = self.num_cached_block.get(request_id, 0)
         super()._publish(scheduled)
+        blocks = self.req_to_blocks[request_id]
         places = slice(scheduled.computed // self.block_size, scheduled.tokens // self.block_size)
-        self._unsealed.update(block.block_id for block in self.req_to_blocks[scheduled.request.request_id][places])
+        self._unsealed.update(block.block_id for block in blocks[places])
+        if self.keeps_published:
+            new = blocks[published : self.num_cached_block.get(request_id, 0)]
+            self._published += [(block, block.block_hash) for block in new if block.block_hash is not None]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Counts blocks that the last step completed, and that are sealed without their owner."""
@@ -118,7 +138,7 @@ class SlotManager(CircularBufferManager):
         spec, missing = self.kv_cache_spec, 0
         if not self.req_to_blocks.get(request_id):
             first = request_id not in self.req_to_blocks
-            hit = num_local_computed_tokens // spec.block_size if first else int(request_id in self._with_hit)
+            hit = total_computed_tokens // spec.block_size if first else int(request_id in self._with_hit)
             decodes = request_id not in self._never_decode or num_tokens - total_computed_tokens == 1
             missing = spec.pages_per_request if decodes and spec.boundary.reads_sealed(num_tokens, hit) else 0
         self._missing[request_id] = missing
@@ -142,8 +162,11 @@ class SlotManager(CircularBufferManager):
         num_external_computed_tokens: int,
     ) -> None:
         """Notes that a request starts on sealed blocks."""
-        if num_local_computed_tokens >= self.kv_cache_spec.block_size:
+        if num_local_computed_tokens + num_external_computed_tokens >= self.kv_cache_spec.block_size:
             self._with_hit.add(request_id)
+
+    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """None: slots hold nothing that could be read from elsewhere."""
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forgets the request; one that was preempted takes slots like any other when it is resumed."""

@@ -46,6 +46,8 @@ class PublishingManager(SingleTypeKVCacheManager):
         self._scheduled: dict[str, Scheduled] = {}
         self._unpublished: list[str] = []
         """Requests of them; every request that waits looks for a hit in every step."""
+        self._reading: set[str] = set()
+        """Requests whose blocks are being read from files."""
         self._being_scheduled: str | None = None
         self._begins = self._ends = 0
         self.labels: dict[str, str] | None = None
@@ -88,12 +90,31 @@ class PublishingManager(SingleTypeKVCacheManager):
         self._being_scheduled, self._ends = request_id, num_tokens_main_model
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """As vLLM; notes whether the request waits for blocks that are read from files."""
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+        if num_external_computed_tokens:
+            self._reading.add(request_id)
+
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Notes which blocks will be sealed.
 
         vLLM calls it in scheduling, after it has allocated. The asynchronous scheduler of 0.32 calls it again when it
-        has the output of a step; that schedules nothing, so such a call changes nothing.
+        has the output of a step; that schedules nothing, so such a call changes nothing. And it calls it when blocks
+        are there that were read from files: these are sealed.
         """
+        if request.request_id in self._reading:
+            self._reading.remove(request.request_id)
+            super().cache_blocks(request, num_tokens, replay_boundaries=())
+            return
         if self._being_scheduled != request.request_id:
             return
         self._being_scheduled, computed = None, self._begins
@@ -106,6 +127,7 @@ class PublishingManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """A finished request's last step has run, or will; that of one that is preempted while it is scheduled not."""
+        self._reading.discard(request_id)
         scheduled = self._scheduled.pop(request_id, None)
         if scheduled is not None and scheduled.request.is_finished():
             self._publish(scheduled)

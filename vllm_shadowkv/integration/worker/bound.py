@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ class Bound:
         exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
         slots: counts of the slots' hits and misses.
         due: blocks that the last step completed of prompts, each with its exact pages and its first position.
+        reading: blocks whose rows of the host pool are being written to files, or were.
     """
 
     memories: dict[str, LayerMemory]
@@ -43,6 +45,7 @@ class Bound:
     exact_start: Tensor
     slots: SlotCounts
     due: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    reading: dict[int, Future[None]] = field(default_factory=dict)
 
 
 def make_bound(

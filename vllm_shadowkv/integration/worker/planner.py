@@ -41,6 +41,10 @@ class Planner:
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
 
+    def seal_due(self) -> None:
+        """Seals what the last step has completed of prompts, where no step follows that would."""
+        self._sealer.seal_due(self._memory.bind())
+
     def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
         """Takes one group's metadata.
 

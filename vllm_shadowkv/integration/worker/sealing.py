@@ -10,6 +10,7 @@ Who may free the exact pages that it was sealed from, and when, is `scheduler/ma
 from __future__ import annotations
 
 import logging
+from concurrent.futures import wait
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ class Sealer:
             return
         layout = self._layout
         device = bound.exact_start.device
+        for reading in [bound.reading.pop(block) for block in found.keys() & bound.reading.keys()]:
+            if not reading.cancel():  # a save that has begun
+                wait([reading])
         block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
         exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)
         first_positions = torch.tensor([first for _, first in found.values()], dtype=torch.int32)
