@@ -12,14 +12,15 @@ import json
 import random
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -29,7 +30,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv import ops
@@ -37,12 +38,16 @@ from vllm_shadowkv.config import ShadowKVConfig
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager, see_request
 from vllm_shadowkv.integration.specs import ExactSpec, ShadowSpec, SlotSpec
+from vllm_shadowkv.integration.stored import Rank, StepTransfers
 from vllm_shadowkv.integration.worker import sealing
 from vllm_shadowkv.integration.worker.planner import Planner
 from vllm_shadowkv.integration.worker.step import Step
+from vllm_shadowkv.integration.worker.transfers import Transfers
 from vllm_shadowkv.metrics import StepCounts
 from vllm_shadowkv.page import plan_page
+from vllm_shadowkv.plugin import CONNECTOR
 from vllm_shadowkv.state.block_state import BlockState
+from vllm_shadowkv.state.block_store import BadBlockError
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.decode import DecodeRows
 from vllm_shadowkv.state.slot_counts import SlotCounts
@@ -127,6 +132,71 @@ def exact_boundary(
     return boundary.beside(slot_pages)
 
 
+class Files:
+    """What `BlockFolder` and `BlockStore` are to the connector, without files."""
+
+    def __init__(self, bad: float = 0.0) -> None:
+        """Empty.
+
+        Args:
+            bad: share of the reads that find no block, or another.
+        """
+        self.blocks: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._bad, self._draw = bad, random.Random(0)
+
+    def count(self, ranks: Iterable[str], block_hashes: Iterable[bytes]) -> int:
+        found = 0
+        for block_hash in block_hashes:
+            if block_hash not in self.blocks:
+                break
+            found += 1
+        return found
+
+    def has(self, block_hash: bytes) -> bool:
+        return block_hash in self.blocks
+
+    def write(self, block_hash: bytes, pages: torch.Tensor, values: torch.Tensor) -> int:
+        self.blocks.setdefault(block_hash, (pages.clone(), values.clone()))
+        return 1
+
+    def read(self, block_hash: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        if block_hash not in self.blocks or self._draw.random() < self._bad:
+            raise BadBlockError("is bad")
+        return self.blocks[block_hash]
+
+    def remove(self, block_hash: bytes) -> None:
+        self.blocks.pop(block_hash, None)
+
+    def touch(self, block_hashes: Iterable[bytes]) -> None:
+        assert all(block_hashes)
+
+    def clear(self) -> None:
+        self.blocks.clear()
+
+
+class Late(Executor):
+    """Runs what it is asked in order, some time later."""
+
+    def __init__(self) -> None:
+        self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._asked.append((future, functools.partial(function, *args, **kwargs)))
+        return future
+
+    def run(self, most: int) -> None:
+        """The next ones."""
+        for _ in range(min(most, len(self._asked))):
+            future, call = self._asked.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BadBlockError as error:
+                future.set_exception(error)
+
+
 class Engine:
     """A scheduler with our three groups, and the worker.
 
@@ -139,6 +209,7 @@ class Engine:
         runner: "v1" or "v2": what vLLM's model runner calls prefilling. "v2-cuda" also plans as on CUDA, where rows of
             one token all decode through our kernels and most steps do not read the block tables on the host.
         zeroed: vLLM zeroes pages that it gives away, as beside layers of other backends.
+        files: blocks are saved to them, and loaded from them, by the KV connector.
         settings: of ShadowKV.
     """
 
@@ -155,6 +226,7 @@ class Engine:
         policy: str = "fcfs",
         runner: str = "v1",
         zeroed: bool = False,
+        files: Files | None = None,
         **settings: Any,
     ) -> None:
         settings = {"block_size": 64, "compression": 4, "dense_threshold": 128, **settings}
@@ -168,6 +240,8 @@ class Engine:
         vllm.model_config.max_model_len = max_model_len
         vllm.cache_config.enable_prefix_caching = caching
         vllm.cache_config.num_gpu_blocks = num_blocks
+        transfer = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_both")
+        vllm.kv_transfer_config = None if files is None else transfer
         boundary = exact_boundary(self.config, max_step, max_model_len, asynchronous, slot_pages)
         resident = self.config.resident_pages and not zeroed
         kind: dict[str, Any] = {"resident": resident} | ({"dtype": torch.uint8} if zeroed else {})
@@ -181,8 +255,12 @@ class Engine:
             hash_block_size=self.hash_size,
         )
         self.worker = Worker(
-            self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner, zeroed
+            self.config, boundary.resolve(num_blocks), num_blocks, slot_pages, max_seqs, runner, zeroed, files
         )
+        if files is not None:
+            connector = self.scheduler.connector
+            assert connector is not None
+            connector.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.transfers.rank})
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.requests: dict[str, Request] = {}
         self.preemptions = 0
@@ -234,7 +312,7 @@ class Engine:
         for name, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if name in cached.resumed_req_ids:
                 self.hits[name] = computed
-        if output.total_num_scheduled_tokens:
+        if output.total_num_scheduled_tokens or output.kv_connector_metadata:
             free = [block for block in self.manager.block_pool.blocks if block.ref_cnt == 0]
             self.worker.free = {block.block_id for block in free}
             blocks = self.manager.block_pool.blocks
@@ -242,14 +320,18 @@ class Engine:
             self.worker.lost = [*given - {0}, *(block.block_id for block in free if block.block_hash is None)]
             assert all(blocks[page].ref_cnt for page in given)
             self.in_flight.append((output, self.worker.run(output)))
-        if len(self.in_flight) > int(self.asynchronous) or not output.total_num_scheduled_tokens:
+        at_most = int(self.asynchronous) if output.total_num_scheduled_tokens else 0
+        while len(self.in_flight) > at_most:
             self._take_in()
         return output
 
     def finish(self, limit: int = 3000) -> None:
         """Steps until all requests are done, and checks that nothing is left behind."""
         for _ in range(limit):
-            if not self.scheduler.has_unfinished_requests() and not self.in_flight:
+            requests = self.scheduler.has_unfinished_requests() or (
+                self.scheduler.connector and self.scheduler.requests
+            )
+            if not requests and not self.in_flight:
                 break
             self.step()
         else:
@@ -259,10 +341,18 @@ class Engine:
 
     def check_nothing_is_left(self) -> None:
         """Raises AssertionError where a block or a note outlives its request."""
+        if connector := self.scheduler.connector:
+            self.step()  # vLLM takes one more, in which a connector does what is left
+            self._take_in()
+            self.worker.threads.run(1000)
+            transfers, prefixes = self.worker.transfers, connector.prefixes  # type: ignore[attr-defined]
+            for left in (transfers._loads, transfers._waiting_bytes, prefixes._found, prefixes._failed):
+                assert not left
         assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
         shadow, exact, slots = self.managers
         of_slots = (slots._with_hit, slots._never_decode, slots._missing)
-        for notes in (shadow._scheduled, exact._scheduled, exact._prefill_end, exact._processed, *of_slots):
+        of_files = (shadow._reading, exact._reading, shadow._published, shadow._sealed)
+        for notes in (shadow._scheduled, exact._scheduled, exact._prefill_end, exact._processed, *of_slots, *of_files):
             assert not notes
         for manager in (shadow, exact, slots):
             assert not any(manager.req_to_blocks.values())
@@ -292,7 +382,7 @@ class Engine:
             self.scheduler.update_from_output(*self.in_flight.popleft())
 
 
-class _Row:
+class Row:
     """A request as the worker knows it."""
 
     def __init__(self, prompt: list[int], block_ids: tuple[list[int], ...], computed: int) -> None:
@@ -323,6 +413,7 @@ class Worker:
         max_rows: int,
         runner: str,
         zeroed: bool = False,
+        files: Files | None = None,
     ) -> None:
         layout = plan_page(config, num_kv_heads=4, head_size=64, dtype=torch.float32)
         self.layout, self.slot_pages = layout, slot_pages
@@ -340,14 +431,19 @@ class Worker:
         self.slots: dict[int, dict[tuple[int, int], list[int]]] = {}
         """Of every slot page, the marks of the chunk at each KV head and place. The tags in the page are real ones."""
         self.draw = random.Random(0)
-        self.rows: dict[str, _Row] = {}
+        self.rows: dict[str, Row] = {}
         self.names: list[str] = []
         """Requests of the last step, in the order of its rows."""
-        self.known: dict[str, _Row] = {}
+        self.known: dict[str, Row] = {}
         """All rows that ever were; a request that is aborted before it runs has none."""
         pages = torch.zeros(num_blocks, layout.page_bytes, dtype=torch.uint8)
         memory = SimpleNamespace(
-            layout=layout, pages=pages, exact_views=layout.exact_views(pages), slot_pages=pages, worker=self
+            layout=layout,
+            pages=pages,
+            exact_views=layout.exact_views(pages),
+            slot_pages=pages,
+            host_pool=torch.zeros(num_blocks, 8 * self.block, dtype=torch.uint8),
+            worker=self,
         )
         self.bound = SimpleNamespace(
             boundary=boundary,
@@ -356,6 +452,7 @@ class Worker:
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
             slots=SlotCounts(torch.device("cpu")),
             due={},
+            reading={},
         )
         self.tables: list[torch.Tensor] = []
         """Of the last step, which on a CPU are overwritten by the next."""
@@ -383,6 +480,13 @@ class Worker:
             self.gone.update(self.lost)
 
         sealer.seal_due = seal_and_lose
+        self.threads = Late()
+        if files is not None:
+            rank, labels = Rank(files, "0"), {"model_name": "simulation", "engine": "0"}  # type: ignore[arg-type]
+            store: Any = files
+            self.transfers = Transfers(self.planner, memory_of_worker, layout, store, rank, self.threads, labels)
+        self.loaded = self.unread = 0
+        """Requests that waited for files, and those that computed what they waited for."""
         self.decoded = 0
         """Rows that decoded over sealed blocks."""
         self.prefilled_over_sealed = 0
@@ -394,6 +498,44 @@ class Worker:
 
     def run(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step."""
+        metadata: Any = output.kv_connector_metadata
+        if metadata is not None:
+            self.threads.run(self.draw.choice([0, 0, 1, 3, 100]))
+        if not output.total_num_scheduled_tokens:
+            self._update(output)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sealing, "seal_blocks", _seal)
+                return ModelRunnerOutput.with_kv_conn_output_only(self._transfer(metadata))
+        computed = self._compute(output)
+        if metadata is not None:
+            computed.kv_connector_output = self._transfer(metadata)
+        return computed
+
+    def _transfer(self, metadata: StepTransfers) -> KVConnectorOutput:
+        """What the connector does after a step."""
+        state = self.bound.state
+        loading = {block for blocks in metadata.loads.values() for _, block in blocks}
+        for block in loading:
+            self.content[block] = ("loading", None)
+            self.slots.pop(block, None)
+            self.gone.discard(block)
+        for block_hash, block in metadata.saves:
+            assert self.content[block][0] == "shadow" or block in self.bound.due, f"saves {block}, {block_hash!r}"
+        self.transfers.begin(metadata)
+        waiting = {name: [block for _, block in blocks] for name, (blocks, _) in self.transfers._loads.items()}
+        loaded, failed = self.transfers.finish_loads()
+        self.loaded += len(loaded)
+        self.unread += len(failed)
+        (memory,) = self.bound.memories.values()
+        for block in (block for name in loaded for block in waiting[name]):
+            assert state.sealed[block]
+            marks = memory.host_pool[block].view(torch.int64).tolist()
+            assert marks == memory.pages[block][: 8 * self.block].view(torch.int64).tolist(), "half a block"
+            self.content[block] = ("shadow", marks)
+        return KVConnectorOutput(finished_recving=loaded | failed, failed_recving=failed)
+
+    def _compute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        """The model's part of a step."""
         self._update(output)
         names = self.names = [name for name in self.rows if name in output.num_scheduled_tokens]
         self.draw.shuffle(names)  # rows are in any order
@@ -429,7 +571,7 @@ class Worker:
             self.rows.pop(name, None)
         for new in output.scheduled_new_reqs:
             assert new.prompt_token_ids is not None
-            row = _Row(new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
+            row = Row(new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
             self.rows[new.req_id] = self.known[new.req_id] = row
         cached = output.scheduled_cached_reqs
         for name, block_ids, computed in zip(
@@ -445,7 +587,7 @@ class Worker:
                     held.extend(more)
             assert row.computed == computed
 
-    def _plan(self, rows: list[_Row], counts: list[int]) -> Step:
+    def _plan(self, rows: list[Row], counts: list[int]) -> Step:
         starts = torch.tensor([0, *counts]).cumsum(0).int()
         prefill_ends = [row.num_prompt if self.runner == "v1" else row.prefill_end for row in rows]
         positions = [
@@ -482,7 +624,7 @@ class Worker:
         assert all(width <= self.boundary.max_sealed_blocks for width in widths), "the scratch memory has no room"
         return step
 
-    def _check_counts(self, rows: list[_Row]) -> None:
+    def _check_counts(self, rows: list[Row]) -> None:
         """What the planner counts, against what the pages hold."""
         counts, size = self.planner.counts, self.block
         assert counts.sealed_prefills == self.prefilled_over_sealed
@@ -504,9 +646,13 @@ class Worker:
         assert all(intact), "seals what is no exact page"
         self.slots.pop(block, None)
         self.gone.discard(block)
-        self.content[block] = ("shadow", [mark for page in exact for mark in self.content[page][1]])
+        marks = [mark for page in exact for mark in self.content[page][1]]
+        self.content[block] = ("shadow", marks)
+        (memory,) = self.bound.memories.values()
+        memory.host_pool[block] = torch.tensor(marks).view(torch.uint8)
+        memory.pages[block][: 8 * self.block] = memory.host_pool[block]
 
-    def _write(self, rows: list[_Row], counts: list[int], step: Step) -> None:
+    def _write(self, rows: list[Row], counts: list[int], step: Step) -> None:
         marks = [
             row.mark(position)
             for row, count in zip(rows, counts, strict=True)
@@ -524,7 +670,7 @@ class Worker:
                 self.content[page] = ("exact", held)
             held[offset] = mark
 
-    def _exact_part(self, index: int, row: _Row, counts: list[int], step: Step) -> tuple[int, list[int], int]:
+    def _exact_part(self, index: int, row: Row, counts: list[int], step: Step) -> tuple[int, list[int], int]:
         """From where on a row reads exact pages, and which: as its prefill says, or as its boundary, which is third."""
         boundary, first = int(self.bound.exact_start[index]), sum(counts[:index])
         start, exact_row = boundary, row.blocks[1]
@@ -545,7 +691,7 @@ class Worker:
             )
         return start, exact_row, boundary
 
-    def _read(self, name: str, row: _Row, seq_len: int, start: int, exact_row: list[int], boundary: int) -> None:
+    def _read(self, name: str, row: Row, seq_len: int, start: int, exact_row: list[int], boundary: int) -> None:
         assert start % self.block == 0
         row.mark(seq_len - 1)
         for kind, size, table, first, end in (
@@ -563,7 +709,7 @@ class Worker:
                         + ("other tokens" if held_kind == kind else f"{held_kind} content")
                     )
 
-    def _take_slots(self, names: list[str], rows: list[_Row], counts: list[int], step: Step) -> list[_Row]:
+    def _take_slots(self, names: list[str], rows: list[Row], counts: list[int], step: Step) -> list[Row]:
         """The rows that decode over sealed blocks, whose slots overwrite what their pages were."""
         if not step.decode:
             return []
@@ -582,7 +728,7 @@ class Worker:
                 self.gone.discard(page)
         return decoding
 
-    def _read_slots(self, rows: DecodeRows, decoding: list[_Row]) -> None:
+    def _read_slots(self, rows: DecodeRows, decoding: list[Row]) -> None:
         """Some chunks of every row, drawn at random, through the real tags; contents are marks."""
         layout, state = self.layout, self.bound.state
         per_page, heads, width = layout.slots_per_page, layout.num_kv_heads, layout.slots_per_page * self.slot_pages

@@ -12,6 +12,7 @@ whoever owns its pages by then. So pages are filled right after that; the rest o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def _fill(block_ids: list[int], bound: Any) -> None:
     if torch.cuda.is_available():  # what steps in flight may still read
         torch.cuda.synchronize()
     bound.state.write_exact(torch.tensor(block_ids))  # it is a write
+    wait(bound.reading[block] for block in block_ids if block in bound.reading)  # whose rows nobody else writes to
     for memory in bound.memories.values():
         for pages in (memory.pages, memory.exact_pages, memory.slot_pages, memory.host_pool):
             pages[block_ids] = 0xFF

@@ -286,6 +286,13 @@ def twice(asker: Asker) -> dict[str, Generated]:
     return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
 
 
+def stored(asker: Asker) -> dict[str, Generated]:
+    """Prompts, then the same again: what can be hit by then lies in memory."""
+    requests = _named(_prompts("stored", 700, 1100, 520), tokens=12)
+    first = asker.ask(requests)
+    return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
+
+
 def scored(asker: Asker) -> dict[str, Generated]:
     """Eight prompts whose own tokens are scored, and two tokens more: of prefill and of decode."""
     prompts = _prompts("scored", *range(150, 310, 20))
@@ -369,6 +376,7 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         storm,
         short,
         twice,
+        stored,
         scored,
         long,
         adapters,

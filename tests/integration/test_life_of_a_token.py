@@ -264,7 +264,12 @@ def test_what_happened_is_in_the_metrics(trials: Trials, trial: Trial) -> None:
     assert bool(metrics["fetched_bytes_total decode"]) == bool(fetched)
     assert bool(metrics["resident_chunks_total"]) == is_resident
     prefixes = "prefixes" in trial.scenarios
-    for name in ("sealed_prefills_total", "expanded_tokens_total", "fetched_bytes_total prefill", "hit_tokens_total"):
+    for name in (
+        "sealed_prefills_total",
+        "expanded_tokens_total",
+        "fetched_bytes_total prefill",
+        "hit_tokens_total sealed",
+    ):
         assert not prefixes or metrics[name] or is_resident, "a hit is read from sealed blocks"
     assert not prefixes or bool(metrics["resident_tokens_total"]) == is_resident
     if "seals" in counts:

@@ -6,6 +6,7 @@ the model's layers, and checks what is read. The rules here check what the block
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -22,15 +23,20 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from simulation import Engine
+from simulation import Engine, Files, Row
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotManager
+from vllm_shadowkv.integration.scheduler.publishing import PublishingManager
+from vllm_shadowkv.integration.scheduler.stored_prefixes import StoredPrefixes
+from vllm_shadowkv.integration.worker.planner import Planner
 from vllm_shadowkv.integration.worker.sealing import Sealer
+from vllm_shadowkv.integration.worker.transfers import Transfers
 from vllm_shadowkv.state.block_state import BlockState
+from vllm_shadowkv.state.block_store import BadBlockError
 from vllm_shadowkv.state.boundary import ExactBoundary
 
 BLOCK = 64
@@ -50,6 +56,7 @@ ENGINES = st.fixed_dictionaries(
         "prefill_exact_tokens": st.sampled_from([None, 0, 128]),
         "compression": st.sampled_from([1, 2, 4]),
         "resident_pages": st.sampled_from([True, True, False]),
+        "bad_files": st.sampled_from([None, None, 0.0, 0.3]),
     }
 )
 
@@ -64,7 +71,9 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(options=ENGINES)
     def start(self, options: dict[str, Any]) -> None:
-        self.engine = Engine(max_model_len=LONGEST, **options)
+        bad = options["bad_files"] if options["caching"] else None
+        options = {name: value for name, value in options.items() if name != "bad_files"}
+        self.engine = Engine(max_model_len=LONGEST, files=None if bad is None else Files(bad), **options)
 
     # -- What happens ------------------------------------------------------------------------------------------------
 
@@ -111,8 +120,9 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def forget_prefixes(self) -> None:
-        reset = self.engine.scheduler.reset_prefix_cache()
-        assert reset == (not self.engine.scheduler.running)
+        scheduler = self.engine.scheduler
+        held = scheduler.running or scheduler.deferred_frees or self._loading()
+        assert scheduler.reset_prefix_cache() == (not held)
 
     def teardown(self) -> None:
         if self.engine is not None:
@@ -134,6 +144,8 @@ class Lives(RuleBasedStateMachine):
                 of_group.update(block.block_id for block in blocks if not block.is_null)
             assert not held.keys() & of_group.keys(), "a block is in two groups"
             held |= of_group
+        for _, blocks in self.engine.scheduler.deferred_frees:
+            held.update(block.block_id for block in blocks)
         for block in self.engine.manager.block_pool.blocks[1:]:
             assert block.ref_cnt == held[block.block_id]
         assert self.engine.free_blocks + len(held) == len(self.engine.worker.content) - 1
@@ -169,12 +181,14 @@ class Lives(RuleBasedStateMachine):
         worker = self.engine.worker
         marks: tuple[dict[bytes, list[int]], ...] = {}, {}
         for request in self.engine.requests.values():
-            if row := worker.known.get(request.request_id):
-                for place, block_hash in enumerate(request.block_hashes):
-                    end = (place + 1) * self.engine.hash_size
-                    if end <= len(row.marks):
-                        for of_group, size in zip(marks, (BLOCK, worker.page), strict=True):
-                            of_group[block_hash] = row.marks[max(end - size, 0) : end]
+            # What a request has read from files may be published before it runs.
+            row = worker.known.get(request.request_id) or Row(list(request.all_token_ids), ([], [], []), 0)
+            for place, block_hash in enumerate(request.block_hashes):
+                end = (place + 1) * self.engine.hash_size
+                if end <= len(row.tokens):
+                    row.mark(end - 1)
+                    for of_group, size in zip(marks, (BLOCK, worker.page), strict=True):
+                        of_group[block_hash] = row.marks[max(end - size, 0) : end]
         for block in self.engine.manager.block_pool.blocks:
             if block.block_hash is not None:
                 group = get_group_id(block.block_hash)
@@ -190,6 +204,9 @@ class Lives(RuleBasedStateMachine):
                 else:
                     assert worker.bound.state.sealed[block.block_id], "published, but not sealed"
                     assert worker.content[block.block_id] == ("shadow", expected)
+
+    def _loading(self) -> bool:
+        return any(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS for request in self.engine.requests.values())
 
     def _is_done(self, request: Request) -> bool:
         return request.status == RequestStatus.FINISHED_LENGTH_CAPPED
@@ -258,12 +275,80 @@ def hit_without_its_exact_pages(cls: type[ExactManager], **kwargs: Any) -> Any:
 find_exact_hit = ExactManager.find_longest_cache_hit
 
 
+def loaded_in_the_old_epoch(self: Transfers, *load: Any) -> None:
+    """What held other blocks' exact pages still passes for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockState, "write_exact", written_in_the_old_epoch)
+        load_blocks(self, *load)
+
+
+def loaded_over_what_was_sealed(self: Transfers, *load: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockState, "write_open", never_opened)
+        load_blocks(self, *load)
+
+
+load_blocks = Transfers._load
+
+
+def saved_unseen(self: Transfers, block_hash: bytes, block: int) -> None:
+    """Whoever seals the block anew, or loads into it, does not know that its row is being read."""
+    save(self, block_hash, block)
+    self._memory.bind().reading.clear()
+
+
+save = Transfers._save
+
+
+def saved_before_it_is_sealed(self: ShadowManager) -> Any:
+    published, self._published = self._published, []
+    return [*take_sealed(self), *published]
+
+
+take_sealed = ShadowManager.take_sealed
+
+
+def saved_after_it_was_given_away(self: StoredPrefixes, computes: bool) -> Any:
+    given = [(get_block_hash(block_hash), block.block_id) for block, block_hash in self._shadow._sealed]
+    step = next_step(self, computes)
+    step.saves = given
+    return step
+
+
+next_step = StoredPrefixes.step
+
+
+def sealed_by_a_forward_pass_alone(self: Planner) -> None:
+    """What the last step before a pause has completed waits for the next one."""
+
+
+def hit_with_the_pages_before_what_is_loaded(self: ExactManager, *blocks: Any) -> None:
+    PublishingManager.add_local_computed_blocks(self, *blocks)
+
+
+def loaded_whole(self: Transfers, *load: Any) -> None:
+    """A block that could not be read counts as one that was."""
+    with contextlib.suppress(BadBlockError):
+        fill(self, *load)
+
+
+fill = Transfers._fill
+
+
 class LivesInASmallPool(Lives):
     """Block ids are soon handed out again, which most errors need to show."""
 
     @initialize(options=ENGINES)
     def start(self, options: dict[str, Any]) -> None:
         super().start(options | {"num_blocks": 60, "compression": 2, "max_step": 300})
+
+
+class LivesInFiles(LivesInASmallPool):
+    """And prefixes are soon found in files alone."""
+
+    @initialize(options=ENGINES)
+    def start(self, options: dict[str, Any]) -> None:
+        super().start(options | {"caching": True, "bad_files": options["bad_files"] or 0.1})
 
 
 @pytest.mark.parametrize(
@@ -279,6 +364,14 @@ class LivesInASmallPool(Lives):
         (BlockState, "write_slots", taken_for_slots_in_the_old_epoch),
         (BlockState, "resident", every_source_is_resident),
         (ExactManager, "find_longest_cache_hit", classmethod(hit_without_its_exact_pages)),
+        (Transfers, "_load", loaded_in_the_old_epoch),
+        (Transfers, "_load", loaded_over_what_was_sealed),
+        (Transfers, "_save", saved_unseen),
+        (Transfers, "_fill", loaded_whole),
+        (ShadowManager, "take_sealed", saved_before_it_is_sealed),
+        (StoredPrefixes, "step", saved_after_it_was_given_away),
+        (Planner, "seal_due", sealed_by_a_forward_pass_alone),
+        (ExactManager, "add_local_computed_blocks", hit_with_the_pages_before_what_is_loaded),
     ],
     ids=lambda value: getattr(value, "__name__", "") if not isinstance(value, type) else "",
 )
@@ -287,5 +380,8 @@ def test_a_planted_error_is_found(
 ) -> None:
     monkeypatch.setattr(owner, name, planted)
     search = settings(TestLives.settings, max_examples=200, derandomize=True, database=None, phases=[Phase.generate])
-    with pytest.raises((AssertionError, RuntimeError)):
-        run_state_machine_as_test(LivesInASmallPool, settings=search)
+    of_files = (
+        owner in (Transfers, StoredPrefixes, Planner) or "load" in planted.__name__ or "saved" in planted.__name__
+    )
+    with pytest.raises((AssertionError, RuntimeError, KeyError)):
+        run_state_machine_as_test(LivesInFiles if of_files else LivesInASmallPool, settings=search)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from simulation import Engine, exact_boundary
+from simulation import Engine, Files, exact_boundary
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id, resolve_block_hashes
 from vllm.v1.request import Request
 
@@ -641,6 +641,8 @@ def storm(seed: int, **options: object) -> Engine:
         "compression": draw.choice([1, 2, 4]),
         "resident_pages": seed % 3 > 0,
     }
+    if chosen["caching"] and draw.random() < 0.5:
+        chosen["files"] = Files(bad=draw.choice([0.0, 0.2]))
     engine = Engine(**(chosen | options))  # type: ignore[arg-type]
     heads = [prompt(400, seed=head) for head in range(2)]
     requests = []
@@ -655,7 +657,7 @@ def storm(seed: int, **options: object) -> Engine:
             request = draw.choice(requests)
             if not request.is_finished():
                 engine.abort(request)
-        if draw.random() < 0.1:
+        if draw.random() < (0.5 if "files" in chosen else 0.1):
             engine.scheduler.reset_prefix_cache()
     engine.finish()
     return engine

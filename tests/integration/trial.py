@@ -189,12 +189,14 @@ def run(trial: dict[str, Any], shut_down: bool = False) -> dict[str, Any]:
 
 
 def _metrics() -> dict[str, int]:
-    """Our metrics as `LLM.get_metrics` would show them, by name and phase."""
+    """Our metrics as `LLM.get_metrics` would show them, by name, and phase or kind."""
     from prometheus_client import REGISTRY
 
     samples = (sample for family in REGISTRY.collect() for sample in family.samples)
     return {
-        " ".join([sample.name, *sample.labels.get("phase", "").split()]): int(sample.value)
+        " ".join([sample.name, *(sample.labels[name] for name in ("phase", "kind") if name in sample.labels)]): int(
+            sample.value
+        )
         for sample in samples
         if sample.name.startswith("vllm:shadowkv_")
     }

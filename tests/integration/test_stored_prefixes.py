@@ -1,0 +1,259 @@
+"""Sealed blocks in files: what one engine has computed another one finds, also after the first has ended.
+
+A writer is asked first, in a process of its own, then a reader the same. With settings that lose nothing both must say
+what the stock engine says; with those that do, the reader what the writer says of blocks in its memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import Result, Trial, Trials, differences
+from simulation import Engine, Files, vllm_config
+from test_life_of_a_token import LOSSLESS, NGRAM, RESIDENT, TOLERANCE
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_block_hash
+
+from vllm_shadowkv.integration import stored
+from vllm_shadowkv.integration.worker import transfers
+from vllm_shadowkv.state.block_store import BlockFolder
+
+SCENARIOS = ("prefixes", "stored", "aborts", "reset")
+STOCK = Trial("stock-of-files", SCENARIOS, shadowkv=None, quick=("prefixes", "stored"))
+NAMES = ("0: 700 tokens", "1: 1100 tokens", "2: 520 tokens")
+"""Of the prompts of the scenario "stored"."""
+SETTINGS = LOSSLESS | {"block_size": 256}
+# Rebuilt keys and values of 8 bits, for which the sealed blocks of the memory are the measure.
+REBUILT: dict[str, Any] = {"block_size": 256, "dense_threshold": 256, "resident_pages": False}
+SAVED, LOADED, REFUSED, UNSAVED = (
+    f"vllm:shadowkv_files_total {kind}" for kind in ("saved", "loaded", "refused", "unsaved")
+)
+
+READERS = (
+    Trial("files-v1", SCENARIOS, SETTINGS | RESIDENT, poison=True, quick=("prefixes", "stored")),
+    Trial("files-v1-sealed", SCENARIOS, SETTINGS, poison=True, quick=()),
+    Trial(
+        "files-v1-small-pool", SCENARIOS, SETTINGS | RESIDENT, options={"num_gpu_blocks_override": 23}, poison=True,
+        quick=(),
+    ),
+    Trial(
+        "files-v2-graphs", SCENARIOS, SETTINGS | RESIDENT, runner="v2", asynchronous=True, graphs=True, poison=True,
+        options={"num_gpu_blocks_override": 40}, quick=("prefixes", "stored"),
+    ),
+    Trial(
+        "files-drafts", ("prefixes", "stored"), SETTINGS, options={"speculative_config": NGRAM}, poison=True, quick=()
+    ),
+    Trial(
+        "files-two-ranks", ("prefixes", "stored"), SETTINGS | RESIDENT, options={"tensor_parallel_size": 2},
+        in_process=False, quick=(),
+    ),
+    Trial(
+        "files-two-stages", ("prefixes", "stored"), SETTINGS | RESIDENT, runner="v2",
+        options={"pipeline_parallel_size": 2}, in_process=False, quick=(),
+    ),
+)  # fmt: skip
+
+
+def on_files(trial: Trial, folder: Path, name: str, role: str = "kv_both", **options: Any) -> Trial:
+    """The trial with a folder of files."""
+    connector = {
+        "kv_connector": "ShadowKVConnector",
+        "kv_role": role,
+        "kv_connector_extra_config": {"path": str(folder)},
+    }
+    more = {**trial.options, **options, "kv_transfer_config": connector}
+    return replace(trial, name=f"{trial.name}-{name}", options=more)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def check_against_stock(trials: Trials, result: Result) -> None:
+    stock = trials(STOCK).sequences
+    for scenario, sequences in result.sequences.items():
+        assert differences(sequences, stock[scenario], TOLERANCE) == []
+
+
+@pytest.mark.parametrize(
+    "trial", [pytest.param(one, id=one.name, marks=[pytest.mark.slow] if one.slow else []) for one in READERS]
+)
+def test_another_engine_finds_what_one_has_computed(trials: Trials, trial: Trial, tmp_path: Path) -> None:
+    writer = trials(on_files(trial, tmp_path, "writer"))
+    written = files(tmp_path)
+    assert written
+    check_against_stock(trials, writer)
+    # Nothing is held; what the engine did in its last step is there, too.
+    ranks = 2 if "parallel" in str(trial.options) else 1
+    assert not trial.in_process or writer.counts[SAVED] == len(written)
+    reader = trials(on_files(trial, tmp_path, "reader", role="kv_consumer"))
+    check_against_stock(trials, reader)
+    assert files(tmp_path) == written, "a consumer wrote"
+    cached = {name: sequence["cached"] for name, sequence in reader.sequences["stored"].items()}
+    assert {name: cached[f"first {name}"] for name in NAMES} == dict(zip(NAMES, (512, 1024, 512), strict=True))
+    assert reader.sequences["prefixes"]["first"]["cached"] >= 256
+    if trial.in_process:
+        assert reader.counts[LOADED] >= 8
+        assert reader.counts[SAVED] == reader.counts[REFUSED] == reader.counts[UNSAVED] == 0
+    assert len(written) % ranks == 0
+
+
+def test_rebuilt_keys_are_those_of_the_memory(trials: Trials, tmp_path: Path) -> None:
+    trial = Trial("files-rebuilt", ("stored",), REBUILT)
+    writer, reader = (trials(on_files(trial, tmp_path, name)).sequences["stored"] for name in ("writer", "reader"))
+    again = {name: sequence for name, sequence in writer.items() if "first" not in name}
+    found = {name.removeprefix("first "): sequence for name, sequence in reader.items() if "first" in name}
+    assert differences(found, again, 1e-6) == []
+    computed = {name.removeprefix("first "): sequence for name, sequence in writer.items() if "first" in name}
+    assert differences(found, computed, 1e-6), "nothing was lost in sealing"
+
+
+def test_bad_files_are_refused_and_made_anew(trials: Trials, tmp_path: Path) -> None:
+    trial = replace(READERS[0], scenarios=("stored",), quick=None)
+    trials(on_files(trial, tmp_path, "before-bad"))
+    good = {file: file.read_bytes() for file in files(tmp_path)}
+    flipped, cut, gone, foreign, swapped, *rest = good
+    assert rest
+    middle = len(good[flipped]) // 2
+    flipped.write_bytes(good[flipped][:middle] + bytes([good[flipped][middle] ^ 1]) + good[flipped][middle + 1 :])
+    cut.write_bytes(good[cut][:-1])
+    gone.unlink()
+    foreign.write_bytes(b"no block")
+    shutil.copy(rest[0], swapped)
+    reader = trials(on_files(trial, tmp_path, "after-bad"))
+    check_against_stock(trials, reader)
+    assert reader.counts[REFUSED] == 4
+    assert {file: file.read_bytes() for file in files(tmp_path)} == good
+    assert reader.counts[SAVED] == 5
+
+
+def test_a_producer_finds_nothing(trials: Trials, tmp_path: Path) -> None:
+    trial = replace(READERS[0], scenarios=("stored",), quick=None)
+    for name in ("producer", "second producer"):
+        result = trials(on_files(trial, tmp_path, name, role="kv_producer"))
+        assert result.counts[LOADED] == 0
+        assert {result.sequences["stored"][f"first {name}"]["cached"] for name in NAMES} == {0}
+
+
+# -- The scheduler's side ---------------------------------------------------------------------------------------------
+
+
+def prompt(length: int) -> list[int]:
+    return [3 + place * 7 % 490 for place in range(length)]
+
+
+def test_blocks_that_are_too_many_to_wait_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Files()
+    engine = Engine(files=found)
+    monkeypatch.setattr(transfers, "MOST_WAITING_BYTES", 2 * engine.worker.layout.page_bytes)
+    run = engine.worker.threads.run
+    monkeypatch.setattr(engine.worker.threads, "run", lambda most: run(most if most == 1000 else 0))  # a slow disk
+    engine.add(prompt(6 * 64), max_tokens=2)
+    engine.finish()
+    assert len(found.blocks) == 2
+
+
+def test_all_is_saved_before_the_engine_rests() -> None:
+    found = Files()
+    engine = Engine(files=found, max_step=400)
+    engine.add(prompt(5 * 64), max_tokens=1)
+    engine.finish()
+    assert len(found.blocks) == 5
+
+
+def test_resetting_the_connectors_cache_removes_the_files() -> None:
+    found = Files()
+    engine = Engine(files=found)
+    engine.add(prompt(3 * 64), max_tokens=2)
+    engine.finish()
+    assert found.blocks
+    assert engine.scheduler.reset_prefix_cache()
+    assert found.blocks
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert not found.blocks
+
+
+def test_what_is_in_memory_is_not_read() -> None:
+    """A hit goes on in files where it ends in memory, and never reads the block of the last token."""
+    found = Files()
+    engine = Engine(files=found)
+    engine.add(prompt(6 * 64), max_tokens=1)
+    engine.finish()
+    shadow, pool = engine.managers[0], engine.manager.block_pool
+    cached = [block for block in pool.blocks if block.block_hash is not None]
+    first = engine.add(prompt(6 * 64), max_tokens=1)
+    engine.finish()
+    assert engine.hits[first.request_id] == 6 * 64 - 16
+    assert not engine.worker.loaded
+    hashes = shadow.kv_cache_spec.block_size // engine.hash_size
+    kept = first.block_hashes[: 2 * hashes]
+    pool.evict_blocks({block.block_id for block in cached if get_block_hash(block.block_hash) not in kept})
+    again = engine.add(prompt(6 * 64), max_tokens=1)
+    engine.finish()
+    assert engine.hits[again.request_id] == 5 * 64
+    assert engine.worker.loaded == 1
+
+
+# -- What a file is of ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> VllmConfig:
+    """Of a model with weights in two files."""
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(300_000))
+    changed = copy.deepcopy(vllm_config())
+    changed.model_config.model = str(tmp_path)
+    return changed
+
+
+def weights(config: VllmConfig) -> None:
+    file = Path(config.model_config.model) / "other.safetensors"
+    content = bytearray(file.read_bytes())
+    content[5000:6000] = b"1" * 1000
+    file.write_bytes(content)
+
+
+def settings(config: VllmConfig) -> None:
+    config.additional_config = {"shadowkv": {"rank": 64}}
+
+
+def overrides(config: VllmConfig) -> None:
+    config.model_config.hf_overrides = {"rope_theta": 5.0}
+
+
+def dtype(config: VllmConfig) -> None:
+    config.model_config.dtype = torch.float16
+
+
+def hashes(config: VllmConfig) -> None:
+    config.cache_config.prefix_caching_hash_algo = "sha256_cbor"
+
+
+def seed_of_dummy_weights(config: VllmConfig) -> None:
+    config.load_config.load_format = "dummy"
+
+
+@pytest.mark.parametrize("change", [weights, settings, overrides, dtype, hashes, seed_of_dummy_weights])
+def test_what_changes_blocks_changes_their_folder(config: VllmConfig, change: Callable[[VllmConfig], None]) -> None:
+    before = stored._model(config)
+    assert stored._model(config) == before
+    change(config)
+    assert str(BlockFolder(Path(), stored._model(config))) != str(BlockFolder(Path(), before))
+
+
+def test_what_does_not_change_blocks(config: VllmConfig, tmp_path: Path) -> None:
+    before = stored._model(config)
+    config.additional_config = {"shadowkv": {"sparse_budget": 1024, "host_memory_gib": 1.0}}
+    config.cache_config.num_gpu_blocks = 7
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    tmp_path.rename(moved)
+    config.model_config.model = str(moved)
+    assert stored._model(config) == before
