@@ -8,6 +8,7 @@ under its name when it is complete, and never changes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -19,11 +20,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 ENDING = ".safetensors"
+OURS = f"{'[0-9a-f]' * 16}/*/{'[0-9a-f]' * 2}/*"
+"""Below the folder of all models, which may hold other things too."""
 SECONDS_OF_A_WRITE = 3600.0
 """An unfinished file that is older was left behind."""
 BYTES_BETWEEN_LOOKS = 2**30
@@ -55,11 +58,15 @@ class BlockFolder:
         name = block_hash.hex()
         return self._model / rank / name[:2] / f"{name}{ENDING}"
 
+    def has(self, rank: str, block_hash: bytes) -> bool:
+        """Whether it is there, as far as can be seen."""
+        return os.path.isfile(self.file(rank, block_hash))  # noqa: PTH113  (Path's raises where a disk fails)
+
     def count(self, ranks: Iterable[str], block_hashes: Iterable[bytes]) -> int:
         """How many of these blocks, from the first on, all ranks have."""
         ranks, found = list(ranks), 0
         for block_hash in block_hashes:
-            if not all(self.file(rank, block_hash).is_file() for rank in ranks):
+            if not all(self.has(rank, block_hash) for rank in ranks):
                 break
             found += 1
         return found
@@ -87,8 +94,8 @@ class BlockStore:
         self._until_look = 0
 
     def has(self, block_hash: bytes) -> bool:
-        """Whether there is such a file."""
-        return self._folder.file(self._rank, block_hash).is_file()
+        """Whether there is such a file, as far as can be seen."""
+        return self._folder.has(self._rank, block_hash)
 
     def write(self, block_hash: bytes, pages: Tensor, values: Tensor) -> int:
         """Writes a block, unless it is there.
@@ -113,10 +120,11 @@ class BlockStore:
         unfinished = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.unfinished")
         about = {"contents": self._contents, "block": block_hash.hex(), "crc32": _checksum(pages, values)}
         try:
-            save_file({"pages": pages, "values": values}, unfinished, metadata=about)
+            with unfinished.open("wb") as opened:
+                opened.write(_header(about, pages, values))
+                for part in (pages, values):
+                    opened.write(_bytes(part))
             unfinished.replace(file)
-        except SafetensorError as error:  # what Rust could not write
-            raise OSError(str(error)) from error
         finally:
             unfinished.unlink(missing_ok=True)
         return size
@@ -125,14 +133,15 @@ class BlockStore:
         """Reads and checks a block.
 
         Returns:
-            Its pages and values, as of `write`, in the file's own memory.
+            Its pages and values, as of `write`.
 
         Raises:
             BadBlockError: it is gone, of another model, layout, version or block, or not what was written.
         """
         file = self._folder.file(self._rank, block_hash)
         try:
-            with safe_open(file, framework="pt") as opened:
+            # Not mapped: of a disk that fails, or another machine that removes the file, a signal would tell.
+            with safe_open(file, framework="pt", backend="pread") as opened:
                 about = opened.metadata() or {}
                 if about.get("contents") != self._contents:
                     raise BadBlockError(f"is of something else: {about.get('contents', 'it does not say')}")
@@ -141,7 +150,7 @@ class BlockStore:
                 pages, values = opened.get_tensor("pages"), opened.get_tensor("values")
         except FileNotFoundError as error:
             raise BadBlockError("is gone") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's, of a shape that is none
             raise BadBlockError(f"cannot be read: {error}") from error
         if _checksum(pages, values) != about.get("crc32"):
             raise BadBlockError("has another checksum than it says")
@@ -156,11 +165,12 @@ class BlockStore:
         """Notes that blocks are in use.
 
         Args:
-            block_hashes: of one context, from the first on: the last is noted first, and so removed first.
+            block_hashes: of one context, from the first on: the last is noted as the earliest, and so removed first.
         """
-        for block_hash in reversed(list(block_hashes)):
+        now = time.time_ns()
+        for place, block_hash in enumerate(block_hashes):  # a system's own clock is the same for many of them
             with contextlib.suppress(OSError):
-                os.utime(self._folder.file(self._rank, block_hash))
+                os.utime(self._folder.file(self._rank, block_hash), ns=(now, now - place * 1000))
 
     def _make_room(self, size: int) -> None:
         """Removes the least recently used files of the folder, where there is no room for one more."""
@@ -179,23 +189,39 @@ class BlockStore:
                     too_many -= of_file
 
 
-def _files(folder: Path) -> Iterable[tuple[float, int, Path]]:
+def _files(folder: Path) -> Iterable[tuple[int, int, Path]]:
     """When each was last used, its bytes, and its path; what nobody goes on writing is removed."""
-    for file in folder.rglob("*"):
+    for name in glob.iglob(OURS, root_dir=folder):  # noqa: PTH207  (Path's raises where a folder is removed)
+        file = folder / name
         with contextlib.suppress(OSError):  # another process may remove it meanwhile
+            status = file.stat()
             if file.suffix == ENDING:
-                status = file.stat()
-                yield status.st_mtime, status.st_size, file
-            elif file.suffix == ".unfinished" and time.time() - file.stat().st_mtime > SECONDS_OF_A_WRITE:
+                yield status.st_mtime_ns, status.st_size, file
+            elif file.suffix == ".unfinished" and time.time() - status.st_mtime > SECONDS_OF_A_WRITE:
                 file.unlink()
+
+
+def _header(about: Mapping[str, str], pages: Tensor, values: Tensor) -> bytes:
+    """As the safetensors format has it. Its own writer keeps unfinished files under names that it does not tell."""
+    fields: dict[str, Any] = {"__metadata__": about}
+    for name, part, begin in (("pages", pages, 0), ("values", values, pages.nbytes)):
+        fields[name] = {"dtype": "U8", "shape": [*part.shape], "data_offsets": [begin, begin + part.nbytes]}
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _checksum(pages: Tensor, values: Tensor) -> str:
     """CRC-32 of both, one after the other: a disk's errors are to be found, not an adversary's."""
     checksum = 0
     for part in (pages, values):
-        checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
+        checksum = zlib.crc32(f"{part.dtype} {[*part.shape]}".encode(), checksum)
+        checksum = zlib.crc32(_bytes(part), checksum)
     return f"{checksum:08x}"
+
+
+def _bytes(part: Tensor) -> memoryview:
+    return part.flatten().view(torch.uint8).numpy().data
 
 
 def _canonical(value: Mapping[str, Any]) -> str:
