@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
+from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig, StoreConfig
 
 
 def read(**settings: Any) -> ShadowKVConfig:
@@ -225,3 +225,102 @@ def test_command_line_forms(line: list[str], settings: dict[str, Any]) -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     arguments = EngineArgs.from_cli_args(parser.parse_args(line))
     assert ShadowKVConfig.from_vllm(arguments.additional_config) == ShadowKVConfig(**settings)
+
+
+# -- The KV connector's ----------------------------------------------------------------------------------------------
+
+
+def store_refusal(settings: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match=r"^--kv-transfer-config") as caught:
+        StoreConfig.from_vllm(settings)
+    assert not isinstance(caught.value, ValidationError), "pydantic's own report is several lines"
+    return str(caught.value)
+
+
+VALID_STORES: list[dict[str, Any]] = [
+    {"path": "/blocks"},
+    {"path": "~/blocks", "max_gib": None},
+    {"path": " ", "max_gib": 0.5},
+    {"path": "blocks", "max_gib": 64},
+]
+
+
+@pytest.mark.parametrize("settings", VALID_STORES, ids=str)
+def test_every_key_of_the_connector_can_be_set(settings: dict[str, Any]) -> None:
+    assert StoreConfig.from_vllm(settings).model_dump() == {"max_gib": None} | settings
+    assert set().union(*VALID_STORES) == set(StoreConfig.model_fields)
+
+
+REFUSED_STORES: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, ["'path' is missing"]),
+    ({"max_gib": 1}, ["'path' is missing"]),
+    ({"path": "/blocks", "max_gb": 1}, ["unknown key 'max_gb'", "known: path, max_gib"]),
+    ({"path": ""}, ["'path'", "at least 1 character", "got ''"]),
+    ({"path": None}, ["'path'", "string", "got None"]),
+    ({"path": 7}, ["'path'", "string", "got 7"]),
+    ({"path": ["/blocks"]}, ["'path'", "string", "['/blocks']"]),
+    ({"path": "/blocks", "max_gib": 0}, ["'max_gib'", "greater than 0", "got 0"]),
+    ({"path": "/blocks", "max_gib": -1.5}, ["'max_gib'", "greater than 0", "got -1.5"]),
+    ({"path": "/blocks", "max_gib": "64"}, ["'max_gib'", "number", "'64'"]),
+    ({"path": "/blocks", "max_gib": True}, ["'max_gib'", "number", "True"]),
+    ({"path": "/blocks", "max_gib": math.inf}, ["'max_gib'", "finite", "inf"]),
+    ({"path": "/blocks", "max_gib": math.nan}, ["'max_gib'", "nan"]),
+    ({"paths": "/blocks", "max_gib": 0}, ["'path' is missing", "unknown key 'paths'", "'max_gib'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), REFUSED_STORES, ids=[str(settings) for settings, _ in REFUSED_STORES])
+def test_what_is_wrong_with_the_connector_is_said_in_one_sentence(settings: dict[str, Any], named: list[str]) -> None:
+    sentence = store_refusal(settings)
+    assert sentence.startswith("--kv-transfer-config kv_connector_extra_config of ShadowKVConnector: ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    missing = [part for part in named if part not in sentence]
+    assert not missing, f"{sentence!r} does not say {missing}"
+
+
+NEAR_A_STORE = st.dictionaries(
+    st.sampled_from([*StoreConfig.model_fields, "Path", "", "a\nb"]), st.sampled_from(["/blocks", 1, 0.5]) | ANYTHING
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(entry=NEAR_A_STORE)
+def test_whatever_is_set_of_the_connector_is_valid_or_refused_in_one_sentence(entry: dict[str, Any]) -> None:
+    try:
+        config = StoreConfig.from_vllm(entry)
+    except ValueError:
+        sentence = store_refusal(entry)
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+        named = [*entry, "'path' is missing"]
+        assert any(key in sentence or repr(key) in sentence for key in named), f"{sentence!r} names no key"
+    else:
+        assert config.model_dump() == {"max_gib": None} | entry
+
+
+CONNECTOR_LINES = [
+    [
+        "--kv-transfer-config",
+        '{"kv_connector": "ShadowKVConnector", "kv_role": "kv_both", '
+        '"kv_connector_extra_config": {"path": "/blocks", "max_gib": 500}}',
+    ],
+    [
+        *("--kv-transfer-config.kv_connector", "ShadowKVConnector"),
+        *("--kv-transfer-config.kv_role", "kv_both"),
+        *("--kv-transfer-config.kv_connector_extra_config.path", "/blocks"),
+        *("--kv-transfer-config.kv_connector_extra_config.max_gib", "500"),
+    ],
+]
+
+
+@pytest.mark.parametrize("line", CONNECTOR_LINES, ids=["JSON", "dotted"])
+def test_command_line_forms_of_the_connector(line: list[str]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    transfer = EngineArgs.from_cli_args(parser.parse_args(line)).kv_transfer_config
+    assert transfer is not None
+    assert (transfer.is_kv_consumer, transfer.is_kv_producer) == (True, True)
+    assert StoreConfig.from_vllm(transfer.kv_connector_extra_config) == StoreConfig(path="/blocks", max_gib=500)

@@ -142,7 +142,7 @@ class StoreConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Most that all files in the folder may take; default: half of what is free at start-up.",
+        description="Most that all its files may take; default: half of what would be free without them, at start-up.",
     )
 
     @classmethod
