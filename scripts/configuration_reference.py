@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from `ShadowKVConfig` and `StoreConfig`; tests/test_docs.py checks that it is current."""
+"""Writes docs/configuration.md from the settings' classes; tests/test_docs.py checks that it is current."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ What must fit together:
 CONNECTOR = """
 ## The KV connector
 
-`ShadowKVConnector` keeps sealed blocks in files, where other engines and the next start find them. Its settings are keys of `kv_connector_extra_config` in vLLM's `--kv-transfer-config`; an unknown key is an
-error here, too.
+`ShadowKVConnector` keeps sealed blocks in files, where other engines and the next start find them. Its settings are
+keys of `kv_connector_extra_config` in vLLM's `--kv-transfer-config`; an unknown key is an error here, too.
 
 ```
-vllm serve MODEL --attention-backend shadowkv --kv-transfer-config '{"kv_connector": "ShadowKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"path": "/var/cache/shadowkv", "max_gib": 500}}'
+vllm serve MODEL --attention-backend shadowkv --kv-transfer-config '{"kv_connector": "ShadowKVConnector",
+    "kv_role": "kv_both", "kv_connector_extra_config": {"path": "/var/cache/shadowkv", "max_gib": 500}}'
 ```
 
-With `kv_role` `kv_both` an engine reads and writes blocks, with `kv_consumer` it only reads them, with `kv_producer` it only writes them.
+With `kv_role` `kv_both` an engine reads and writes blocks, with `kv_consumer` it only reads them, with `kv_producer` it
+only writes them.
 
 """
 TAIL = """
