@@ -207,7 +207,6 @@ def _header(about: Mapping[str, str], pages: Tensor, values: Tensor) -> bytes:
     for name, part, begin in (("pages", pages, 0), ("values", values, pages.nbytes)):
         fields[name] = {"dtype": "U8", "shape": [*part.shape], "data_offsets": [begin, begin + part.nbytes]}
     text = json.dumps(fields).encode()
-    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
