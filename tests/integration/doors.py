@@ -36,7 +36,8 @@ class Door:
 
     Attributes:
         model: fields of its `config.json`, beside `architectures.SHAPE`; with `weights`, beside `sharp_model`'s.
-        options: of `vllm.LLM`, beside those of `_options`; None takes one away.
+        options: of `vllm.LLM`, beside those of `_options`; None takes one away. "{folder}" in a path of the KV
+            connector is the model's folder.
         environment: variables.
         platform: the CPU, or CUDA emulated on it.
         weights: write some, with scales of an fp8 KV cache or without; "": vLLM makes them up.
@@ -203,6 +204,10 @@ def _options(door: Door, folder: Path) -> dict[str, Any]:
     }
     if options["dtype"] == "torch.float64":  # vLLM takes it as an object only
         options["dtype"] = torch.float64
+    if (options.get("kv_transfer_config") or {}).get("kv_connector_extra_config"):
+        options["kv_transfer_config"] = json.loads(
+            json.dumps(options["kv_transfer_config"]).replace("{folder}", str(folder))
+        )
     if door.draft is not None:
         options["speculative_config"] = options["speculative_config"] | {"model": str(folder / "draft")}
     return {name: value for name, value in options.items() if value is not None}

@@ -26,6 +26,22 @@ def ours(**settings: Any) -> Change:
     return {"additional_config": {"shadowkv": settings}}
 
 
+def connector(role: str = "kv_both", **settings: Any) -> Change:
+    """Ours; with a path in the model's folder, unless settings say something else."""
+    settings = {"path": "{folder}/blocks"} | settings
+    given = {name: setting for name, setting in settings.items() if setting is not None}
+    return {
+        "kv_transfer_config": {
+            "kv_connector": "ShadowKVConnector",
+            "kv_role": role,
+            "kv_connector_extra_config": given,
+        }
+    }
+
+
+NO_CONNECTOR = {"kv_transfer_config": None}
+
+
 def changed(door: Door, change: Change) -> Door:
     """The door with other fields; dictionaries are joined."""
     joined = {

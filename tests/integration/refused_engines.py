@@ -7,7 +7,21 @@ refuses it, and V2 asks for a GPU per rank), adaptive verification (it wants CUD
 
 from __future__ import annotations
 
-from refusal_cases import DRAFT, LLAMA, ONE_KIND, OTHER, Case, Change, case, drafts, options, ours, value
+from refusal_cases import (
+    DRAFT,
+    LLAMA,
+    NO_CONNECTOR,
+    ONE_KIND,
+    OTHER,
+    Case,
+    Change,
+    case,
+    connector,
+    drafts,
+    options,
+    ours,
+    value,
+)
 
 from vllm_shadowkv.extension import LIBRARY
 
@@ -36,10 +50,11 @@ MODELOPT = {
     }
 }
 
-CONNECTOR = (
-    "does not support KV connectors (--kv-transfer-config, --kv-offloading-size), which would move device pages "
-    "without the values in the host pool; drop the connector"
+OTHER_CONNECTOR = (
+    "does not support KV connectors (--kv-transfer-config, --kv-offloading-size) but its own, because others would "
+    "move device pages without the values in the host pool; use ShadowKVConnector, or drop the connector"
 )
+OF_CONNECTOR = "ValueError: --kv-transfer-config kv_connector_extra_config of ShadowKVConnector: {}."
 EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 OWN_DTYPE = (
     "stores keys and values in the model's dtype, {}, not as {}, which --kv-cache-dtype or the checkpoint asks for; "
@@ -188,8 +203,80 @@ ENGINES: list[Case] = [
         options=ours(slot_chunks=6144),
     ),
     # The engine.
-    value("connector", CONNECTOR, options(kv_transfer_config=None), options={"kv_transfer_config": EXAMPLE}),
-    value("offloading", CONNECTOR, options(kv_offloading_size=None), options={"kv_offloading_size": 1}),
+    value(
+        "other connector",
+        OTHER_CONNECTOR,
+        options(**connector()),
+        options(**NO_CONNECTOR),
+        options={"kv_transfer_config": EXAMPLE},
+    ),
+    value(
+        "offloading",
+        OTHER_CONNECTOR,
+        options(kv_offloading_size=None, **connector()),
+        options(kv_offloading_size=None),
+        options={"kv_offloading_size": 1},
+    ),
+    value(
+        "connector without prefixes",
+        "has ShadowKVConnector extend the prefix cache; drop --no-enable-prefix-caching, or --kv-transfer-config",
+        options(enable_prefix_caching=None),
+        options(**NO_CONNECTOR),
+        options=connector() | {"enable_prefix_caching": False},
+    ),
+    # That PYTHONHASHSEED leads out is tried in `test_refusals.py`: xxhash is not installed.
+    value(
+        "connector by random hashes",
+        "has ShadowKVConnector find files by hashes that other processes must come to as well; use "
+        "--prefix-caching-hash-algo sha256, or set PYTHONHASHSEED alike for all of them",
+        options(prefix_caching_hash_algo="sha256"),
+        options=connector() | {"prefix_caching_hash_algo": "xxhash"},
+    ),
+    case(
+        "connector of another backend",
+        "ValueError: ShadowKVConnector moves sealed blocks of the shadowkv backend, and this engine has none; add "
+        "--attention-backend shadowkv, or drop --kv-transfer-config.",
+        options(attention_backend="shadowkv"),
+        options(**NO_CONNECTOR),
+        options=connector() | {"attention_backend": None},
+    ),
+    case(
+        "connector without a path",
+        OF_CONNECTOR.format("'path' is missing"),
+        options(**connector()),
+        on="cpu",
+        options=connector(path=None),
+    ),
+    case(
+        "unknown setting of the connector",
+        OF_CONNECTOR.format("unknown key 'max_gb' (known: path, max_gib)"),
+        options(**connector(max_gib=1)),
+        on="cpu",
+        options=connector(max_gb=1),
+    ),
+    case(
+        "connector in a file",
+        "ValueError: ShadowKVConnector cannot use its path …/config.json: File exists; name another.",
+        options(**connector()),
+        quick=True,
+        options=connector(path="{folder}/config.json"),
+    ),
+    case(
+        "connector below a file",
+        "ValueError: ShadowKVConnector cannot use its path …/config.json/blocks: Not a directory; name another.",
+        options(**connector()),
+        on="cpu",
+        options=connector(path="{folder}/config.json/blocks"),
+    ),
+    case(
+        "connector where nothing can be written",
+        "ValueError: ShadowKVConnector cannot write to its path /proc: No such file or directory; name another, or set "
+        "kv_role to kv_consumer.",
+        options(**connector()),
+        options(**connector("kv_consumer", path="/proc")),
+        on="cpu",
+        options=connector(path="/proc"),
+    ),
     value(
         "other drafts",
         "verifies drafts of ngram, suffix, draft_model, not of medusa; use one of those methods in "

@@ -6,7 +6,20 @@ from typing import Any
 
 from architectures import CONFIGS
 from doors import Door, Fields, Platform
-from refusal_cases import DRAFT, LLAMA, ONE_KIND, OTHER, OTHER_BACKEND, Case, case, options, ours, value
+from refusal_cases import (
+    DRAFT,
+    LLAMA,
+    NO_CONNECTOR,
+    ONE_KIND,
+    OTHER,
+    OTHER_BACKEND,
+    Case,
+    case,
+    connector,
+    options,
+    ours,
+    value,
+)
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
 GEMMA_2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 4096}
@@ -72,6 +85,7 @@ LLAMA_4 = {
     "attention_chunk_size": 256,
 }
 GRANITE_4_H = CONFIGS["granite-4-h"] | {"architectures": ["GraniteMoeHybridForCausalLM"], "mamba_d_state": 128}
+GRANITE_4_H_SMALL = GRANITE_4_H | {"mamba_d_state": CONFIGS["granite-4-h"]["mamba_d_state"]}
 MIMO = {
     "model_type": "mimo_v2_flash",
     "architectures": ["MiMoV2FlashForCausalLM"],
@@ -98,6 +112,10 @@ PAGES = (
     "ValueError: shadowkv's pages of {} bytes are not a multiple of those of the other layers ({} bytes, 128 tokens); "
     "set shadowkv.block_size and shadowkv.compression so that block_size / compression (now {}) is a multiple of {}, "
     "or use another --attention-backend for this model."
+)
+BESIDE = (
+    "ValueError: ShadowKVConnector moves sealed blocks alone, of which a model with layers of other backends beside "
+    "(windows, chunks, states, a draft model) cannot make use; drop --kv-transfer-config."
 )
 GROUPS = (
     "needs its 2 layers in one KV cache group, vLLM makes groups of 1 because the layers of another backend (sliding "
@@ -215,6 +233,16 @@ MODELS: list[Case] = [
         options=ours(block_size=128, compression=2),
     ),
     value("groups of windows", GROUPS, OTHER, model=FEWER_WINDOWS),
+    case("connector beside windows", BESIDE, options(**NO_CONNECTOR), model=GEMMA_3, options=connector()),
+    case("connector beside states", BESIDE, options(**NO_CONNECTOR), model=GRANITE_4_H_SMALL, options=connector()),
+    case(
+        "connector beside a draft model",
+        BESIDE,
+        options(**NO_CONNECTOR),
+        on="cpu",
+        draft=LLAMA | {"num_hidden_layers": 2},
+        options=DRAFT | connector(),
+    ),
     value(
         "groups",
         GROUPS,

@@ -22,7 +22,20 @@ import torch
 from cli.test_model import LLAMA
 from pydantic import ValidationError
 from simulation import vllm_config
-from test_refusals import ENGINES, PLAIN, drafting, engine, module, odd_pages, on, runtime_of, state
+from test_refusals import (
+    ENGINES,
+    PLAIN,
+    connector,
+    drafting,
+    engine,
+    module,
+    odd_pages,
+    on,
+    open_at,
+    open_ranks,
+    runtime_of,
+    state,
+)
 from test_refusals import LAYER as OUR_LAYER
 from test_rope import LAYER, blank, make_parent, make_rope, stand_in
 from test_rope_transformers import LAYER as TRANSFORMERS_LAYER
@@ -36,7 +49,7 @@ from vllm.platforms.interface import DeviceCapability
 import vllm_shadowkv
 from vllm_shadowkv import extension
 from vllm_shadowkv.cli import arguments, explain, plan
-from vllm_shadowkv.config import ShadowKVConfig
+from vllm_shadowkv.config import ShadowKVConfig, StoreConfig
 from vllm_shadowkv.integration import compat, platform, refusals
 from vllm_shadowkv.integration.attention import choice
 from vllm_shadowkv.integration.group_backend import GroupBackend
@@ -61,6 +74,7 @@ INTERNAL = {
 }
 """Parts of statements that only an error of ours, or of vLLM's, can reach, and why."""
 INTERNAL_FILES = {
+    "state/block_store.py": "caught and logged; each is raised in tests/state/test_block_store.py",
     "rotary.py": "arguments, checked by tests/integration/test_rope.py; callers are ours",
     "state/low_rank.py": "arguments, checked by tests/state/test_low_rank.py; callers are ours",
 }
@@ -83,6 +97,17 @@ def process(device: str, built_with_cuda: bool, capability: DeviceCapability | N
         refusals.check_process()
 
     return trigger
+
+
+def random_hashes(patch: Patch, folder: Path) -> None:
+    patch.delenv("PYTHONHASHSEED", raising=False)
+    xxhash = engine(kv_transfer_config=connector(), cache_config__prefix_caching_hash_algo="xxhash")
+    refusals.check_engine(xxhash, ShadowKVConfig())
+
+
+def path_of_a_file(patch: Patch, folder: Path) -> None:
+    (folder / "file").touch()
+    open_at(folder / "file")
 
 
 def layer(**changes: Any) -> Trigger:
@@ -251,6 +276,8 @@ TRIGGERS: list[Trigger] = [
     settings(num_outlier_chunks=129),
     settings(slot_chunks=260),
     lambda patch, folder: ShadowKVConfig.from_vllm({"shadowkv": 1}),
+    lambda patch, folder: StoreConfig.from_vllm({}),
+    lambda patch, folder: StoreConfig.from_vllm({"path": "", "max_gb": 1}),
     page(head_size=100),
     page(dtype=torch.float64),
     page(compression=16, num_outlier_chunks=128),
@@ -276,6 +303,12 @@ TRIGGERS: list[Trigger] = [
         patch.setenv("VLLM_BATCH_INVARIANT", "1"),
         refusals.check_engine(engine(), ShadowKVConfig()),
     ),
+    random_hashes,
+    path_of_a_file,
+    lambda patch, folder: open_at(Path("/proc")),
+    lambda patch, folder: open_ranks("a", "b"),
+    lambda patch, folder: refusals.check_connected(ours=False, beside=False),
+    lambda patch, folder: refusals.check_connected(ours=True, beside=True),
     lambda patch, folder: refusals.check_positions(4096, 8192),
     lambda patch, folder: refusals.check_cuda_shape(34, 2, 400),
     lambda patch, folder: refusals.check_cuda_shape(32, 2, 6160),
@@ -429,9 +462,11 @@ def test_messages_are_one_sentence_with_a_way_out() -> None:
         if kind == "ArgumentTypeError":  # argparse puts the argument before it
             good = re.fullmatch(r"must be .*, got .*", text)
         else:
-            good = re.match(r"(shadowkv|ShadowKV|--additional-config|the compiled extension)", text)
+            good = re.match(
+                r"(shadowkv|ShadowKV|--additional-config|--kv-transfer-config|the compiled extension)", text
+            )
             good = good and text.endswith(".") and not re.search(r"[a-z]\. [A-Z]", text)
-            good = good and ("; " in text or text.startswith("--additional-config"))
+            good = good and ("; " in text or text.startswith(("--additional-config", "--kv-transfer-config")))
         if not good or "\n" in text:
             wrong.append(message)
     assert not wrong, "\n".join(wrong)
@@ -460,7 +495,7 @@ def test_every_sentence_of_a_table_is_triggered(function: str) -> None:
 
 
 def test_warnings_are_few() -> None:
-    """They are tested in test_exposition.py, test_refusals.py, test_exact_attention.py. Another needs a test too."""
+    """Tested in test_exposition, test_refusals, test_exact_attention, test_transfers. Another needs a test too."""
     warned = [
         f"{path.relative_to(SOURCE)}: {ast.unparse(node.args[0])}"
         for path in sorted(SOURCE.rglob("*.py"))
@@ -473,4 +508,7 @@ def test_warnings_are_few() -> None:
         "integration/compat.py: 'shadowkv is not tested with vLLM %s; going on because %s",
         "integration/worker/geometry.py: 'shadowkv: --long-prefill-token-threshold %d com",
         "integration/worker/machine.py: 'shadowkv: %d KV cache blocks instead of the %d t",
+        "integration/worker/transfers.py: 'shadowkv: files are written to %s more slowly ",
+        "integration/worker/transfers.py: 'shadowkv: a block could not be written to %s: ",
+        "integration/worker/transfers.py: 'shadowkv: block %s in %s %s; it is computed.'",
     ]

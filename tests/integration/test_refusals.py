@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from simulation import vllm_config
+from vllm.config import KVTransferConfig
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.interface import DeviceCapability
@@ -20,10 +21,11 @@ from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
 from vllm_shadowkv import extension
 from vllm_shadowkv.config import ShadowKVConfig
-from vllm_shadowkv.integration import compat, refusals
+from vllm_shadowkv.integration import compat, refusals, stored
 from vllm_shadowkv.integration.attention import choice
 from vllm_shadowkv.integration.model import other_layers
 from vllm_shadowkv.integration.refusals import (
+    check_connected,
     check_cuda_shape,
     check_engine,
     check_layer,
@@ -31,9 +33,12 @@ from vllm_shadowkv.integration.refusals import (
     check_process,
     check_served,
 )
+from vllm_shadowkv.integration.scheduler.stored_prefixes import StoredPrefixes
+from vllm_shadowkv.integration.stored import Rank, open_store
 from vllm_shadowkv.integration.worker import geometry, machine, memory, runtime
 from vllm_shadowkv.integration.worker.runtime import Runtime
 from vllm_shadowkv.state import promised_memory
+from vllm_shadowkv.state.block_store import BlockFolder
 from vllm_shadowkv.state.host_memory import GIB
 from vllm_shadowkv.state.promised_memory import promised_to_others
 
@@ -191,10 +196,22 @@ def drafts(method: str, adaptive: bool = False) -> Any:
     return SimpleNamespace(method=method, enable_adaptive_verification=adaptive)
 
 
+def connector(name: str = "ShadowKVConnector", role: Any = "kv_both", **settings: Any) -> KVTransferConfig:
+    return KVTransferConfig(kv_connector=name, kv_role=role, kv_connector_extra_config=settings)
+
+
 ENGINES: list[tuple[dict[str, Any], str]] = [
+    *(
+        (
+            {"kv_transfer_config": other},
+            r"KV connectors \(--kv-transfer-config, --kv-offloading-size\) but its own, .*; use ShadowKVConnector, or "
+            "drop the connector",
+        )
+        for other in (connector("OffloadingConnector"), connector("MultiConnector"), KVTransferConfig())
+    ),
     (
-        {"kv_transfer_config": SimpleNamespace()},
-        r"KV connectors \(--kv-transfer-config, --kv-offloading-size\).*; drop the connector",
+        {"kv_transfer_config": connector(), "cache_config__enable_prefix_caching": False},
+        "extend the prefix cache; drop --no-enable-prefix-caching, or --kv-transfer-config",
     ),
     (
         {"speculative_config": drafts("eagle3")},
@@ -266,6 +283,9 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
         {"scheduler_config__disable_hybrid_kv_cache_manager": False},
         {"scheduler_config__async_scheduling": True},
         {"parallel_config__tensor_parallel_size": 2},
+        {"kv_transfer_config": connector()},
+        {"kv_transfer_config": connector(), "cache_config__prefix_caching_hash_algo": "sha256_cbor"},
+        {"cache_config__enable_prefix_caching": False},
         {"model_config__dtype": torch.float32},
         {
             "speculative_config": drafts("ngram"),
@@ -278,6 +298,21 @@ def test_an_engine_that_cannot_work_is_refused(changes: dict[str, Any], sentence
 )
 def test_an_engine_that_works_is_accepted(changes: dict[str, Any]) -> None:
     check_engine(engine(**changes), ShadowKVConfig())
+
+
+def test_hashes_that_no_other_process_comes_to_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    sentence = (
+        "must come to as well; use --prefix-caching-hash-algo sha256, or set PYTHONHASHSEED alike for all of them"
+    )
+    for algorithm in ("xxhash", "xxhash_cbor"):
+        with_ours = engine(kv_transfer_config=connector(), cache_config__prefix_caching_hash_algo=algorithm)
+        with pytest.raises(ValueError, match=f"^shadowkv has ShadowKVConnector find files by hashes .*{sentence}"):
+            check_engine(with_ours, ShadowKVConfig())
+        check_engine(engine(cache_config__prefix_caching_hash_algo=algorithm), ShadowKVConfig())
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONHASHSEED", "0")
+            check_engine(with_ours, ShadowKVConfig())
 
 
 def test_images_are_taken_where_keys_are_not_compressed() -> None:
@@ -376,6 +411,82 @@ def test_a_module_that_attends_in_its_own_way_is_refused() -> None:
         check_module(module(ChunkedLocalAttention))
     with pytest.raises(ValueError, match=r"values are of another head size than their keys, .*; drop --attention-"):
         check_module(module(head_size_v=32))
+
+
+# -- The KV connector ------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_ours_alone_has_no_connector() -> None:
+    check_connected(ours=True, beside=False)
+    for beside in (False, True):
+        sentence = "this engine has none; add --attention-backend shadowkv, or drop --kv-transfer-config"
+        with pytest.raises(ValueError, match=f"^ShadowKVConnector moves sealed blocks of .*{sentence}"):
+            check_connected(ours=False, beside=beside)
+    with pytest.raises(
+        ValueError, match=r"^ShadowKVConnector moves sealed blocks alone, .*; drop --kv-transfer-config\.$"
+    ):
+        check_connected(ours=True, beside=True)
+
+
+def open_at(path: Path, role: str = "kv_both") -> None:
+    open_store(engine(kv_transfer_config=connector(role=role, path=str(path))), layout=[1], num_layers=2)
+
+
+def opened(path: Path, patch: pytest.MonkeyPatch, role: str = "kv_both") -> Path:
+    """Where the files are."""
+    rank = SimpleNamespace(rank_in_group=0, world_size=1)
+    patch.setattr(stored, "get_pp_group", lambda: rank)
+    patch.setattr(stored, "get_tp_group", lambda: rank)
+    config = vllm_config()
+    with patch.context() as inner:
+        inner.setattr(config, "kv_transfer_config", connector(role=role, path=str(path)))
+        inner.setattr(config.load_config, "load_format", "dummy")
+        return Path(str(open_store(config, layout=[1], num_layers=2)[1].folder))
+
+
+def test_the_folder_of_the_files_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert opened(tmp_path / "a" / "b", monkeypatch).parent == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == [], "what was tried is gone"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opened(Path("~/c"), monkeypatch).parent == tmp_path / "c"
+    assert (tmp_path / "c").is_dir()
+
+
+def test_a_path_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        for role in ("kv_both", "kv_consumer", "kv_producer"):
+            with pytest.raises(ValueError, match=f"^ShadowKVConnector cannot use its path {path}: {why}; name another"):
+                open_at(path, role)
+
+
+def test_a_path_that_cannot_be_written_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But to those that only read."""
+    for role in ("kv_both", "kv_producer"):
+        sentence = (
+            r"^ShadowKVConnector cannot write to its path /proc: .*; name another, or set kv_role to kv_consumer\.$"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            open_at(Path("/proc"), role)
+    assert opened(Path("/proc"), monkeypatch, "kv_consumer").parent == Path("/proc")
+
+
+def open_ranks(*models: str) -> StoredPrefixes:
+    """The scheduler's side, told of ranks with these models."""
+    prefixes = StoredPrefixes.__new__(StoredPrefixes)
+    folders = [BlockFolder(Path("/blocks"), {"model": model}) for model in models]
+    prefixes.open([Rank(folder, f"pp0of1-tp{number}of2") for number, folder in enumerate(folders)])
+    return prefixes
+
+
+def test_ranks_that_disagree_are_refused() -> None:
+    assert len(open_ranks("a", "a")._ranks) == 2
+    sentence = (
+        r"^ShadowKVConnector: the ranks of this engine have different models or settings \(pp0of1-tp0of2 in "
+        r"/blocks/\w+, pp0of1-tp1of2 in /blocks/\w+\); start all of them with the same ones\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        open_ranks("a", "b")
 
 
 # -- Host memory -----------------------------------------------------------------------------------------------------

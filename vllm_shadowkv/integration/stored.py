@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +78,14 @@ def open_store(vllm_config: VllmConfig, layout: list[int], num_layers: int) -> t
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"ShadowKVConnector cannot use its path {path}: {error.strerror}; name another.") from error
-    if transfer.is_kv_producer and not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"ShadowKVConnector cannot write to its path {path}; name another, or set kv_role to kv_consumer."
-        )
+    if transfer.is_kv_producer:
+        try:
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise ValueError(
+                f"ShadowKVConnector cannot write to its path {path}: {error.strerror}; name another, or set kv_role to "
+                "kv_consumer."
+            ) from error
     if config.max_gib is None:
         most = (shutil.disk_usage(path).free + used_bytes(path)) // 2
     else:
