@@ -156,6 +156,7 @@ class Files:
         return block_hash in self.blocks
 
     def write(self, block_hash: bytes, pages: torch.Tensor, values: torch.Tensor) -> int:
+        assert torch.equal(pages[:, : values.shape[1]], values), "the page is of one block, and the values of another"
         self.blocks.setdefault(block_hash, (pages.clone(), values.clone()))
         return 1
 
@@ -346,7 +347,7 @@ class Engine:
             self._take_in()
             self.worker.threads.run(1000)
             transfers, prefixes = self.worker.transfers, connector.prefixes  # type: ignore[attr-defined]
-            for left in (transfers._loads, transfers._waiting_bytes, prefixes._found, prefixes._failed):
+            for left in (transfers._loads, prefixes._found, prefixes._failed, prefixes._step.loads):
                 assert not left
         assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
         shadow, exact, slots = self.managers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -71,6 +72,29 @@ def test_compose_file() -> None:
 
 STUB = '#!/bin/sh\necho "$(basename "$0") $* [$RAY_ADDRESS $RAY_AUTH_MODE]" >> "$COMMANDS"\n'
 WAITS_FOR_RAY = 'until grep -q ^ray "$COMMANDS"; do sleep 0.1; done\n'
+
+
+CONNECTOR = '{"kv_connector": "ShadowKVConnector", "kv_role": "kv_%s", "kv_connector_extra_config": {"path": "files"}}'
+
+
+def test_two_engines(tmp_path: Path) -> None:
+    """What the script starts."""
+    (tmp_path / "vllm").write_text(STUB)
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMMANDS": str(tmp_path / "commands")}
+    script = str(ROOT / "examples" / "two_engines" / "ask.sh")
+    line = [script, "serve", "a model", "files", "--max-model-len", "8192"]
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+    assert sorted((tmp_path / "commands").read_text().splitlines()) == [
+        f"vllm serve a model --port {port} --served-model-name a model --attention-backend shadowkv "
+        f"--enable-prompt-tokens-details --kv-transfer-config {CONNECTOR % role} --max-model-len 8192 [ ]"
+        for port, role in ((8001, "producer"), (8002, "consumer"))
+    ]
+    assert json.loads(CONNECTOR % "both")["kv_role"] == "kv_both"
+    result = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2
+    assert result.stdout.splitlines()[-1].startswith("  ask.sh ask MODEL")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ what the stock engine says; with those that do, the reader what the writer says 
 from __future__ import annotations
 
 import copy
-import shutil
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,13 @@ from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
 from vllm_shadowkv.integration import stored
+from vllm_shadowkv.integration.scheduler.exact import ExactManager
+from vllm_shadowkv.integration.scheduler.managers import ShadowManager
+from vllm_shadowkv.integration.scheduler.publishing import PublishingManager
+from vllm_shadowkv.integration.scheduler.stored_prefixes import StoredPrefixes
 from vllm_shadowkv.integration.worker import transfers
+from vllm_shadowkv.integration.worker.transfers import Transfers
+from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.block_store import BlockFolder
 
 SCENARIOS = ("prefixes", "stored", "aborts", "reset")
@@ -110,28 +116,27 @@ def test_rebuilt_keys_are_those_of_the_memory(trials: Trials, tmp_path: Path) ->
     writer, reader = (trials(on_files(trial, tmp_path, name)).sequences["stored"] for name in ("writer", "reader"))
     again = {name: sequence for name, sequence in writer.items() if "first" not in name}
     found = {name.removeprefix("first "): sequence for name, sequence in reader.items() if "first" in name}
-    assert differences(found, again, 1e-6) == []
+    assert differences(found, again, 1e-5) == []  # the last tokens of prompts are computed in other company
     computed = {name.removeprefix("first "): sequence for name, sequence in writer.items() if "first" in name}
-    assert differences(found, computed, 1e-6), "nothing was lost in sealing"
+    assert differences(found, computed, 1e-3), "nothing was lost in sealing"
 
 
 def test_bad_files_are_refused_and_made_anew(trials: Trials, tmp_path: Path) -> None:
     trial = replace(READERS[0], scenarios=("stored",), quick=None)
     trials(on_files(trial, tmp_path, "before-bad"))
     good = {file: file.read_bytes() for file in files(tmp_path)}
-    flipped, cut, gone, foreign, swapped, *rest = good
-    assert rest
-    middle = len(good[flipped]) // 2
-    flipped.write_bytes(good[flipped][:middle] + bytes([good[flipped][middle] ^ 1]) + good[flipped][middle + 1 :])
-    cut.write_bytes(good[cut][:-1])
-    gone.unlink()
-    foreign.write_bytes(b"no block")
-    shutil.copy(rest[0], swapped)
+    for number, (file, content) in enumerate(good.items()):
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        of_another_block = good[files(tmp_path)[number - 1]]
+        file.write_bytes([flipped, content[:-1], b"no block", of_another_block][number % 4])
     reader = trials(on_files(trial, tmp_path, "after-bad"))
     check_against_stock(trials, reader)
-    assert reader.counts[REFUSED] == 4
-    assert {file: file.read_bytes() for file in files(tmp_path)} == good
-    assert reader.counts[SAVED] == 5
+    assert reader.counts[REFUSED] == reader.counts[SAVED] == len(good) == 8
+    assert reader.counts[LOADED] == 0
+    another = trials(on_files(trial, tmp_path, "after-good"))
+    check_against_stock(trials, another)
+    assert (another.counts[REFUSED], another.counts[LOADED]) == (0, len(good))
 
 
 def test_a_producer_finds_nothing(trials: Trials, tmp_path: Path) -> None:
@@ -166,6 +171,10 @@ def test_all_is_saved_before_the_engine_rests() -> None:
     engine.add(prompt(5 * 64), max_tokens=1)
     engine.finish()
     assert len(found.blocks) == 5
+    another = Engine(files=found, max_step=400)
+    request = another.add(prompt(5 * 64 + 1), max_tokens=1)
+    another.finish()
+    assert another.hits[request.request_id] == 5 * 64
 
 
 def test_resetting_the_connectors_cache_removes_the_files() -> None:
@@ -199,6 +208,106 @@ def test_what_is_in_memory_is_not_read() -> None:
     engine.finish()
     assert engine.hits[again.request_id] == 5 * 64
     assert engine.worker.loaded == 1
+
+
+# -- Storms, and errors that are planted in them ----------------------------------------------------------------------
+
+
+def storm(seed: int, bad: float) -> Engine:
+    """Requests with common beginnings in a small pool, whose prefixes are forgotten whenever it is idle."""
+    draw = random.Random(seed)
+    engine = Engine(
+        num_blocks=draw.choice([45, 60]),
+        asynchronous=draw.random() < 0.5,
+        runner=draw.choice(["v1", "v2", "v2-cuda"]),
+        max_step=draw.choice([96, 300]),
+        dense_threshold=draw.choice([0, 128]),
+        compression=2,
+        prefill_exact_tokens=draw.choice([0, 128]),
+        files=Files(bad),
+    )
+    heads = [[random.Random(head).randrange(3, 500) for _ in range(400)] for head in range(3)]
+    for _ in range(15):
+        for _ in range(draw.randrange(3)):
+            head, tail = draw.choice(heads)[: draw.choice([128, 200, 384, 400])], random.Random(draw.randrange(10))
+            own = [tail.randrange(3, 500) for _ in range(draw.choice([1, 64, 100]))]
+            engine.add(head + own, max_tokens=draw.choice([1, 2, 30, 60]))
+        for _ in range(draw.randrange(1, 10)):
+            engine.step()
+        engine.scheduler.reset_prefix_cache()
+    engine.finish()
+    return engine
+
+
+def storms(*seeds: int) -> list[Engine]:
+    return [storm(seed, bad=0.5 * (seed % 2)) for seed in seeds]
+
+
+def test_storms() -> None:
+    engines = storms(*range(12))
+    assert sum(engine.worker.loaded for engine in engines) > 5
+    assert sum(engine.worker.unread for engine in engines) > 0
+
+
+def loaded_in_the_old_epoch(self: Transfers, *load: Any) -> None:
+    """What held other blocks' exact pages still passes for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockState, "write_exact", lambda self, block_ids: None)
+        load_blocks(self, *load)
+
+
+load_blocks = Transfers._load
+
+
+def saved_unseen(self: Transfers, block_hash: bytes, block: int) -> None:
+    """Whoever seals the block anew, or loads into it, does not know that its row is being read."""
+    save(self, block_hash, block)
+    self._memory.bind().reading.clear()
+
+
+save = Transfers._save
+
+
+def saved_before_it_is_sealed(self: ShadowManager) -> Any:
+    published, self._published = self._published, []
+    return [*take_sealed(self), *published]
+
+
+take_sealed = ShadowManager.take_sealed
+
+
+def saved_after_it_was_given_away(self: StoredPrefixes, computes: bool) -> Any:
+    given = [(get_block_hash(block_hash), block.block_id) for block, block_hash in self._shadow._sealed]
+    step = next_step(self, computes)
+    step.saves = given
+    return step
+
+
+next_step = StoredPrefixes.step
+
+
+def hit_with_the_pages_before_what_is_loaded(self: ExactManager, *blocks: Any) -> None:
+    PublishingManager.add_local_computed_blocks(self, *blocks)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "planted", "seed"),
+    [
+        (Transfers, "_load", loaded_in_the_old_epoch, 1),
+        (Transfers, "_save", saved_unseen, 15),
+        (ShadowManager, "take_sealed", saved_before_it_is_sealed, 15),
+        (StoredPrefixes, "step", saved_after_it_was_given_away, 26),
+        (ExactManager, "add_local_computed_blocks", hit_with_the_pages_before_what_is_loaded, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") if callable(value) and not isinstance(value, type) else "",
+)
+def test_a_planted_error_is_found(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, planted: Callable[..., Any], seed: int
+) -> None:
+    """The seed is one that found it once; any will do."""
+    monkeypatch.setattr(owner, name, planted)
+    with pytest.raises(AssertionError):
+        storms(seed, *range(60))
 
 
 # -- What a file is of ------------------------------------------------------------------------------------------------

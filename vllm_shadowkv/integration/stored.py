@@ -16,6 +16,7 @@ import vllm
 from huggingface_hub import snapshot_download
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+from vllm.model_executor.models.utils import extract_layer_index
 
 import vllm_shadowkv
 from vllm_shadowkv.config import ShadowKVConfig, StoreConfig
@@ -59,13 +60,13 @@ class Rank(KVConnectorHandshakeMetadata):
     name: str
 
 
-def open_store(vllm_config: VllmConfig, layout: list[int], num_layers: int) -> tuple[BlockStore, Rank]:
+def open_store(vllm_config: VllmConfig, layout: list[int], layers: list[str]) -> tuple[BlockStore, Rank]:
     """The files of this worker's rank; their folder is made if it is missing.
 
     Args:
         vllm_config: of the worker.
         layout: of its pages, as `PageLayout.ints`.
-        num_layers: of this rank.
+        layers: names of this rank's.
 
     Raises:
         ValueError: a wrong setting, or a folder that cannot be used.
@@ -91,12 +92,13 @@ def open_store(vllm_config: VllmConfig, layout: list[int], num_layers: int) -> t
     else:
         most = int(config.max_gib * GIB)
     stages, heads = get_pp_group(), get_tp_group()
-    name = f"pp{stages.rank_in_group}of{stages.world_size}-tp{heads.rank_in_group}of{heads.world_size}"
+    first, last = (extract_layer_index(layers[place]) for place in (0, -1))
+    name = f"layers{first}to{last}-tp{heads.rank_in_group}of{heads.world_size}"
     model = _model(vllm_config)
     rank = Rank(BlockFolder(path, model), name)
-    if name.startswith("pp0") and "-tp0" in name:
+    if stages.is_first_rank and heads.is_first_rank:
         logger.info("shadowkv: sealed blocks in %s, of all models at most %.1f GiB.", rank.folder, most / GIB)
-    return BlockStore(rank.folder, name, {**model, "rank": name, "layout": layout, "layers": num_layers}, most), rank
+    return BlockStore(rank.folder, name, {**model, "rank": name, "layout": layout, "layers": layers}, most), rank
 
 
 def _model(vllm_config: VllmConfig) -> dict[str, Any]:

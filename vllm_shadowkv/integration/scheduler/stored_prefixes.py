@@ -58,7 +58,7 @@ class StoredPrefixes:
             num_computed_tokens: of its hit, whole blocks.
         """
         self._found.pop(request.request_id, None)
-        if not self._consumes or request.request_id in self._failed:
+        if not self._consumes or not self._ranks or request.request_id in self._failed:
             return 0
         size = self._shadow.block_size
         first, end = num_computed_tokens // size, (request.num_tokens - 1) // size

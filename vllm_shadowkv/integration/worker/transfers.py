@@ -1,8 +1,8 @@
 """A worker's side of the KV connector: sealed blocks are written to files, and read from them, off the step's path.
 
 Everything begins after a step's forward pass, which may still read what a load overwrites, and a block counts as sealed
-from the step on that follows the end of its load. On a CPU the threads copy by NumPy: PyTorch would let each have a team
-of OpenMP threads of its own.
+from the step on that follows the end of its load. On a CPU the threads copy by NumPy, because PyTorch would give each a
+team of OpenMP threads of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +73,7 @@ class Transfers:
         self._device = memory.bind().exact_start.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._loads: dict[str, tuple[list[tuple[bytes, int]], list[Future[None]]]] = {}
-        self._waiting_bytes = 0
+        self._saves: list[Future[None]] = []
         self._said_full = False
         self._labels = labels
         for kind in ("saved", "loaded", "refused", "unsaved"):
@@ -87,7 +88,7 @@ class Transfers:
         """
         runtime = Runtime.latest()
         layout = runtime.geometry.layout
-        store, rank = open_store(vllm_config, layout.ints, len(runtime.layers))
+        store, rank = open_store(vllm_config, layout.ints, list(runtime.layers.by_name))
         threads = ThreadPoolExecutor(THREADS, "shadowkv", _use_all_cores, (_cores(),))
         return cls(runtime.planner, runtime.memory, layout, store, rank, threads, labels_of(vllm_config))
 
@@ -130,8 +131,8 @@ class Transfers:
             return
         bound = self._memory.bind()
         memories = list(bound.memories.values())
-        size = len(memories) * self._layout.page_bytes
-        if self._waiting_bytes + size > MOST_WAITING_BYTES:
+        self._saves = [save for save in self._saves if not save.done()]
+        if (len(self._saves) + 1) * len(memories) * self._layout.page_bytes > MOST_WAITING_BYTES:
             self._count("unsaved")
             if not self._said_full:
                 logger.warning(
@@ -143,14 +144,9 @@ class Transfers:
         pages = torch.empty(len(memories), self._layout.page_bytes, dtype=torch.uint8, pin_memory=bool(self._stream))
         for copy, memory in zip(pages, memories, strict=True):
             copy.copy_(memory.pages[block], non_blocking=True)
-        self._waiting_bytes += size
-        bound.reading[block] = future = self._threads.submit(
-            self._write, block_hash, block, pages, memories, self._event()
-        )
-        future.add_done_callback(lambda _: self._written(size))
-
-    def _written(self, size: int) -> None:
-        self._waiting_bytes -= size
+        save = self._threads.submit(self._write, block_hash, block, pages, memories, self._event())
+        self._saves.append(save)
+        bound.reading[block] = save
 
     def _write(
         self, block_hash: bytes, block: int, pages: Tensor, memories: list[LayerMemory], ready: torch.cuda.Event | None
@@ -167,11 +163,9 @@ class Transfers:
             self._count("saved", int(written > 0))
 
     def _load(self, request_id: str, blocks: list[tuple[bytes, int]]) -> None:
-        """Has blocks filled; until they are, nobody takes what they were for what they are."""
+        """Has blocks filled. Exact pages that they were are no longer resident."""
         bound = self._memory.bind()
-        ids = torch.tensor([block for _, block in blocks])
-        bound.state.write_open(ids)
-        bound.state.write_exact(ids)
+        bound.state.write_exact(torch.tensor([block for _, block in blocks]))
         memories, ready = list(bound.memories.values()), self._event()
         futures = []
         for block_hash, block in blocks:
@@ -220,9 +214,9 @@ class Transfers:
 def _cores() -> set[int]:
     """Those of all threads of this process: vLLM gives its own threads on a CPU one each, which new ones inherit."""
     cores: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
+    for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended
-            cores |= os.sched_getaffinity(int(thread))
+            cores |= os.sched_getaffinity(int(thread.name))
     return cores
 
 
