@@ -34,6 +34,7 @@ from vllm_shadowkv.page import plan_page
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.capacity import Capacity
 
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 OURS: dict[str, Any] = {"attention_backend": "shadowkv"}
 BACKENDS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -80,20 +81,13 @@ class Engine:
     """An `LLM` and its counters."""
 
     def __init__(self, backend: str, step_tokens: int = STEP_TOKENS, **options: Any) -> None:
-        """Starts it."""
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        """Starts it; `options` are of `LLM`, and come before what is otherwise set here."""
+        os.environ |= ENVIRONMENT | os.environ
         from vllm import LLM
 
-        self.llm = LLM(
-            str(CHECKPOINT),
-            max_model_len=MODEL_LEN,
-            dtype="float32",
-            max_num_batched_tokens=step_tokens,
-            enforce_eager=True,
-            disable_log_stats=False,
-            **BACKENDS[backend],
-            **options,
-        )
+        settings: dict[str, Any] = {"model": str(CHECKPOINT), "max_model_len": MODEL_LEN, "dtype": "float32"}
+        settings |= {"max_num_batched_tokens": step_tokens, "enforce_eager": True, "disable_log_stats": False}
+        self.llm = LLM(**(settings | BACKENDS[backend] | options))
 
     def ask(self, prompts: Iterable[list[int]], tokens: int, **sampling: Any) -> list[Any]:
         """Answers to prompts that come at once; greedy, unless `sampling` says otherwise."""
@@ -136,14 +130,15 @@ def second_ask(engine: Engine, length: int, count: int) -> Case:
     case, again = engine.measure(f"again, {length:,}", ask_each)
     case.answers = count
     for one, other in zip(first, again, strict=True):
-        pairs = list(zip(_chosen(one), _chosen(other), strict=True))
+        pairs = list(zip(chosen(one), chosen(other), strict=True))
         same = next((place for place, (a, b) in enumerate(pairs) if a[0] != b[0]), len(pairs))
         case.different += same < len(pairs)
         case.error = max([case.error, *(abs(a[1] - b[1]) for a, b in pairs[:same])])
     return case
 
 
-def _chosen(output: Any) -> list[tuple[int, float]]:
+def chosen(output: Any) -> list[tuple[int, float]]:
+    """The tokens of an answer, each with its log-probability."""
     answer = output.outputs[0]
     return [(token, places[token].logprob) for token, places in zip(answer.token_ids, answer.logprobs, strict=True)]
 

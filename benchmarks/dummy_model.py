@@ -13,16 +13,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy import base_repr
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "hidden_act": "silu",
+    },
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "num_hidden_layers": 16,
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "hidden_act": "silu",
     },
     "qwen2.5-7b": {
@@ -70,6 +77,17 @@ def write(shape: str, directory: Path, layers: int | None = None) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos, unk_token=unknown).save_pretrained(
         directory
     )
+
+
+def write_weights(directory: Path, seed: int = 0) -> None:
+    """Writes weights at random beside what `write` wrote, in bfloat16.
+
+    They are as large as those of a model that is about to be trained. `--load-format dummy` makes them so small that
+    no answer depends on a key.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
