@@ -12,6 +12,9 @@ before each request (fsync, then posix_fadvise with DONTNEED): what a disk or it
 "from the disk" is what the engine's process had read from there. GiB/s are those of the whole request, which computes
 its own 128 tokens, too.
 
+What the last step of a prompt completes is sealed after its answer: with the connector at once, else by the next
+request, which is then the one "in memory". Up to a step's 8,192 tokens those are all blocks.
+
 A file holds what "in memory, sealed" has: shadowkv without resident pages, which has computed the prompt itself. So
 the answers are held against each other: the table has the largest difference of the first token's log-probability, and
 says where it is another token. (Of prompts beyond `prefill_exact_tokens` the other engines compute the end over
