@@ -334,6 +334,10 @@ def settings(config: VllmConfig) -> None:
     config.additional_config = {"shadowkv": {"rank": 64}}
 
 
+def hashed_otherwise(config: VllmConfig) -> None:
+    config.additional_config = {"shadowkv": {"resident_pages": False}}
+
+
 def overrides(config: VllmConfig) -> None:
     config.model_config.hf_overrides = {"rope_theta": 5.0}
 
@@ -350,7 +354,9 @@ def seed_of_dummy_weights(config: VllmConfig) -> None:
     config.load_config.load_format = "dummy"
 
 
-@pytest.mark.parametrize("change", [weights, settings, overrides, dtype, hashes, seed_of_dummy_weights])
+@pytest.mark.parametrize(
+    "change", [weights, settings, hashed_otherwise, overrides, dtype, hashes, seed_of_dummy_weights]
+)
 def test_what_changes_blocks_changes_their_folder(config: VllmConfig, change: Callable[[VllmConfig], None]) -> None:
     before = stored._model(config)
     assert stored._model(config) == before

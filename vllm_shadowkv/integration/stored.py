@@ -115,8 +115,8 @@ def _model(vllm_config: VllmConfig) -> dict[str, Any]:
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "settings": {key: settings[key] for key in OF_PAGES},
-        # vLLM's default hashes are of pickled tokens.
-        "hashes": [algorithm, os.getenv("PYTHONHASHSEED"), *sys.version_info[:2]],
+        # A block's hash is made of those of its pages where these can be hit; vLLM's default ones are of pickled tokens.
+        "hashes": [algorithm, os.getenv("PYTHONHASHSEED"), *sys.version_info[:2], settings["resident_pages"]],
     }
 
 
