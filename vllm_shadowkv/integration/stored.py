@@ -115,7 +115,7 @@ def _model(vllm_config: VllmConfig) -> dict[str, Any]:
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "settings": {key: settings[key] for key in OF_PAGES},
-        # A block's hash is made of those of its pages where these can be hit; vLLM's default ones are of pickled tokens.
+        # A block's hash is made of those of its pages where these can be hit; vLLM's default hashes pickled tokens.
         "hashes": [algorithm, os.getenv("PYTHONHASHSEED"), *sys.version_info[:2], settings["resident_pages"]],
     }
 
