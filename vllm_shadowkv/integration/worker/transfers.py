@@ -38,6 +38,9 @@ THREADS = 4
 MOST_WAITING_BYTES = 2**30
 """Of pages that were copied to be written. A block beyond is not saved: a slow disk must not fill the memory."""
 
+SECONDS_BETWEEN_LOOKS = 0.003
+"""At loads, where no request computes."""
+
 
 class Transfers:
     """Saves and loads of one worker.
@@ -74,7 +77,7 @@ class Transfers:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._loads: dict[str, tuple[list[tuple[bytes, int]], list[Future[None]]]] = {}
         self._saves: list[Future[None]] = []
-        self._said_full = False
+        self._said_full = self._idle = False
         self._labels = labels
         for kind in ("saved", "loaded", "refused", "unsaved"):
             self._count(kind, 0)
@@ -94,7 +97,8 @@ class Transfers:
 
     def begin(self, step: StepTransfers) -> None:
         """Begins what a step's metadata says; the step's forward pass, if it has one, was launched."""
-        if not step.computes:  # so nothing was planned, and what the last step has completed is still to be sealed
+        self._idle = not step.computes
+        if self._idle:  # so nothing was planned, and what the last step has completed is still to be sealed
             self._planner.seal_due()
         for save in step.saves:
             self._save(*save)
@@ -105,6 +109,8 @@ class Transfers:
 
     def finish_loads(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks are there, and those some of whose blocks could not be read; each once."""
+        if self._idle and self._loads:  # vLLM asks again at once, and would keep the threads from Python's lock
+            wait([future for _, futures in self._loads.values() for future in futures], SECONDS_BETWEEN_LOOKS)
         loaded, failed = set(), set()
         for request_id, (blocks, futures) in list(self._loads.items()):
             if not all(future.done() for future in futures):
