@@ -46,7 +46,7 @@ coverage: lint
 
 # What meets vLLM's seams most, with both runners and a server of each; on another version: make test-seams VLLM=0.33.0.
 SEAMS = $(addprefix tests/integration/test_,managers.py registration.py refusals.py bound.py features.py \
-	life_of_a_token.py streaming_input.py server.py)
+	life_of_a_token.py streaming_input.py stored_prefixes.py server.py)
 test-seams: install
 	$(PYTEST) --quick $(PYTEST_FLAGS) tests/test_vllm_version.py $(SEAMS)
 	$(PYTEST) $(PYTEST_FLAGS) -k v2 tests/integration/test_served.py

@@ -485,7 +485,9 @@ class Worker:
         if files is not None:
             rank, labels = Rank(files, "0"), {"model_name": "simulation", "engine": "0"}  # type: ignore[arg-type]
             store: Any = files
-            self.transfers = Transfers(self.planner, memory_of_worker, layout, store, rank, self.threads, labels)
+            self.transfers = Transfers(
+                self.planner, memory_of_worker, layout, store, rank, self.threads, self.threads, labels
+            )
         self.loaded = self.unread = 0
         """Requests that waited for files, and those that computed what they waited for."""
         self.decoded = 0

@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 10100
+MOST_PACKAGE_LINES = 10200
 
 
 def files() -> list[Path]:

@@ -6,6 +6,7 @@ A scenario returns its sequences by name. Prompts are random tokens, so scenario
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,19 @@ def stored(asker: Asker) -> dict[str, Generated]:
     return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
 
 
+def needles(asker: Asker) -> dict[str, Generated]:
+    """A question of every family to the needle model, then the same again."""
+    sys.path.append(str(Path(__file__).parents[2]))
+    from benchmarks.needle.tasks import FAMILIES, make_prompts
+
+    prompts = {family: make_prompts(family, 4080, 2_000_000, 1)[0] for family in FAMILIES}
+    requests = {
+        name: Request.greedy(list(prompt.token_ids), len(prompt.answer_ids)) for name, prompt in prompts.items()
+    }
+    first = asker.ask(requests)
+    return {f"first {name}": sequence for name, sequence in first.items()} | asker.ask(requests)
+
+
 def scored(asker: Asker) -> dict[str, Generated]:
     """Eight prompts whose own tokens are scored, and two tokens more: of prefill and of decode."""
     prompts = _prompts("scored", *range(150, 310, 20))
@@ -377,6 +391,7 @@ SCENARIOS: dict[str, Callable[[Asker], dict[str, Generated]]] = {
         short,
         twice,
         stored,
+        needles,
         scored,
         long,
         adapters,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import needle_trial
 import pytest
 import torch
 from engine import Result, Trial, Trials, differences
@@ -21,6 +22,8 @@ from test_life_of_a_token import LOSSLESS, NGRAM, RESIDENT, TOLERANCE
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_block_hash
 
+from benchmarks.needle import CHECKPOINT
+from benchmarks.needle.tasks import FAMILIES, make_prompts
 from vllm_shadowkv.integration import stored
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.scheduler.managers import ShadowManager
@@ -119,6 +122,27 @@ def test_rebuilt_keys_are_those_of_the_memory(trials: Trials, tmp_path: Path) ->
     assert differences(found, again, 1e-5) == []  # the last tokens of prompts are computed in other company
     computed = {name.removeprefix("first "): sequence for name, sequence in writer.items() if "first" in name}
     assert differences(found, computed, 1e-3), "nothing was lost in sealing"
+
+
+@pytest.mark.slow
+def test_needles_are_found_in_files(tmp_path: Path) -> None:
+    """By the needle model, with the default settings of a page."""
+    options = {"max_model_len": 4144, "max_num_batched_tokens": 4096, "skip_tokenizer_init": False}
+    trial = Trial("files-needles", ("needles",), needle_trial.SETTINGS, options=options)
+    trials = Trials(CHECKPOINT, tmp_path)
+    try:
+        writer, reader = (trials(on_files(trial, tmp_path / "files", name)) for name in ("writer", "reader"))
+    finally:
+        trials.close()
+    right = 0
+    for family in FAMILIES:
+        again, found = writer.sequences["needles"][family], reader.sequences["needles"][f"first {family}"]
+        assert again["cached"] == found["cached"] == 3072
+        assert differences({family: found}, {family: again}, 1e-4) == []
+        answer = make_prompts(family, 4080, 2_000_000, 1)[0].answer_ids
+        right += sum(one == other for one, other in zip(found["tokens"], answer, strict=True)) / len(answer)
+    assert right > len(FAMILIES) - 1.5
+    assert reader.counts[LOADED] == 3 * len(FAMILIES)
 
 
 def test_bad_files_are_refused_and_made_anew(trials: Trials, tmp_path: Path) -> None:
@@ -293,10 +317,10 @@ def hit_with_the_pages_before_what_is_loaded(self: ExactManager, *blocks: Any) -
 @pytest.mark.parametrize(
     ("owner", "name", "planted", "seed"),
     [
-        (Transfers, "_load", loaded_in_the_old_epoch, 1),
-        (Transfers, "_save", saved_unseen, 15),
-        (ShadowManager, "take_sealed", saved_before_it_is_sealed, 15),
-        (StoredPrefixes, "step", saved_after_it_was_given_away, 26),
+        (Transfers, "_load", loaded_in_the_old_epoch, 3),
+        (Transfers, "_save", saved_unseen, 59),
+        (ShadowManager, "take_sealed", saved_before_it_is_sealed, 4),
+        (StoredPrefixes, "step", saved_after_it_was_given_away, 37),
         (ExactManager, "add_local_computed_blocks", hit_with_the_pages_before_what_is_loaded, 0),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) and not isinstance(value, type) else "",

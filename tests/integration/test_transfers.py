@@ -47,7 +47,7 @@ class Worker:
         planner: Any = SimpleNamespace(seal_due=lambda: None)
         self.threads = ThreadPoolExecutor(1)
         rank = Rank(self.folder, "rank")
-        self.transfers = Transfers(planner, memory, layout, self.store, rank, self.threads, self.labels)
+        self.transfers = Transfers(planner, memory, layout, self.store, rank, self.threads, self.threads, self.labels)
 
     def save(self, *blocks: int) -> None:
         self.transfers.begin(StepTransfers(computes=True, saves=[(HASHES[block], block) for block in blocks]))

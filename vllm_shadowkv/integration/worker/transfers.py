@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.shadowkv")
 
 THREADS = 4
+"""That read, and as many that write."""
 MOST_WAITING_BYTES = 2**30
 """Of pages that were copied to be written. A block beyond is not saved: a slow disk must not fill the memory."""
 
@@ -56,7 +57,8 @@ class Transfers:
         layout: PageLayout,
         store: BlockStore,
         rank: Rank,
-        threads: Executor,
+        readers: Executor,
+        writers: Executor,
         labels: dict[str, str],
     ) -> None:
         """Begins nothing.
@@ -67,12 +69,13 @@ class Transfers:
             layout: of their pages.
             store: the rank's files.
             rank: said to the scheduler.
-            threads: that read and write, in the order in which they are asked.
+            readers: threads that read files, and wait for writers.
+            writers: threads that write them, and wait for nobody.
             labels: of the metrics.
         """
         self.rank = rank
         self._planner, self._memory, self._layout = planner, memory, layout
-        self._store, self._threads = store, threads
+        self._store, self._readers, self._writers = store, readers, writers
         self._device = memory.bind().exact_start.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._loads: dict[str, tuple[list[tuple[bytes, int]], list[Future[None]]]] = {}
@@ -92,8 +95,9 @@ class Transfers:
         runtime = Runtime.latest()
         layout = runtime.geometry.layout
         store, rank = open_store(vllm_config, layout.ints, list(runtime.layers.by_name))
-        threads = ThreadPoolExecutor(THREADS, "shadowkv", _use_all_cores, (_cores(),))
-        return cls(runtime.planner, runtime.memory, layout, store, rank, threads, labels_of(vllm_config))
+        cores = _cores()
+        readers, writers = (ThreadPoolExecutor(THREADS, "shadowkv", _use_all_cores, (cores,)) for _ in range(2))
+        return cls(runtime.planner, runtime.memory, layout, store, rank, readers, writers, labels_of(vllm_config))
 
     def begin(self, step: StepTransfers) -> None:
         """Begins what a step's metadata says; the step's forward pass, if it has one, was launched."""
@@ -105,7 +109,7 @@ class Transfers:
         for request_id, blocks in step.loads.items():
             self._load(request_id, blocks)
         for context in step.used:
-            self._threads.submit(self._store.touch, context)
+            self._writers.submit(self._store.touch, context)
 
     def finish_loads(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks are there, and those some of whose blocks could not be read; each once."""
@@ -126,7 +130,8 @@ class Transfers:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._threads.shutdown()
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown()
 
     def _save(self, block_hash: bytes, block: int) -> None:
         """Copies a block's pages, which may be given away in the next step, and has them written with its values.
@@ -150,7 +155,7 @@ class Transfers:
         pages = torch.empty(len(memories), self._layout.page_bytes, dtype=torch.uint8, pin_memory=bool(self._stream))
         for copy, memory in zip(pages, memories, strict=True):
             copy.copy_(memory.pages[block], non_blocking=True)
-        save = self._threads.submit(self._write, block_hash, block, pages, memories, self._event())
+        save = self._writers.submit(self._write, block_hash, block, pages, memories, self._event())
         self._saves.append(save)
         bound.reading[block] = save
 
@@ -176,7 +181,7 @@ class Transfers:
         futures = []
         for block_hash, block in blocks:
             before = bound.reading.pop(block, None)
-            futures.append(self._threads.submit(self._fill, block_hash, block, memories, ready, before))
+            futures.append(self._readers.submit(self._fill, block_hash, block, memories, ready, before))
         self._loads[request_id] = blocks, futures
 
     def _fill(
@@ -195,7 +200,7 @@ class Transfers:
             self._store.remove(block_hash)
             raise
         if before:
-            wait([before])  # it was begun earlier, and waits for no other
+            wait([before])
         if ready:
             ready.synchronize()
         for memory, row in zip(memories, values, strict=True):
