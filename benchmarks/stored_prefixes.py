@@ -123,7 +123,9 @@ class Engine(asked_again.Engine):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if role:
             settings = {"kv_connector": "ShadowKVConnector", "kv_role": role}
-            options = options | {"kv_transfer_config": settings | {"kv_connector_extra_config": {"path": str(files)}}}
+            options = options | {
+                "kv_transfer_config": settings | {"kv_connector_extra_config": {"path": str(files), "max_gib": 8}}
+            }
         super().__init__(backend, **options)
         self._files = files if role != "kv_producer" else None
 

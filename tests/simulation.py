@@ -142,6 +142,8 @@ class Files:
             bad: share of the reads that find no block, or another.
         """
         self.blocks: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.bad_blocks: set[bytes] = set()
+        """Once each."""
         self._bad, self._draw = bad, random.Random(0)
 
     def count(self, ranks: Iterable[str], block_hashes: Iterable[bytes]) -> int:
@@ -161,7 +163,9 @@ class Files:
         return 1
 
     def read(self, block_hash: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        if block_hash not in self.blocks or self._draw.random() < self._bad:
+        is_bad = block_hash in self.bad_blocks or self._draw.random() < self._bad
+        self.bad_blocks.discard(block_hash)
+        if block_hash not in self.blocks or is_bad:
             raise BadBlockError("is bad")
         return self.blocks[block_hash]
 
@@ -170,9 +174,6 @@ class Files:
 
     def touch(self, block_hashes: Iterable[bytes]) -> None:
         assert all(block_hashes)
-
-    def clear(self) -> None:
-        self.blocks.clear()
 
 
 class Late(Executor):
@@ -262,6 +263,7 @@ class Engine:
             connector = self.scheduler.connector
             assert connector is not None
             connector.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.transfers.rank})
+        vllm.kv_transfer_config = None  # others share it
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.requests: dict[str, Request] = {}
         self.preemptions = 0
@@ -347,7 +349,7 @@ class Engine:
             self._take_in()
             self.worker.threads.run(1000)
             transfers, prefixes = self.worker.transfers, connector.prefixes  # type: ignore[attr-defined]
-            for left in (transfers._loads, prefixes._found, prefixes._failed, prefixes._step.loads):
+            for left in (transfers._loads, prefixes._found, prefixes._loading, prefixes._failed, prefixes._step.loads):
                 assert not left
         assert self.free_blocks == self.manager.block_pool.num_gpu_blocks - 1
         shadow, exact, slots = self.managers

@@ -277,6 +277,14 @@ ENGINES: list[Case] = [
         on="cpu",
         options=connector(path="/proc"),
     ),
+    case(
+        "connector in memory",
+        "ValueError: ShadowKVConnector's path /dev/shm is in memory, of which the host pool takes most; set max_gib "
+        "beside path, and shadowkv.host_memory_gib so that both fit.",
+        options(**connector("kv_consumer", path="/dev/shm", max_gib=1) | ours(host_memory_gib=0.1)),
+        on="cpu",
+        options=connector("kv_consumer", path="/dev/shm"),
+    ),
     value(
         "other drafts",
         "verifies drafts of ngram, suffix, draft_model, not of medusa; use one of those methods in "

@@ -429,19 +429,21 @@ def test_a_cache_that_is_not_ours_alone_has_no_connector() -> None:
 
 
 def open_at(path: Path, role: str = "kv_both") -> None:
-    open_store(engine(kv_transfer_config=connector(role=role, path=str(path))), layout=[1], num_layers=2)
+    open_store(
+        engine(kv_transfer_config=connector(role=role, path=str(path))), layout=[1], layers=["layers.0", "layers.1"]
+    )
 
 
-def opened(path: Path, patch: pytest.MonkeyPatch, role: str = "kv_both") -> Path:
+def opened(path: Path, patch: pytest.MonkeyPatch, role: str = "kv_both", **settings: Any) -> Path:
     """Where the files are."""
-    rank = SimpleNamespace(rank_in_group=0, world_size=1)
+    rank = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True)
     patch.setattr(stored, "get_pp_group", lambda: rank)
     patch.setattr(stored, "get_tp_group", lambda: rank)
     config = vllm_config()
     with patch.context() as inner:
-        inner.setattr(config, "kv_transfer_config", connector(role=role, path=str(path)))
+        inner.setattr(config, "kv_transfer_config", connector(role=role, path=str(path), **settings))
         inner.setattr(config.load_config, "load_format", "dummy")
-        return Path(str(open_store(config, layout=[1], num_layers=2)[1].folder))
+        return Path(str(open_store(config, layout=[1], layers=["layers.0", "layers.1"])[1].folder))
 
 
 def test_the_folder_of_the_files_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +452,16 @@ def test_the_folder_of_the_files_is_made(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     assert opened(Path("~/c"), monkeypatch).parent == tmp_path / "c"
     assert (tmp_path / "c").is_dir()
+
+
+def test_a_path_in_memory_takes_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = [
+        SimpleNamespace(mountpoint=mount, fstype=kind) for mount, kind in (("/", "ext4"), (str(tmp_path), "tmpfs"))
+    ]
+    monkeypatch.setattr(stored.psutil, "disk_partitions", lambda **_: mounts)
+    with pytest.raises(ValueError, match=f"path {tmp_path}/a is in memory, .*; set max_gib beside path, and "):
+        opened(tmp_path / "a", monkeypatch)
+    assert opened(tmp_path / "a", monkeypatch, max_gib=1.0).parent == tmp_path / "a"
 
 
 def test_a_path_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

@@ -20,15 +20,15 @@ from engine import Result, Trial, Trials, differences
 from simulation import Engine, Files, vllm_config
 from test_life_of_a_token import LOSSLESS, NGRAM, RESIDENT, TOLERANCE
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_block_hash
+from vllm.v1.core.kv_cache_utils import get_block_hash, resolve_block_hashes
 
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FAMILIES, make_prompts
 from vllm_shadowkv.integration import stored
+from vllm_shadowkv.integration.scheduler import stored_prefixes
 from vllm_shadowkv.integration.scheduler.exact import ExactManager
 from vllm_shadowkv.integration.scheduler.managers import ShadowManager
 from vllm_shadowkv.integration.scheduler.publishing import PublishingManager
-from vllm_shadowkv.integration.scheduler.stored_prefixes import StoredPrefixes
 from vllm_shadowkv.integration.worker import transfers
 from vllm_shadowkv.integration.worker.transfers import Transfers
 from vllm_shadowkv.state.block_state import BlockState
@@ -174,8 +174,9 @@ def test_a_producer_finds_nothing(trials: Trials, tmp_path: Path) -> None:
 # -- The scheduler's side ---------------------------------------------------------------------------------------------
 
 
-def prompt(length: int) -> list[int]:
-    return [3 + place * 7 % 490 for place in range(length)]
+def prompt(length: int, seed: int = 0) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(3, 500) for _ in range(length)]
 
 
 def test_blocks_that_are_too_many_to_wait_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,16 +202,67 @@ def test_all_is_saved_before_the_engine_rests() -> None:
     assert another.hits[request.request_id] == 5 * 64
 
 
-def test_resetting_the_connectors_cache_removes_the_files() -> None:
+def test_after_a_reset_of_the_connectors_cache_files_are_of_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Files()
     engine = Engine(files=found)
     engine.add(prompt(3 * 64), max_tokens=2)
     engine.finish()
-    assert found.blocks
     assert engine.scheduler.reset_prefix_cache()
-    assert found.blocks
+    again = engine.add(prompt(3 * 64), max_tokens=2)
+    engine.finish()
+    assert engine.hits[again.request_id] == 2 * 64
+    said: list[str] = []
+    monkeypatch.setattr(stored_prefixes.logger, "info", said.append)
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-    assert not found.blocks
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert said == ["shadowkv: the KV connector's cache was reset; no files are used until the next start."]
+    kept = dict(found.blocks)
+    with_new_weights = engine.add(prompt(5 * 64), max_tokens=2)
+    engine.finish()
+    assert engine.hits[with_new_weights.request_id] == 0
+    assert found.blocks.keys() == kept.keys(), "other engines' files are gone, or there are files of new weights"
+
+
+def test_what_one_request_waits_for_another_one_waits_for_too() -> None:
+    found = Files()
+    first = Engine(files=found)
+    first.add(prompt(6 * 64), max_tokens=1)
+    first.finish()
+    engine = Engine(files=found, max_seqs=4)
+    requests = [engine.add([*prompt(6 * 64), 7 + number], max_tokens=1) for number in range(4)]
+    engine.finish()
+    assert engine.worker.loaded == 1
+    assert [engine.hits[request.request_id] for request in requests] == [6 * 64] * 4
+
+
+def test_a_bad_block_costs_what_is_behind_it() -> None:
+    found = Files()
+    first = Engine(files=found)
+    request = first.add(prompt(6 * 64), max_tokens=1)
+    first.finish()
+    order = resolve_block_hashes(request.block_hashes, first.hash_size, 64)
+    found.bad_blocks = {bytes(order[3])}
+    engine = Engine(files=found)
+    again = engine.add(prompt(6 * 64 + 1), max_tokens=1)
+    engine.finish()
+    assert engine.hits[again.request_id] == 3 * 64
+    assert (engine.worker.unread, engine.worker.loaded) == (1, 1)
+    assert len(found.blocks) == 6, "it was not made anew"
+
+
+def test_requests_that_wait_for_files_leave_each_other_room() -> None:
+    """Each holds its sealed blocks while it waits, and needs exact pages for the end of its prompt then."""
+    found = Files()
+    prompts = [prompt(600, seed) for seed in range(8)]
+    first = Engine(files=found)
+    for one in prompts:
+        first.add(one[: 8 * 64], max_tokens=1)
+        first.finish()
+    engine = Engine(num_blocks=38, files=found, dense_threshold=0, prefill_exact_tokens=0, max_step=96)
+    for one in prompts:
+        engine.add(one, max_tokens=3)
+    engine.finish()
+    assert engine.worker.loaded >= 8
 
 
 def test_what_is_in_memory_is_not_read() -> None:
@@ -294,20 +346,16 @@ save = Transfers._save
 
 def saved_before_it_is_sealed(self: ShadowManager) -> Any:
     published, self._published = self._published, []
-    return [*take_sealed(self), *published]
+    return [*take_sealed(self), *((block.block_id, block_hash) for block, block_hash in published)]
 
 
 take_sealed = ShadowManager.take_sealed
 
 
-def saved_after_it_was_given_away(self: StoredPrefixes, computes: bool) -> Any:
-    given = [(get_block_hash(block_hash), block.block_id) for block, block_hash in self._shadow._sealed]
-    step = next_step(self, computes)
-    step.saves = given
-    return step
-
-
-next_step = StoredPrefixes.step
+def saved_after_it_was_given_away(self: ShadowManager) -> Any:
+    given = [(block.block_id, block_hash) for block, block_hash in self._sealed]
+    take_sealed(self)
+    return given
 
 
 def hit_with_the_pages_before_what_is_loaded(self: ExactManager, *blocks: Any) -> None:
@@ -320,7 +368,7 @@ def hit_with_the_pages_before_what_is_loaded(self: ExactManager, *blocks: Any) -
         (Transfers, "_load", loaded_in_the_old_epoch, 3),
         (Transfers, "_save", saved_unseen, 59),
         (ShadowManager, "take_sealed", saved_before_it_is_sealed, 4),
-        (StoredPrefixes, "step", saved_after_it_was_given_away, 37),
+        (ShadowManager, "take_sealed", saved_after_it_was_given_away, 37),
         (ExactManager, "add_local_computed_blocks", hit_with_the_pages_before_what_is_loaded, 0),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) and not isinstance(value, type) else "",
@@ -363,7 +411,7 @@ def hashed_otherwise(config: VllmConfig) -> None:
 
 
 def overrides(config: VllmConfig) -> None:
-    config.model_config.hf_overrides = {"rope_theta": 5.0}
+    config.model_config.hf_config.rope_theta = 5.0
 
 
 def dtype(config: VllmConfig) -> None:

@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_of(worker: Worker, caplog: p
     Path(str(worker.folder)).parent.write_text("in the way")
     worker.save(1)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"shadowkv: a block could not be written to {worker.folder}: ")
+    assert record.getMessage().startswith(f"shadowkv: blocks cannot be written to {worker.folder}: ")
     assert "Not a directory" in record.getMessage()
     assert [worker.files(kind) for kind in ("saved", "unsaved")] == [0, 1]
 
@@ -120,7 +120,8 @@ def test_a_slow_disk_does_not_fill_the_memory(
     assert [worker.store.has(block_hash) for block_hash in HASHES[:5]] == [True, True, False, False, False]
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"shadowkv: files are written to {worker.folder} more slowly than blocks are sealed; some are not saved."
+        f"shadowkv: files are written to {worker.folder} more slowly than blocks are sealed; contexts end there in "
+        "files."
     )
     worker.save(2, 3)
     assert [worker.store.has(block_hash) for block_hash in HASHES[:5]] == [True, True, True, True, False]

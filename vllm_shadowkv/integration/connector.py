@@ -81,7 +81,7 @@ class ShadowKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens behind the hit in memory that are in files, and whether the request waits for them."""
         tokens = self.prefixes.find(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """The request has its blocks: they are to be filled."""
@@ -94,7 +94,7 @@ class ShadowKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Takes what the workers' steps came to."""
-        self.prefixes.failed(connector_output.failed_recving)
+        self.prefixes.received(connector_output.finished_recving or set(), connector_output.failed_recving)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -104,8 +104,8 @@ class ShadowKVConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def reset_cache(self) -> bool:
-        """Removes the model's files, when vLLM is asked to reset its connector's cache too."""
-        self.prefixes.clear()
+        """Uses files no more: vLLM asks for it when weights may have changed, and files are of those of the start."""
+        self.prefixes.stop()
         return True
 
     # In a worker.
@@ -133,17 +133,21 @@ class ShadowKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing: blocks are saved when they are sealed."""
 
     def wait_for_save(self) -> None:
-        """After the forward pass, if there is one: begins what the step's metadata says."""
+        """Nothing: not every stage of a pipeline calls it."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """After the forward pass, if there is one: begins what the step's metadata says.
+
+        Returns:
+            Requests that wait no longer.
+        """
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepTransfers)
         self.transfers.begin(metadata)
-
-    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Requests that wait no longer."""
         loaded, failed = self.transfers.finish_loads()
         return KVConnectorTransferResults(finished_recving=loaded | failed, failed_recving=failed)
 
     def shutdown(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is written, as far as vLLM lets a process wait that ends."""
         if self._transfers is not None:
             self._transfers.close()

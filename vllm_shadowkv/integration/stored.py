@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import vllm
 from huggingface_hub import snapshot_download
 from vllm.distributed import get_pp_group, get_tp_group
@@ -32,6 +33,8 @@ FORMAT = 1
 """Of a file; raise it with whatever changes what is in a page, in a row of the host pool, or in the file."""
 OF_PAGES = ("block_size", "compression", "rank", "chunk_size", "num_outlier_chunks", "key_codec", "value_dtype")
 """The settings that say what a sealed block is; engines may differ in the others."""
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -87,6 +90,11 @@ def open_store(vllm_config: VllmConfig, layout: list[int], layers: list[str]) ->
                 f"ShadowKVConnector cannot write to its path {path}: {error.strerror}; name another, or set kv_role to "
                 "kv_consumer."
             ) from error
+    if config.max_gib is None and _is_memory(path):
+        raise ValueError(
+            f"ShadowKVConnector's path {path} is in memory, of which the host pool takes most; set max_gib beside "
+            "path, and shadowkv.host_memory_gib so that both fit."
+        )
     if config.max_gib is None:
         most = (shutil.disk_usage(path).free + used_bytes(path)) // 2
     else:
@@ -98,20 +106,29 @@ def open_store(vllm_config: VllmConfig, layout: list[int], layers: list[str]) ->
     rank = Rank(BlockFolder(path, model), name)
     if stages.is_first_rank and heads.is_first_rank:
         logger.info("shadowkv: sealed blocks in %s, of all models at most %.1f GiB.", rank.folder, most / GIB)
-    return BlockStore(rank.folder, name, {**model, "rank": name, "layout": layout, "layers": layers}, most), rank
+    writers = stages.world_size * heads.world_size
+    return BlockStore(
+        rank.folder, name, {**model, "rank": name, "layout": layout, "layers": layers}, most, writers
+    ), rank
+
+
+def _is_memory(path: Path) -> bool:
+    """Whether a folder's files are kept in memory."""
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[parent] for parent in [path, *path.parents] if parent in mounts), "") in ("tmpfs", "ramfs")
 
 
 def _model(vllm_config: VllmConfig) -> dict[str, Any]:
     """What a block depends on beside its tokens."""
     model, algorithm = vllm_config.model_config, vllm_config.cache_config.prefix_caching_hash_algo
     settings = ShadowKVConfig.from_vllm(vllm_config.additional_config).model_dump()
-    overrides = model.hf_overrides
+    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in NOT_OF_THE_MODEL}
     return {
         "format": FORMAT,
         "versions": [vllm_shadowkv.__version__, vllm.__version__],
         "model": _weights(vllm_config),
-        "config": overrides if isinstance(overrides, dict) else overrides.__qualname__,
-        "positions": model.max_model_len if "longrope" in str(model.hf_config) else None,  # which factors it takes
+        "config": config,
+        "positions": model.max_model_len if "longrope" in str(config) else None,  # which factors it takes
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "settings": {key: settings[key] for key in OF_PAGES},
@@ -134,7 +151,7 @@ def _weights(vllm_config: VllmConfig) -> list[Any]:
     endings = (".safetensors", ".bin", ".pt", ".gguf")
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in endings]
     digest = hashlib.sha256()
-    for file in [*path.glob("config.json"), *files]:
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:

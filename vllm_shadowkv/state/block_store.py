@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 import os
-import shutil
+import secrets
 import threading
 import time
 import zlib
@@ -71,15 +71,13 @@ class BlockFolder:
             found += 1
         return found
 
-    def clear(self) -> None:
-        """Removes all blocks of the model."""
-        shutil.rmtree(self._model, ignore_errors=True)
-
 
 class BlockStore:
     """A rank's blocks of one model. Threads may share it, and processes the folder."""
 
-    def __init__(self, folder: BlockFolder, rank: str, contents: Mapping[str, Any], max_bytes: int) -> None:
+    def __init__(
+        self, folder: BlockFolder, rank: str, contents: Mapping[str, Any], max_bytes: int, writers: int = 1
+    ) -> None:
         """Looks how much there is when it first writes.
 
         Args:
@@ -87,9 +85,11 @@ class BlockStore:
             rank: which part of a block's heads and layers.
             contents: what its files say of themselves; others are refused.
             max_bytes: of the files of all models and ranks in the folder; the least recently used go first.
+            writers: processes that write at a time; between looks they may exceed `max_bytes` by a sixteenth.
         """
         self._folder, self._rank, self._contents = folder, rank, _canonical(contents)
         self._max_bytes = max_bytes
+        self._between_looks = min(BYTES_BETWEEN_LOOKS, max_bytes // 16 // writers)
         self._lock = threading.Lock()
         self._until_look = 0
 
@@ -117,7 +117,7 @@ class BlockStore:
         size = pages.nbytes + values.nbytes
         self._make_room(size)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.unfinished")
+        unfinished = file.with_suffix(f".{secrets.token_hex(8)}.unfinished")
         about = {"contents": self._contents, "block": block_hash.hex(), "crc32": _checksum(pages, values)}
         try:
             with unfinished.open("wb") as opened:
@@ -148,11 +148,12 @@ class BlockStore:
                 if about.get("block") != block_hash.hex():
                     raise BadBlockError(f"is block {about.get('block')}")
                 pages, values = opened.get_tensor("pages"), opened.get_tensor("values")
+            is_intact = _checksum(pages, values) == about.get("crc32")
         except FileNotFoundError as error:
             raise BadBlockError("is gone") from error
-        except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch's, of a shape that is none
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:  # NumPy's and PyTorch's too
             raise BadBlockError(f"cannot be read: {error}") from error
-        if _checksum(pages, values) != about.get("crc32"):
+        if not is_intact:
             raise BadBlockError("has another checksum than it says")
         return pages, values
 
@@ -178,7 +179,7 @@ class BlockStore:
             self._until_look -= size
             if self._until_look > 0:
                 return
-            self._until_look = min(BYTES_BETWEEN_LOOKS, self._max_bytes // 16)
+            self._until_look = self._between_looks
             files = sorted(_files(self._folder.folder))
             too_many = sum(of_file for _, of_file, _ in files) + size + self._until_look - self._max_bytes
             for _, of_file, file in files:

@@ -123,20 +123,30 @@ class ExactManager(PublishingManager):
         new_computed_blocks: Sequence[KVCacheBlock],
         total_computed_tokens: int,
         num_local_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:
-        """As vLLM; what a request reads from files it holds sealed only."""
-        if total_computed_tokens > num_local_computed_tokens:
-            new_computed_blocks = self._nulls(total_computed_tokens)
+        """As vLLM; what a request reads from files it holds sealed only.
+
+        VLLM admits requests that wait for files beside what the others still need, which their nulls are no part of:
+        else many could be admitted, and none have its first page.
+        """
+        held = self.req_to_blocks.get(request_id, ())
+        reads = total_computed_tokens > num_local_computed_tokens
+        if apply_admission_cap and (reads or request_id in self.num_cached_block):
+            nulls = total_computed_tokens // self.block_size if reads else sum(page.is_null for page in held)
+            pages = min(-(-num_tokens // self.block_size) - nulls, self.boundary.max_exact_pages)
+            return max(pages - (0 if reads else len(held) - nulls), 0)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks,
+            self._nulls(total_computed_tokens) if reads else new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,
-            *args,
-            **kwargs,
+            num_tokens_main_model,
+            apply_admission_cap=apply_admission_cap,
+            prefill_end=prefill_end,
         )
 
     def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:

@@ -40,13 +40,17 @@ class ShadowManager(PublishingManager, FullAttentionManager):
         self._sealed += self._published
         self._published.clear()
 
-    def take_sealed(self) -> list[tuple[KVCacheBlock, BlockHashWithGroupId]]:
+    def take_sealed(self) -> list[tuple[int, BlockHashWithGroupId]]:
         """Published blocks that will be sealed when the step that was scheduled is planned, or are, with their hashes.
 
-        Every one is returned once.
+        Each is returned once, if it was not given away meanwhile.
         """
         sealed, self._sealed = self._sealed, []
-        return sealed
+        return [
+            (block.block_id, block_hash)
+            for block, block_hash in sealed
+            if block.block_hash == block_hash and block.block_id not in self._unsealed
+        ]
 
     @classmethod
     def find_longest_cache_hit(

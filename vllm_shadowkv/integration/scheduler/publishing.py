@@ -107,9 +107,9 @@ class PublishingManager(SingleTypeKVCacheManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Notes which blocks will be sealed.
 
-        vLLM calls it in scheduling, after it has allocated. The asynchronous scheduler of 0.32 calls it again when it
-        has the output of a step; that schedules nothing, so such a call changes nothing. And it calls it when blocks
-        are there that were read from files: these are sealed.
+        vLLM calls it in scheduling, after it has allocated. Its asynchronous scheduler calls it again when it has the
+        output of a step; that schedules nothing, so such a call changes nothing. And it calls it when blocks are there
+        that were read from files: these are sealed.
         """
         if request.request_id in self._reading:
             self._reading.remove(request.request_id)

@@ -35,7 +35,7 @@ class Bound:
         exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
         slots: counts of the slots' hits and misses.
         due: blocks that the last step completed of prompts, each with its exact pages and its first position.
-        reading: blocks whose rows of the host pool are being written to files, or were.
+        reading: blocks whose rows of the host pool are being copied to be written to files, or were.
     """
 
     memories: dict[str, LayerMemory]

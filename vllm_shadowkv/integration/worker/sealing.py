@@ -84,7 +84,7 @@ class Sealer:
         layout = self._layout
         device = bound.exact_start.device
         for reading in [bound.reading.pop(block) for block in found.keys() & bound.reading.keys()]:
-            if not reading.cancel():  # a save that has begun
+            if not reading.cancel():  # it has begun
                 wait([reading])
         block_ids = torch.tensor(list(found), dtype=torch.int32, device=device)
         exact_ids = torch.stack([ids for ids, _ in found.values()]).to(device)

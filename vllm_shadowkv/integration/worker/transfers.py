@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -80,7 +80,8 @@ class Transfers:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._loads: dict[str, tuple[list[tuple[bytes, int]], list[Future[None]]]] = {}
         self._saves: list[Future[None]] = []
-        self._said_full = self._idle = False
+        self._said: set[str] = set()
+        self._idle = False
         self._labels = labels
         for kind in ("saved", "loaded", "refused", "unsaved"):
             self._count(kind, 0)
@@ -129,49 +130,58 @@ class Transfers:
         return loaded, failed
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is written, and reads nothing more."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
 
     def _save(self, block_hash: bytes, block: int) -> None:
         """Copies a block's pages, which may be given away in the next step, and has them written with its values.
 
-        Whoever overwrites the row of the host pool waits for that: `Bound.reading`.
+        Whoever overwrites the row of the host pool gives the save up, or waits until the values are copied:
+        `Bound.reading`.
         """
-        if self._store.has(block_hash):
-            return
         bound = self._memory.bind()
         memories = list(bound.memories.values())
         self._saves = [save for save in self._saves if not save.done()]
         if (len(self._saves) + 1) * len(memories) * self._layout.page_bytes > MOST_WAITING_BYTES:
-            self._count("unsaved")
-            if not self._said_full:
-                logger.warning(
-                    "shadowkv: files are written to %s more slowly than blocks are sealed; some are not saved.",
-                    self.rank.folder,
-                )
-            self._said_full = True
+            self._unsaved("files are written to %s more slowly than blocks are sealed", self.rank.folder)
             return
         pages = torch.empty(len(memories), self._layout.page_bytes, dtype=torch.uint8, pin_memory=bool(self._stream))
         for copy, memory in zip(pages, memories, strict=True):
             copy.copy_(memory.pages[block], non_blocking=True)
-        save = self._writers.submit(self._write, block_hash, block, pages, memories, self._event())
-        self._saves.append(save)
-        bound.reading[block] = save
+        bound.reading[block] = copied = Future[None]()
+        write = self._writers.submit(self._write, block_hash, block, pages, memories, self._event(), copied)
+        self._saves.append(write)
 
     def _write(
-        self, block_hash: bytes, block: int, pages: Tensor, memories: list[LayerMemory], ready: torch.cuda.Event | None
+        self,
+        block_hash: bytes,
+        block: int,
+        pages: Tensor,
+        memories: list[LayerMemory],
+        ready: torch.cuda.Event | None,
+        copied: Future[None],
     ) -> None:
-        if ready:
-            ready.synchronize()
-        try:
-            values = torch.from_numpy(np.stack([memory.host_pool[block].numpy() for memory in memories]))
-            written = self._store.write(block_hash, pages, values)
-        except OSError as error:
-            logger.warning("shadowkv: a block could not be written to %s: %s.", self.rank.folder, error)
+        if not copied.set_running_or_notify_cancel():
             self._count("unsaved")
-        else:
-            self._count("saved", int(written > 0))
+            return
+        try:
+            if ready:
+                ready.synchronize()
+            values = torch.from_numpy(np.stack([memory.host_pool[block].numpy() for memory in memories]))
+        finally:
+            copied.set_result(None)
+        try:
+            self._count("saved", int(self._store.write(block_hash, pages, values) > 0))
+        except OSError as error:
+            self._unsaved("blocks cannot be written to %s: %s", self.rank.folder, error)
+
+    def _unsaved(self, why: str, *arguments: Any) -> None:
+        """Counts a block that is not saved; the log has the first reason of a kind."""
+        self._count("unsaved")
+        if why not in self._said:
+            self._said.add(why)
+            logger.warning("shadowkv: " + why + "; contexts end there in files.", *arguments)
 
     def _load(self, request_id: str, blocks: list[tuple[bytes, int]]) -> None:
         """Has blocks filled. Exact pages that they were are no longer resident."""
@@ -232,4 +242,5 @@ def _cores() -> set[int]:
 
 
 def _use_all_cores(cores: Iterable[int]) -> None:
-    os.sched_setaffinity(0, cores)
+    with contextlib.suppress(OSError):  # it is not allowed, so they share the core of the thread that made them
+        os.sched_setaffinity(0, cores)
