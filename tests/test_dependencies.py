@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     # Seams: what vLLM is told. Below them the two processes, which know nothing of each other, and below those what a
     # worker computes with and what it knows of the model.
     "integration": {
-        *("torch", "vllm", "huggingface_hub", OURS),
+        *("torch", "vllm", "huggingface_hub", "psutil", OURS),
         *(f"{OURS}.{part}" for part in ("config", "extension", "metrics", "page", "plugin", "state", "versions")),
         f"{OURS}.integration",
     },

@@ -1,8 +1,8 @@
 """The entry point that vLLM calls in every process (`vllm.general_plugins`, `vllm/plugins/__init__.py`).
 
-It only tells vLLM names, and Prometheus whom to ask: nothing is imported that is not used, no extension is loaded, no
-device is touched. Whatever may be missing is found, and said, where the backend is resolved (`integration/backend.py`),
-because vLLM merely logs a plugin that raises.
+It only tells vLLM names, and Prometheus whom to ask: nothing is imported but vLLM's factory of connectors, which its
+servers import anyway, no extension is loaded, no device is touched. Whatever may be missing is found, and said, where
+the backend is resolved (`integration/backend.py`), because vLLM merely logs a plugin that raises.
 """
 
 from __future__ import annotations

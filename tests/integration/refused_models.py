@@ -174,6 +174,7 @@ MODELS: list[Case] = [
         options(**ours(compression=1)),
         OTHER,
         model=GRANITE_4_H,
+        options={"mamba_ssm_cache_dtype": "float32"},  # what vLLM takes by itself depends on the processor
     ),
     value(
         "MLA",

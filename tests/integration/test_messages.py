@@ -306,6 +306,7 @@ TRIGGERS: list[Trigger] = [
     random_hashes,
     path_of_a_file,
     lambda patch, folder: open_at(Path("/proc")),
+    lambda patch, folder: open_at(Path("/dev/shm")),
     lambda patch, folder: open_ranks("a", "b"),
     lambda patch, folder: refusals.check_connected(ours=False, beside=False),
     lambda patch, folder: refusals.check_connected(ours=True, beside=True),
@@ -509,6 +510,6 @@ def test_warnings_are_few() -> None:
         "integration/worker/geometry.py: 'shadowkv: --long-prefill-token-threshold %d com",
         "integration/worker/machine.py: 'shadowkv: %d KV cache blocks instead of the %d t",
         "integration/worker/transfers.py: 'shadowkv: files are written to %s more slowly ",
-        "integration/worker/transfers.py: 'shadowkv: a block could not be written to %s: ",
         "integration/worker/transfers.py: 'shadowkv: block %s in %s %s; it is computed.'",
+        "integration/worker/transfers.py: 'shadowkv: blocks cannot be written to %s: %s.'",
     ]

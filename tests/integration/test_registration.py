@@ -119,15 +119,22 @@ def forbidden(*arguments, **options):
     raise AssertionError("touched")
 torch.cuda._lazy_init = torch.ops.load_library = forbidden
 import vllm_shadowkv.plugin
-vllm_shadowkv.plugin.register()
+vllm_shadowkv.plugin.platform()
 print("said", *sorted(name for name in set(sys.modules) - before))
+import vllm.distributed.kv_transfer.kv_connector.factory
+before = set(sys.modules)
+vllm_shadowkv.plugin.register()
+vllm_shadowkv.plugin.register()
+print("said", len(set(sys.modules) - before))
 print("said", torch.cuda.is_initialized(), hasattr(torch.ops.shadowkv, "cpu_isa"))
 print("said", AttentionBackendEnum.CPU_ATTN.get_path(), AttentionBackendEnum.CPU_MLA.get_path())
 """
 
 
 def test_registering_imports_nothing_and_touches_nothing() -> None:
-    imported, touched, overrides = python(TOUCH, VLLM_PLUGINS="")
+    """But for vLLM's factory of connectors, which is imported where general plugins are loaded."""
+    imported, afterwards, touched, overrides = python(TOUCH, VLLM_PLUGINS="")
+    assert afterwards == "0"
     assert imported.split() == ["vllm_shadowkv", "vllm_shadowkv.exposition", "vllm_shadowkv.plugin"]
     assert touched == "False False"
     assert overrides == "their.Backend vllm_shadowkv.integration.platform.CPU_MLA", "another plugin's override stays"

@@ -120,8 +120,7 @@ def test_a_slow_disk_does_not_fill_the_memory(
     assert [worker.store.has(block_hash) for block_hash in HASHES[:5]] == [True, True, False, False, False]
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"shadowkv: files are written to {worker.folder} more slowly than blocks are sealed; contexts end there in "
-        "files."
+        f"shadowkv: files are written to {worker.folder} more slowly than blocks are sealed; contexts end early there."
     )
     worker.save(2, 3)
     assert [worker.store.has(block_hash) for block_hash in HASHES[:5]] == [True, True, True, True, False]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -144,7 +144,12 @@ class Transfers:
         memories = list(bound.memories.values())
         self._saves = [save for save in self._saves if not save.done()]
         if (len(self._saves) + 1) * len(memories) * self._layout.page_bytes > MOST_WAITING_BYTES:
-            self._unsaved("files are written to %s more slowly than blocks are sealed", self.rank.folder)
+            self._count("unsaved")
+            if self._is_first("slow"):
+                logger.warning(
+                    "shadowkv: files are written to %s more slowly than blocks are sealed; contexts end early there.",
+                    self.rank.folder,
+                )
             return
         pages = torch.empty(len(memories), self._layout.page_bytes, dtype=torch.uint8, pin_memory=bool(self._stream))
         for copy, memory in zip(pages, memories, strict=True):
@@ -174,14 +179,15 @@ class Transfers:
         try:
             self._count("saved", int(self._store.write(block_hash, pages, values) > 0))
         except OSError as error:
-            self._unsaved("blocks cannot be written to %s: %s", self.rank.folder, error)
+            self._count("unsaved")
+            if self._is_first("failed"):
+                logger.warning("shadowkv: blocks cannot be written to %s: %s.", self.rank.folder, error)
 
-    def _unsaved(self, why: str, *arguments: Any) -> None:
-        """Counts a block that is not saved; the log has the first reason of a kind."""
-        self._count("unsaved")
-        if why not in self._said:
-            self._said.add(why)
-            logger.warning("shadowkv: " + why + "; contexts end there in files.", *arguments)
+    def _is_first(self, kind: str) -> bool:
+        """Whether the log does not have it yet: once is enough."""
+        is_first = kind not in self._said
+        self._said.add(kind)
+        return is_first
 
     def _load(self, request_id: str, blocks: list[tuple[bytes, int]]) -> None:
         """Has blocks filled. Exact pages that they were are no longer resident."""
