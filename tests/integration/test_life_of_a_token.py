@@ -333,9 +333,14 @@ def test_after_a_reset_nothing_is_hit(trials: Trials, trial: Trial) -> None:
 
 @each_trial(V1, V1_WINDOWS, V2, COMPRESSED)
 def test_company_changes_nothing(trials: Trials, trial: Trial) -> None:
-    """Compressed keys too: which chunks are read depends on the request alone."""
+    """Compressed keys too: which chunks are read depends on the request alone.
+
+    A sum that rounds otherwise in other company can move a code of 4 bits by one: measured without AVX-512, 0.0024.
+    What compression itself changes is other tokens.
+    """
     found = trials(trial).sequences
-    assert differences(found["eight"], found["alone"], TOLERANCE) == []
+    tolerance = 0.01 if trial is COMPRESSED else TOLERANCE
+    assert differences(found["eight"], found["alone"], tolerance) == []
 
 
 @each_trial(COMPRESSED_RESIDENT)
