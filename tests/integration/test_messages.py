@@ -512,4 +512,5 @@ def test_warnings_are_few() -> None:
         "integration/worker/transfers.py: 'shadowkv: files are written to %s more slowly ",
         "integration/worker/transfers.py: 'shadowkv: block %s in %s %s; it is computed.'",
         "integration/worker/transfers.py: 'shadowkv: blocks cannot be written to %s: %s.'",
+        "integration/worker/transfers.py: 'shadowkv: blocks could not be filled and are c",
     ]

@@ -125,3 +125,16 @@ def test_a_slow_disk_does_not_fill_the_memory(
     worker.save(2, 3)
     assert [worker.store.has(block_hash) for block_hash in HASHES[:5]] == [True, True, True, True, False]
     assert [worker.files(kind) for kind in ("saved", "unsaved")] == [4, 3]
+
+
+def test_what_nobody_expects_is_told_of_and_computed(
+    worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.save(1)
+    pages, values = worker.store.read(HASHES[1])
+    monkeypatch.setattr(worker.store, "read", lambda block_hash: (pages[:1], values))
+    assert worker.load(HASHES[1:2], [5]) == (set(), {"request"})
+    (record,) = caplog.records
+    assert record.getMessage() == "shadowkv: blocks could not be filled and are computed."
+    assert record.exc_info is not None
+    assert "zip()" in str(record.exc_info[1])

@@ -34,7 +34,6 @@ FORMAT = 1
 OF_PAGES = ("block_size", "compression", "rank", "chunk_size", "num_outlier_chunks", "key_codec", "value_dtype")
 """The settings that say what a sealed block is; engines may differ in the others."""
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
-NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 

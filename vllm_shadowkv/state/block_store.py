@@ -111,9 +111,9 @@ class BlockStore:
         Raises:
             OSError: it cannot be written.
         """
-        file = self._folder.file(self._rank, block_hash)
-        if file.is_file():
+        if self.has(block_hash):
             return 0
+        file = self._folder.file(self._rank, block_hash)
         size = pages.nbytes + values.nbytes
         self._make_room(size)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -123,9 +123,9 @@ class ExactManager(PublishingManager):
         new_computed_blocks: Sequence[KVCacheBlock],
         total_computed_tokens: int,
         num_local_computed_tokens: int,
-        num_tokens_main_model: int,
+        *args: Any,
         apply_admission_cap: bool = False,
-        prefill_end: int = 0,
+        **kwargs: Any,
     ) -> int:
         """As vLLM; what a request reads from files it holds sealed only.
 
@@ -144,13 +144,10 @@ class ExactManager(PublishingManager):
             self._nulls(total_computed_tokens) if reads else new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,
-            num_tokens_main_model,
+            *args,
             apply_admission_cap=apply_admission_cap,
-            prefill_end=prefill_end,
+            **kwargs,
         )
-
-    def allocate_external_computed_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """None: see `add_local_computed_blocks`."""
 
     def _nulls(self, num_tokens: int) -> list[KVCacheBlock]:
         return [self._null_block] * (num_tokens // self.block_size)
@@ -165,7 +162,7 @@ class ExactManager(PublishingManager):
         """As vLLM; counts what was hit.
 
         Exact pages of a hit would end before the blocks behind it that are read from files: their run must reach the
-        end, so none is held.
+        end, so none is held, and vLLM finds nothing to allocate for what is read.
         """
         if num_external_computed_tokens:
             new_computed_blocks = self._nulls(num_local_computed_tokens + num_external_computed_tokens)

@@ -90,19 +90,10 @@ class PublishingManager(SingleTypeKVCacheManager):
         self._being_scheduled, self._ends = request_id, num_tokens_main_model
         return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
-    def add_local_computed_blocks(
-        self,
-        request_id: str,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        num_local_computed_tokens: int,
-        num_external_computed_tokens: int,
-    ) -> None:
-        """As vLLM; notes whether the request waits for blocks that are read from files."""
-        super().add_local_computed_blocks(
-            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
-        )
-        if num_external_computed_tokens:
-            self._reading.add(request_id)
+    def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """As vLLM; notes that the request waits for blocks that are read from files."""
+        self._reading.add(request_id)
+        super().allocate_external_computed_blocks(request_id, *args, **kwargs)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Notes which blocks will be sealed.

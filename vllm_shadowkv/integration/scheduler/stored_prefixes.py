@@ -129,8 +129,8 @@ class StoredPrefixes:
         """Notes that the request's context was in use until now."""
         for notes in (self._found, self._loading, self._failed):
             notes.pop(request.request_id, None)
-        if hashes := self._hashes(request)[: request.num_computed_tokens // self._shadow.block_size]:
-            self._step.used.append(hashes)
+        if self._ranks:
+            self._step.used.append(self._hashes(request)[: request.num_computed_tokens // self._shadow.block_size])
 
     def stop(self) -> None:
         """Reads and saves nothing more."""

@@ -38,7 +38,6 @@ THREADS = 4
 """That read, and as many that write."""
 MOST_WAITING_BYTES = 2**30
 """Of pages that were copied to be written. A block beyond is not saved: a slow disk must not fill the memory."""
-
 SECONDS_BETWEEN_LOOKS = 0.003
 """At loads, where no request computes."""
 
@@ -121,8 +120,11 @@ class Transfers:
             if not all(future.done() for future in futures):
                 continue
             del self._loads[request_id]
-            if any(future.exception() for future in futures):
+            if errors := [error for future in futures if (error := future.exception())]:
                 failed.add(request_id)
+                for error in errors:
+                    if not isinstance(error, BadBlockError):  # of which the log knows
+                        logger.error("shadowkv: blocks could not be filled and are computed.", exc_info=error)
                 continue
             loaded.add(request_id)
             self._memory.bind().state.seal(torch.tensor([block for _, block in blocks]), None)
@@ -178,7 +180,7 @@ class Transfers:
             copied.set_result(None)
         try:
             self._count("saved", int(self._store.write(block_hash, pages, values) > 0))
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._count("unsaved")
             if self._is_first("failed"):
                 logger.warning("shadowkv: blocks cannot be written to %s: %s.", self.rank.folder, error)
