@@ -166,7 +166,8 @@ def _set_what_is_read_as_floats(layout: PageLayout, pages: Tensor, generator: to
     for section in ("coefficient_scales", "landmark_scales"):
         layout.view(pages, section).fill_(0.01)
     layout.view(pages, "tail_steps").fill_(3)
-    layout.view(pages, "mean").zero_()
+    for section in ("mean", "landmark_mean"):
+        layout.view(pages, section).zero_()
     for section in ("outlier_keys", "mean_values"):
         view = layout.view(pages, section)
         view.copy_(normal(view.shape, layout.dtype, generator))

@@ -200,8 +200,9 @@ inline PageLayout read_layout(const std::vector<int64_t>& ints) {
   } else {
     check_section("exact_keys", l.exact_keys, value_bytes, l.block_size * l.width() * value_bytes);
   }
-  check_section("landmarks", l.landmarks, 1, l.chunks() * l.width());
+  check_section("landmarks", l.landmarks, 1, l.num_kv_heads * l.chunks() * l.landmark_bytes());
   check_section("landmark_scales", l.landmark_scales, 4, 4 * l.num_kv_heads * l.chunks());
+  check_section("landmark_mean", l.landmark_mean, 4, 4 * l.width());
   check_section("outlier_ids", l.outlier_ids, 4, 4 * l.num_kv_heads * l.num_outliers);
   check_section("outlier_cosines", l.outlier_cosines, 4, 4 * l.num_kv_heads * l.num_outliers);
   check_section("mean_values", l.mean_values, value_bytes, l.width() * value_bytes);

@@ -30,8 +30,9 @@ struct PageLayout {
   int64_t basis;               // int8 [num_kv_heads, rank, head_size]
   int64_t mean;                // fp32 [num_kv_heads, head_size]
   int64_t exact_keys;          // dtype [num_kv_heads, block_size, head_size], rank 0 only
-  int64_t landmarks;           // int8 [num_kv_heads, chunks, head_size]
+  int64_t landmarks;           // uint8 [num_kv_heads, chunks, landmark_bytes], see kLandmarkCode
   int64_t landmark_scales;     // fp32 [num_kv_heads, chunks]
+  int64_t landmark_mean;       // fp32 [num_kv_heads, head_size]
   int64_t outlier_ids;         // int32 [num_kv_heads, num_outliers], chunk in the block
   int64_t outlier_cosines;     // fp32 [num_kv_heads, num_outliers]
   int64_t outlier_keys;  // dtype [num_kv_heads, num_outliers, chunk_size, head_size], rank > 0 only
@@ -45,6 +46,7 @@ struct PageLayout {
 
   constexpr int64_t chunks() const { return block_size / chunk_size; }
   constexpr int64_t tail_bytes() const { return (rank - leading_rank) / 2; }
+  constexpr int64_t landmark_bytes() const { return head_size / 2; }
   constexpr int64_t width() const { return num_kv_heads * head_size; }
   // A row of the host pool: the values of [num_kv_heads, block_size] tokens, then, where they are
   // int8, as many scales.
@@ -63,6 +65,11 @@ constexpr int kTailOffset = 8;
 // Largest code, and the largest step with which it is an int8.
 constexpr int kTailCode = 7;
 constexpr int kTailStep = 17;
+
+// Byte i of a landmark has dimension i in its low half and the one half a head later in its high
+// half, codes from -kLandmarkCode to kLandmarkCode plus kLandmarkOffset.
+constexpr int kLandmarkCode = 7;
+constexpr int kLandmarkOffset = 8;
 
 // vllm_shadowkv/config.py: SINK_CHUNKS, LOCAL_CHUNKS.
 constexpr int64_t kSinkChunks = 1;

@@ -32,7 +32,7 @@ FLAGS += [f"-I{ROOT / 'csrc'}", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-D
 
 LOAD, STORE, COPY = r"\bLDG\.E\S*\.128", r"\bSTG\.E\S*\.128", r"\bLDGSTS\.E\S*\.128"
 MUST_HOLD = {
-    "select_chunks": ("HMMA", LOAD),
+    "select_chunks": ("IMMA", LOAD),
     "fill_slots": ("IMMA", LOAD, COPY, STORE),
     "sparse_attention": ("HMMA", LOAD),
     "expand_blocks": ("IMMA", LOAD, COPY, STORE),

@@ -20,8 +20,8 @@ from benchmarks.accuracy.needle_methods import METHODS, Haystack
 from benchmarks.accuracy.paired import Flips, divergence, most_lost
 from benchmarks.accuracy.paper_method import Paper, rank_at
 from benchmarks.accuracy.samples import Sample, needles
-from benchmarks.accuracy.sealed_method import Sealed, two_centres
-from benchmarks.accuracy.view import View, attend, choose, full_attention, relative_error
+from benchmarks.accuracy.sealed_method import Sealed
+from benchmarks.accuracy.view import View, attend, full_attention, relative_error
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.evaluate import load_model
 from vllm_shadowkv import reference
@@ -278,27 +278,3 @@ def test_ours_and_the_papers_answers_are_paired() -> None:
     found = needle_methods.duels(records, [256])
     assert [(duel.setup, duel.flips.won, duel.flips.lost) for duel in found] == [("A", 2, 1)] * 4
     assert len({(duel.ours, duel.paper) for duel in found}) == 4
-
-
-def test_two_centres_are_those_of_the_two_kinds_of_keys_in_a_chunk() -> None:
-    """Three keys of eight are of another kind, at places that no half of a chunk has to itself."""
-    kinds = torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(2)) + 5  # [heads, chunks, kinds, size]
-    chunks = kinds[:, :, :1].repeat(1, 1, 8, 1)
-    chunks[:, :, [1, 4, 6]] = kinds[:, :, 1:]
-    centres, shares = two_centres(chunks, per_block=8)
-    assert sorted(shares.unique().tolist()) == [3 / 8, 5 / 8]
-    many_first = (shares[..., 0] == 5 / 8)[..., None, None]
-    found = torch.where(many_first, centres, centres.flip(2))
-    assert relative_error(found.flatten(0, 1), kinds.flatten(0, 1)).max() < 0.05  # half a step of 16 is a fifteenth
-
-
-def test_a_chunk_of_several_landmarks_counts_as_the_sum_of_their_tokens(layer: Layer) -> None:
-    """Landmarks that are the keys themselves: a chunk's share is what its keys get of full attention."""
-    view = Sealed(codec="none", block_size=256, int8_values=False).view(layer)
-    every = view.keys.unflatten(0, (-1, 8)).permute(2, 0, 1, 3)
-    exact = replace(view, landmarks=every, shares=torch.full(every.shape[:3], 1 / 8))
-    best, marks = choose(exact, layer, 0, 16)
-    assert torch.equal(best, choose(view, layer, 0, 16, truly_best=True)[0])
-    queries = layer.queries.unflatten(1, (2, -1))[:, 0]
-    logits = (layer.scale * (queries @ view.keys[:, 0].T)).unflatten(-1, (-1, 8))
-    torch.testing.assert_close(marks + math.log(8), logits.logsumexp(-1))

@@ -21,7 +21,7 @@ from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, ROW_ALIGNMENT, Pag
 HEADER = (Path(__file__).parent.parent / "csrc/layout.h").read_text()
 
 FACTORS = {"coefficients", "tail_coefficients", "tail_steps", "coefficient_scales", "basis", "mean", "outlier_keys"}
-ALWAYS = {"landmarks", "landmark_scales", "outlier_ids", "outlier_cosines", "mean_values"}
+ALWAYS = {"landmarks", "landmark_scales", "landmark_mean", "outlier_ids", "outlier_cosines", "mean_values"}
 SLOTS = {"slot_keys", "slot_values", "slot_tags", "slot_used", "slot_epoch"}
 
 KV_HEADS = (1, 2, 3, 4, 8, 16, 32)
@@ -117,6 +117,7 @@ def shapes(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
     names = "num_kv_heads block_size chunks chunk_size head_size rank leading_rank num_outliers slots_per_page"
     sizes: dict[str, int] = {name: getattr(layout, name) for name in names.split()}
     sizes["tail_bytes"] = (layout.rank - layout.leading_rank) // 2
+    sizes["landmark_bytes"] = layout.head_size // 2
     dtypes = {"uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
     dtypes |= {"fp32": torch.float32, "bf16": torch.bfloat16}
     found = {}
@@ -234,7 +235,7 @@ def test_llama_3_1_8b() -> None:
     layout = plan(num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     assert layout.page_bytes == 512 * 1024
     assert layout.exact_tokens == 128
-    assert (layout.rank, layout.leading_rank) == (224, 32)
+    assert (layout.rank, layout.leading_rank) == (256, 48)
     bytes_per_sealed_token = layout.page_bytes / layout.block_size
     assert bytes_per_sealed_token * 8 == 2 * 8 * 128 * torch.bfloat16.itemsize
     assert 14 <= layout.slots_per_page <= 16
@@ -245,11 +246,11 @@ def test_llama_3_1_8b() -> None:
 @pytest.mark.parametrize(
     ("num_kv_heads", "block_size", "ranks"),
     [
-        (8, 1024, range(224, 225)),
-        (4, 1024, range(160, 161)),
-        (4, 2048, range(208, 257)),
-        (2, 1024, range(96, 97)),
-        (1, 1024, range(48, 49)),
+        (8, 1024, range(256, 257)),
+        (4, 1024, range(192, 193)),
+        (4, 2048, range(256, 305)),
+        (2, 1024, range(112, 113)),
+        (1, 1024, range(64, 65)),
     ],
 )
 def test_rank_of_usual_shapes(num_kv_heads: int, block_size: int, ranks: range) -> None:

@@ -14,6 +14,10 @@ TAIL_CODE = 7
 TAIL_STEP = 17
 """Largest step of a tail: code times step is an int8."""
 
+LANDMARK_OFFSET = 8
+LANDMARK_CODE = 7
+"""Largest landmark code."""
+
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
     """int8 with one fp32 scale per row (last dimension): absmax / 127, halves to even; a zero row has scale 0."""
@@ -41,6 +45,28 @@ def quantise_coefficients(coefficients: Tensor, leading: int) -> tuple[Tensor, T
     steps = (tail_size / TAIL_CODE * inverse).round().nan_to_num(nan=1).clamp(1, TAIL_STEP)
     low, high = (_codes(tail, steps * scales, TAIL_CODE) + TAIL_OFFSET).unflatten(1, (-1, 2, TAIL_GROUP // 2)).unbind(2)
     return _codes(head, scales.float(), 127), (low + 16 * high).byte().flatten(1), steps.byte(), scales
+
+
+def quantise_landmarks(landmarks: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """4 bits for what a landmark differs by from the mean key of its block (docs/adr/0014).
+
+    Args:
+        landmarks: fp32 `[..., chunks, head_size]`.
+        mean: fp32 `[..., head_size]`.
+
+    Returns:
+        uint8 `[..., chunks, head_size / 2]`: byte i has dimension i in its low half, and the one half a head later in
+        its high half, codes from -7 to 7 plus `LANDMARK_OFFSET`; and fp32 scales `[..., chunks]`, absmax / 7.
+    """
+    apart = landmarks - mean.unsqueeze(-2)
+    scales = apart.abs().amax(-1) / LANDMARK_CODE
+    low, high = (_codes(apart, scales, LANDMARK_CODE) + LANDMARK_OFFSET).unflatten(-1, (2, -1)).unbind(-2)
+    return (low + 16 * high).byte(), scales
+
+
+def landmark_codes(codes: Tensor) -> Tensor:
+    """int8 `[..., head_size]` of the bytes that `quantise_landmarks` returns, to be multiplied with their scales."""
+    return torch.cat((codes & 15, codes >> 4), -1).char() - LANDMARK_OFFSET
 
 
 def coefficients_of(codes: Tensor, tail: Tensor, steps: Tensor, scales: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class PageLayout:
     exact_keys: int
     landmarks: int
     landmark_scales: int
+    landmark_mean: int
     outlier_ids: int
     outlier_cosines: int
     outlier_keys: int
@@ -105,6 +106,11 @@ class PageLayout:
     def tail_bytes(self) -> int:
         """Bytes of a token's coefficients of 4 bits."""
         return (self.rank - self.leading_rank) // 2
+
+    @property
+    def landmark_bytes(self) -> int:
+        """Bytes of a landmark, its scale not counted."""
+        return self.head_size // 2
 
     @property
     def value_row_bytes(self) -> int:
@@ -308,8 +314,9 @@ def _shadow_sections(layout: PageLayout) -> list[tuple[str, tuple[int, ...], tor
         keys = [("exact_keys", (heads, block, size), layout.dtype)]
     return [
         *keys,
-        ("landmarks", (heads, layout.chunks, size), torch.int8),
+        ("landmarks", (heads, layout.chunks, layout.landmark_bytes), torch.uint8),
         ("landmark_scales", (heads, layout.chunks), torch.float32),
+        ("landmark_mean", (heads, size), torch.float32),
         ("outlier_ids", (heads, outliers), torch.int32),
         ("outlier_cosines", (heads, outliers), torch.float32),
         ("mean_values", (heads, size), layout.dtype),

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients
+from vllm_shadowkv.codes import coefficients_of, landmark_codes, quantise, quantise_coefficients, quantise_landmarks
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary, apply
@@ -95,8 +95,12 @@ def pack_block(
             continue
         chunked = keys[i].unflatten(0, (-1, layout.chunk_size)).permute(2, 0, 1, 3)
         landmarks, outlier_ids, cosines = landmarks_and_outliers(keys[i], layout.chunk_size, layout.num_outliers)
-        parts = dict(zip(("landmarks", "landmark_scales"), quantise(landmarks), strict=True))
-        parts |= {"outlier_ids": outlier_ids, "outlier_cosines": cosines}
+        parts = {
+            "landmark_mean": keys[i].float().where(keys[i].isfinite(), 0).mean(0),
+            "outlier_ids": outlier_ids,
+            "outlier_cosines": cosines,
+        }
+        parts["landmarks"], parts["landmark_scales"] = quantise_landmarks(landmarks, parts["landmark_mean"])
         if layout.rank:
             codes = quantise_coefficients(coefficients[i], layout.leading_rank)
             parts |= dict(zip(COEFFICIENTS, codes, strict=True))
@@ -202,7 +206,10 @@ def select_chunks(
     rest_values.fill_(0)
     rest_lse.fill_(-torch.inf)
     mean_values = layout.view(pages, "mean_values")
-    codes, scales = layout.view(pages, "landmarks"), layout.view(pages, "landmark_scales")
+    codes, scales = landmark_codes(layout.view(pages, "landmarks")), layout.view(pages, "landmark_scales")
+    mean_keys = layout.view(pages, "landmark_mean")
+    query_codes, query_scales = quantise(query)  # for products with codes; the mean key meets the query as it is
+    rounded = query_codes * query_scales.unsqueeze(-1)
     outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")
     most_outliers = chunk_ids.shape[2] - budget_chunks - SINK_CHUNKS - LOCAL_CHUNKS
     group = query.shape[1] // layout.num_kv_heads
@@ -217,8 +224,10 @@ def select_chunks(
         usable = valid.repeat_interleave(layout.chunks)
         newest = (ids + 1) * layout.chunk_size > int(seq_lens[row]) - LOCAL_CHUNKS * layout.chunk_size
         for head in range(layout.num_kv_heads):
-            marks = (codes[blocks, head] * scales[blocks, head].unsqueeze(-1)).flatten(0, 1)
-            logits = scale * (query[row, head * group : (head + 1) * group].float() @ marks.T)
+            heads = slice(head * group, (head + 1) * group)
+            apart = (codes[blocks, head] * scales[blocks, head].unsqueeze(-1)).flatten(0, 1)
+            of_means = (query[row, heads].float() @ mean_keys[blocks, head].T).repeat_interleave(layout.chunks, 1)
+            logits = scale * (rounded[row, heads] @ apart.T + of_means)
             logits[:, ~usable] = -torch.inf
             scores = logits.softmax(-1).sum(0)
             forced = (ids < SINK_CHUNKS) | newest

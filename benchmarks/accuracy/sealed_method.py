@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.view import View, chunked, lowest_cosines, with_exact_chunks
-from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients
+from vllm_shadowkv.codes import coefficients_of, landmark_codes, quantise, quantise_coefficients, quantise_landmarks
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import HEAD_SIZES, RANK_STEP, PageLayout, lay_out, plan_page
 from vllm_shadowkv.reference import factorise, landmarks_and_outliers
@@ -31,9 +31,8 @@ class Sealed:
         codec: of the factors; "none": exact keys.
         eight_bits: all coefficients have 8 bits, not the leading ones alone; fewer directions fit then.
         centred: factorise what differs from the block's mean key.
-        exact_landmarks: in fp32 instead of int8.
+        landmark_codec: in 4 bits about the mean key of a block, in int8, or exact, in fp32.
         mean_landmarks: a landmark is the mean of its chunk's keys.
-        two_centres: two landmarks of 4 bits a chunk, in about as many bytes; see `two_centres`.
         highest: a chunk's score is the highest of its GQA group, in place of the sum.
         int8_values: with one scale per token; False: as the model has them.
         exact_tokens: newest tokens of the prompt that stay exact (`decode_exact_tokens`).
@@ -49,9 +48,8 @@ class Sealed:
     codec: Literal["int8", "bf16", "none"] = "int8"
     eight_bits: bool = False
     centred: bool = True
-    exact_landmarks: bool = False
+    landmark_codec: Literal["4 bits", "int8", "none"] = "4 bits"
     mean_landmarks: bool = False
-    two_centres: bool = False
     highest: bool = False
     int8_values: bool = True
     exact_tokens: int = 0
@@ -102,12 +100,14 @@ class Sealed:
         cosines = lowest_cosines(chunks, landmarks).unflatten(1, (-1, block // self.chunk_size))
         worst = cosines.topk(self.num_outliers, largest=False).indices
         forced = torch.zeros_like(cosines, dtype=torch.bool).scatter_(2, worst, True).flatten(1)
-        shares = None
-        if self.two_centres:
-            landmarks, shares = two_centres(chunks, block // self.chunk_size)
-        elif not self.exact_landmarks:
+        if self.landmark_codec == "int8":
             codes, scales = quantise(landmarks)
             landmarks = codes * scales[..., None]
+        elif self.landmark_codec == "4 bits":
+            means = exact.unflatten(0, (-1, block)).mean(1).transpose(0, 1)  # [heads, blocks, head_size]
+            by_block = landmarks.unflatten(1, (-1, block // self.chunk_size))
+            codes, scales = quantise_landmarks(by_block, means)
+            landmarks = (means.unsqueeze(2) + landmark_codes(codes) * scales[..., None]).flatten(1, 2)
         keys = with_exact_chunks(rebuilt, exact, forced, self.chunk_size)  # no other sealed key is exact
         forced[:, :SINK_CHUNKS] = forced[:, -LOCAL_CHUNKS:] = True
         values = layer.values[:prompt]
@@ -125,7 +125,7 @@ class Sealed:
         if self.rest:
             shared = self.mean_value_tokens or block
             means = layer.values[:prompt].unflatten(0, (-1, shared)).mean(1).bfloat16().float()
-        return View(keys, values, landmarks, forced, scored, means, self.highest, shares)
+        return View(keys, values, landmarks, forced, scored, means, self.highest)
 
     def _rebuild(self, keys: Tensor, rank: int, leading: int) -> Tensor:
         # With every key's opposite beside it, the mean is 0 and the directions are those of the keys as they are.
@@ -135,41 +135,3 @@ class Sealed:
         if self.codec == "bf16":
             return mean + coefficients.bfloat16().float() @ basis.bfloat16().float()
         return mean + coefficients_of(*quantise_coefficients(coefficients, leading)) @ basis.round()
-
-
-def two_centres(chunks: Tensor, per_block: int) -> tuple[Tensor, Tensor]:
-    """Landmarks for two kinds of keys in a chunk: the centres of two clusters, in 4 bits about a block's mean key.
-
-    Clusters by Lloyd's algorithm, three rounds, from the side of the mean on which the key is that is farthest from it.
-
-    Args:
-        chunks: fp32 `[heads, C, chunk_size, head_size]`.
-        per_block: chunks of a block.
-
-    Returns:
-        Centres `[heads, C, 2, head_size]`, and their shares of the chunk's tokens, `[heads, C, 2]`, none of them 0.
-    """
-    mean = chunks.mean(2, keepdim=True)
-    apart = chunks - mean
-    farthest = apart.square().sum(-1).argmax(-1)[..., None, None].expand(*apart.shape[:2], 1, apart.shape[-1])
-    first = (apart * apart.gather(2, farthest)).sum(-1) > 0
-    for _ in range(3):
-        sides = torch.stack((first, ~first), 2).float()
-        centres = sides @ chunks / sides.sum(-1, keepdim=True).clamp_min(1)
-        distances = torch.cdist(centres, chunks)
-        first = distances[:, :, 0] < distances[:, :, 1]
-    shares = (sides.mean(-1)).clamp_min(1e-4)
-    of_block = mean.unflatten(1, (-1, per_block)).mean(2, keepdim=True).expand(-1, -1, per_block, -1, -1).flatten(1, 2)
-    return of_block + _in_4_bits(centres - of_block), shares
-
-
-def _in_4_bits(rows: Tensor) -> Tensor:
-    """Each row rounded to 16 steps, of whichever of four sizes leaves least error."""
-    best, least = rows, None
-    for share in (1.0, 0.85, 0.7, 0.6):
-        step = (share / 7 * rows.abs().amax(-1, keepdim=True)).clamp_min(1e-9)
-        rounded = (rows / step).round().clamp(-8, 7) * step
-        error = (rows - rounded).square().sum(-1, keepdim=True)
-        best = rounded if least is None else torch.where(error < least, rounded, best)
-        least = error if least is None else torch.minimum(least, error)
-    return best

@@ -22,12 +22,11 @@ class View:
     Attributes:
         keys: fp32 `[T, num_kv_heads, head_size]`, post-RoPE, as attention will read them.
         values: the same shape.
-        landmarks: fp32 `[num_kv_heads, C, head_size]`, or several of a chunk, `[num_kv_heads, C, m, head_size]`.
+        landmarks: fp32 `[num_kv_heads, C, head_size]`.
         forced: bool `[num_kv_heads, C]`, chunks that are attended whatever their score.
         scored: bool `[num_kv_heads, C]`, chunks whose landmarks are in the softmax.
         mean_values: fp32 `[groups, num_kv_heads, head_size]`, of equally many tokens each. They stand for the values of
             the rest, the chunks that are not attended, as landmarks stand for its keys; None: the rest is left out.
-        shares: of a chunk's tokens that each of its landmarks stands for, `[num_kv_heads, C, m]`; None: there is one.
         highest: a chunk's score is the highest of its GQA group, in place of the sum.
     """
 
@@ -38,7 +37,6 @@ class View:
     scored: Tensor
     mean_values: Tensor | None = None
     highest: bool = False
-    shares: Tensor | None = None
 
     @property
     def num_forced(self) -> int:
@@ -87,12 +85,10 @@ def choose(view: View, layer: Layer, head: int, budget_chunks: int, truly_best: 
         truly_best: a chunk's score is the attention that its keys get, which no method knows beforehand.
 
     Returns:
-        Bool `[n, C]`; and the logits of chunks, fp32 `[n, group, C]`: of eight tokens each like its landmarks.
+        Bool `[n, C]`; and the logits of chunks, fp32 `[n, group, C]`: of eight tokens each like its landmark.
     """
     queries, num_chunks = _by_head(view, layer)[head], view.forced.shape[1]
-    marks = layer.scale * torch.einsum("ngd,c...d->ngc...", queries, view.landmarks[head])
-    if view.shares is not None:
-        marks = (marks + view.shares[head].log()).logsumexp(-1)
+    marks = layer.scale * (queries @ view.landmarks[head].T)
     shares = marks.masked_fill(~view.scored[head], -torch.inf).softmax(-1)
     if truly_best:
         every = (layer.scale * (queries @ view.keys[:, head].T)).softmax(-1)

@@ -1,10 +1,11 @@
-// Writes a block's shadow page in two kernels. `keys`: a CTA per block and KV head; its warps find
-// the chunks' landmarks and lowest cosines, then it ranks the chunks and copies the worst (rank 0:
-// all keys). `factors`: a warp per row of coefficients or of the basis.
+// Writes a block's shadow page in two kernels. `keys`: a CTA per block and KV head; it adds up the
+// block's mean key, then its warps find the chunks' landmarks and lowest cosines, then it ranks the
+// chunks and copies the worst (rank 0: all keys). `factors`: a warp per row of coefficients or of
+// the basis.
 //
 // A block reads block_size * num_kv_heads * head_size keys and (block_size + num_kv_heads *
-// head_size) * rank * 4 bytes of factors from memory (the coefficients a second time from the
-// cache), and writes its shadow page.
+// head_size) * rank * 4 bytes of factors from memory (keys and coefficients again from the cache),
+// and writes its shadow page.
 #include "arguments/pack_block.h"
 
 #include <cmath>
@@ -26,24 +27,65 @@ __device__ __forceinline__ uint8_t* page_of(const PackBlockParams& p, int64_t i)
   return block > 0 && block < p.num_blocks ? p.pages + block * p.page_stride : nullptr;
 }
 
+// Lane l has dimensions 2l and 2l + 1 of every 64 of a head.
+template <int kHeadSize>
+constexpr int kPairsOf = (kHeadSize + 2 * kWarp - 1) / (2 * kWarp);
+
+// Pair i of a key that this lane has; zeros beyond the head.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void load_pair(const T* key, int i, float& low, float& high) {
+  const int d = 2 * (i * kWarp + threadIdx.x % kWarp);
+  if (d >= kHeadSize) {
+    low = high = 0;
+    return;
+  }
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(key + d);
+  low = to_float(T{static_cast<uint16_t>(both)});
+  high = to_float(T{static_cast<uint16_t>(both >> 16)});
+}
+
+// The sum of a warp's share of a block's keys, of what is finite in them, to shared memory.
+template <typename T, int kHeadSize>
+__device__ __forceinline__ void sum_keys(const T* keys, int64_t stride, int tokens,
+                                         float* shared_sum) {
+  constexpr int kRun = 8;  // divides a block's tokens; short sums lose less
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  float total[kPairsOf<kHeadSize>][2] = {};
+  for (int first = warp * kRun; first < tokens; first += kWarps * kRun) {
+    float part[kPairsOf<kHeadSize>][2] = {};
+#pragma unroll
+    for (int t = 0; t < kRun; ++t) {
+#pragma unroll
+      for (int i = 0; i < kPairsOf<kHeadSize>; ++i) {
+        float low, high;
+        load_pair<T, kHeadSize>(keys + (first + t) * stride, i, low, high);
+        part[i][0] += fabsf(low) < infinity() ? low : 0.0f;
+        part[i][1] += fabsf(high) < infinity() ? high : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPairsOf<kHeadSize>; ++i) {
+      total[i][0] += part[i][0];
+      total[i][1] += part[i][1];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairsOf<kHeadSize>; ++i) {
+    const int d = 2 * (i * kWarp + lane);
+    if (d < kHeadSize) shared_sum[d] = total[i][0], shared_sum[d + 1] = total[i][1];
+  }
+}
+
 // A warp's chunk of `size` keys that are `stride` elements apart: writes its landmark to shared
 // memory (halfway between the mean of the keys and their mean by the fourth power of their distance
 // from that) and returns the lowest cosine between it and a key, NaN where one is NaN.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, int size,
                                                float* shared_landmark) {
-  // Lane l has dimensions 2l and 2l + 1 of every 64.
-  constexpr int kPairs = (kHeadSize + 2 * kWarp - 1) / (2 * kWarp);
+  constexpr int kPairs = kPairsOf<kHeadSize>;
   const int lane = threadIdx.x % kWarp;
   const auto pair = [&](int t, int i, float& low, float& high) {
-    const int d = 2 * (i * kWarp + lane);
-    if (d >= kHeadSize) {
-      low = high = 0;
-      return;
-    }
-    const uint32_t both = *reinterpret_cast<const uint32_t*>(keys + t * stride + d);
-    low = to_float(T{static_cast<uint16_t>(both)});
-    high = to_float(T{static_cast<uint16_t>(both >> 16)});
+    load_pair<T, kHeadSize>(keys + t * stride, i, low, high);
   };
 
   float mean[kPairs][2] = {};
@@ -135,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
   uint8_t* page = page_of(p, i);
   if (page == nullptr) return;
 
-  __shared__ float shared_landmarks[kWarps][kHeadSize];
+  __shared__ float shared_landmarks[kWarps][kHeadSize];  // first the warps' sums of keys
+  __shared__ float shared_mean[kHeadSize];
   auto* cosines = reinterpret_cast<float*>(dynamic_shared_memory());  // [chunks]
   const int size = static_cast<int>(layout.chunk_size);
   const int chunks = static_cast<int>(layout.chunks());
@@ -144,15 +187,26 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
   const int64_t stride = layout.width();
   const T* keys = static_cast<const T*>(p.keys) + i * layout.block_size * stride + head * kHeadSize;
 
-  auto* landmarks = reinterpret_cast<int8_t*>(page + layout.landmarks) + head * chunks * kHeadSize;
+  sum_keys<T, kHeadSize>(keys, stride, static_cast<int>(layout.block_size), shared_landmarks[warp]);
+  sync_threads();
+  auto* mean = reinterpret_cast<float*>(page + layout.landmark_mean) + head * kHeadSize;
+  for (int d = threadIdx.x; d < kHeadSize; d += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += shared_landmarks[w][d];
+    mean[d] = shared_mean[d] = sum / static_cast<float>(layout.block_size);
+  }
+  sync_threads();
+
+  uint8_t* landmarks = page + layout.landmarks + head * chunks * (kHeadSize / 2);
   auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
   for (int chunk = warp; chunk < chunks; chunk += kWarps) {
     float* landmark = shared_landmarks[warp];
     const float cosine =
         lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size, landmark);
     sync_warp();
-    const float scale =
-        quantise_row<kHeadSize>([&](int d) { return landmark[d]; }, landmarks + chunk * kHeadSize);
+    const float scale = quantise_landmark<kHeadSize>(
+        [&](int d) { return landmark[d] - shared_mean[d]; }, landmarks + chunk * (kHeadSize / 2));
     if (lane == 0) {
       scales[chunk] = scale;
       cosines[chunk] = cosine;

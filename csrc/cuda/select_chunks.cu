@@ -1,12 +1,13 @@
 // Scores the landmarks of every row and KV head, picks its chunks, and attends to the rest as a
 // whole, in three launches.
 //
-// Logits: a warp multiplies eight landmarks at a time with the query heads of the group on tensor
-// cores. Reads chunks * (head_size + 4) bytes of landmarks and scales per block and KV head, which
-// bounds the op; writes group fp32 logits per chunk, and the softmax over each block's chunks.
-// Pick: a CTA per row and KV head turns logits into scores (shares of the softmax), finds the
-// threshold of the best by a radix select, and emits ids in ascending order. Reads the logits once
-// and the scores about five times (they lie in the L2 cache); 8 bytes per outlier.
+// Logits: a warp multiplies 16 landmarks at a time with the query heads of the group, which it
+// rounds to int8, on tensor cores, and each block's mean key with the heads as they are. Reads
+// chunks * (head_size / 2 + 4) + head_size * 4 bytes of landmarks, scales and mean key per block
+// and KV head, which bounds the op; writes group fp32 logits per chunk, and the softmax over each
+// block's chunks. Pick: a CTA per row and KV head turns logits into scores (shares of the softmax),
+// finds the threshold of the best by a radix select, and emits ids in ascending order. Reads the
+// logits once and the scores about five times (they lie in the L2 cache); 8 bytes per outlier.
 // Rest: a CTA per row and query head reads logits and keys again, and each block's mean value; its
 // warps take blocks in turn and are merged in their order. See select_rest.cuh.
 #include "arguments/select_chunks.h"
@@ -209,6 +210,9 @@ void select_chunks(const Tensor& query, const Tensor& pages, const Tensor& block
   check_vector_rows(pages, "pages");
   SHADOWKV_CHECK(p.layout.landmarks % 16 == 0,
                  "layout: landmarks must be aligned to 16 bytes, got offset ", p.layout.landmarks);
+  SHADOWKV_CHECK(p.layout.landmark_mean % 8 == 0,
+                 "layout: landmark_mean must be aligned to 8 bytes, got offset ",
+                 p.layout.landmark_mean);
   SHADOWKV_CHECK(p.group <= kMaxGroup, "query: expected at most ", kMaxGroup,
                  " query heads per KV head, got ", p.group);
   const int64_t heads = p.layout.num_kv_heads, chunks = p.layout.chunks();

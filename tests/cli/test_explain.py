@@ -29,7 +29,7 @@ def test_defaults_and_what_is_given(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write(tmp_path, LLAMA)
     said = lines(capsys, model)
-    assert said["rank"] == ("224", "derived: what fits a page")
+    assert said["rank"] == ("256", "derived: what fits a page")
     assert said["prefill_exact_tokens"][0] == "not known yet"
     said = lines(capsys, model, "--kv-cache-gib", "64", "--host-gib", "1024")
     assert said["prefill_exact_tokens"] == ("16384", "derived: at most half of the pool")
@@ -39,7 +39,7 @@ def test_what_is_derived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_rank_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = json.dumps({"shadowkv": {"rank": 400}})
     said = lines(capsys, write(tmp_path, LLAMA), "--additional-config", settings)
-    assert said["rank"] == ("224", "given 400; this is what fits a page")
+    assert said["rank"] == ("256", "given 400; this is what fits a page")
 
 
 def test_a_wrong_setting_is_refused_as_by_the_engine(capsys: pytest.CaptureFixture[str]) -> None:

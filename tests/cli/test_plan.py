@@ -29,7 +29,7 @@ def plan(folder: Path, *line: str, config: Any = LLAMA, **settings: Any) -> Plan
 def test_llama_at_64_gib(tmp_path: Path) -> None:
     made = plan(tmp_path)
     assert made.pool.layout.page_bytes == 524_288
-    assert made.pool.layout.rank == 224
+    assert made.pool.layout.rank == 256
     assert made.num_blocks == 64 * GIB // (32 * 524_288) == 4096
     assert not made.host_bound
     assert made.host_pool_bytes == 4096 * 32 * 8 * (128 + 4) * 1024  # int8 values and a scale of every token
@@ -105,7 +105,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     line = ["plan", write(tmp_path, LLAMA), "--kv-cache-gib", "64", "--host-gib", "1024", "--plot", str(picture)]
     assert main(line) == 0
     said = capsys.readouterr().out
-    for part in ("524,288", "rank 224 of 1024", "4,096, bounded by device memory", "131,072", "now 384", "128K", "█"):
+    for part in ("524,288", "rank 256 of 1024", "4,096, bounded by device memory", "131,072", "now 384", "128K", "█"):
         assert part in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -129,12 +129,12 @@ def test_a_rows_bytes_are_those_of_the_pages(tmp_path: Path) -> None:
     pool = plan(tmp_path).pool
     page = torch.empty(1, pool.layout.page_bytes, dtype=torch.uint8)
     row = of_row(ShadowKVConfig(), pool.layout, sealed=120, open_tokens=512, hits=0.6)
-    scored = ("landmarks", "landmark_scales", "mean_values")
+    scored = ("landmarks", "landmark_scales", "landmark_mean", "mean_values")
     assert row.landmarks == 120 * sum(pool.layout.view(page, name).nbytes for name in scored)
     assert row.selected == 256 + 5 + 120
     assert row.attended == (381 * 8 + 512) * pool.layout.page_bytes // 128
     assert row.link == pytest.approx(0.4 * 381 * pool.layout.value_row_bytes / 128)
-    assert row.filled == pytest.approx(0.4 * 381 * 8 * 8 * ((224 + 32) / 2 + 3 + 2 * 256))
+    assert row.filled == pytest.approx(0.4 * 381 * 8 * 8 * ((256 + 48) / 2 + 3 + 2 * 256))
     everything = of_row(ShadowKVConfig(), pool.layout, sealed=2, open_tokens=0)
     assert (everything.selected, everything.link) == (256, 0), "slots for all that is sealed never miss"
 

@@ -22,6 +22,9 @@ void mma_bfloat16(const uint32_t (*a)[4], const uint32_t (*b)[2], float (*c)[4])
 void mma_int8(const uint32_t (*a)[2], const uint32_t* b, int (*c)[4]) {
   each_lane([&](int lane) { mma_16x8x16(c[lane], a[lane], b[lane]); });
 }
+void mma_int8_uint8(const uint32_t (*a)[4], const uint32_t (*b)[2], int (*c)[4]) {
+  each_lane([&](int lane) { mma_16x8x32(c[lane], a[lane], b[lane]); });
+}
 }
 
 }  // namespace shadowkv::cuda

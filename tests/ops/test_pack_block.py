@@ -12,7 +12,7 @@ from rebuilt import LAYOUTS, layout_id
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
-from vllm_shadowkv.codes import coefficients_of
+from vllm_shadowkv.codes import coefficients_of, landmark_codes
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 from vllm_shadowkv.reference import COEFFICIENTS
 
@@ -65,8 +65,12 @@ def run(arguments: Arguments, function: Callable[..., None] = ops.pack_block) ->
     return pages
 
 
-def exact_landmarks(arguments: Arguments) -> Tensor:
-    """fp64 `[n, Hkv, chunks, D]`, written independently of the reference: one chunk after the other."""
+def exact_landmarks(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """The mean keys of blocks, and what landmarks differ by from them; one chunk after the other, not as the reference.
+
+    Returns:
+        fp64 `[n, Hkv, D]` and `[n, Hkv, chunks, D]`.
+    """
     layout = arguments["layout"]
     keys = arguments["keys"].double().unflatten(1, (layout.chunks, layout.chunk_size)).permute(0, 3, 1, 2, 4)
     landmarks = keys.new_empty(*keys.shape[:3], layout.head_size)
@@ -74,7 +78,8 @@ def exact_landmarks(arguments: Arguments) -> Tensor:
         mean = keys[place].mean(0)
         weights = torch.stack([(key - mean).norm() ** 4 for key in keys[place]])
         landmarks[place] = 0.5 * mean + 0.5 * torch.einsum("t,td->d", weights / weights.sum(), keys[place])
-    return landmarks
+    means = keys.mean((2, 3))
+    return means, landmarks - means.unsqueeze(2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + SMALL_LAYOUTS, ids=layout_id)
@@ -88,18 +93,20 @@ def test_pack_block(layout: PageLayout) -> None:
             assert_bytes_equal(layout.view(actual, name)[blocks], layout.view(expected, name)[blocks], name)
 
     # Landmarks are sums, in an order of their own: a code may differ where the exact one lies between two.
-    landmarks = exact_landmarks(arguments)
+    means, landmarks = exact_landmarks(arguments)
+    mean, wanted = (layout.view(pages, "landmark_mean")[blocks] for pages in (actual, expected))
+    assert_close(mean, means, wanted, "landmark_mean")
     scales, wanted = (layout.view(pages, "landmark_scales")[blocks] for pages in (actual, expected))
-    assert_close(scales, landmarks.abs().amax(-1) / 127, wanted, "landmark_scales")
-    exact = landmarks * 127 / landmarks.abs().amax(-1, keepdim=True)
-    codes, wanted = (layout.view(pages, "landmarks")[blocks].int() for pages in (actual, expected))
+    assert_close(scales, landmarks.abs().amax(-1) / 7, wanted, "landmark_scales")
+    exact = landmarks * 7 / landmarks.abs().amax(-1, keepdim=True)
+    codes, wanted = (landmark_codes(layout.view(pages, "landmarks")[blocks]).int() for pages in (actual, expected))
     on_boundary = (exact - exact.floor() - 0.5).abs() < 1e-4
     assert torch.equal(codes.where(~on_boundary, 0), wanted.where(~on_boundary, 0))
     assert ((codes - exact).abs() < 0.5 + 1e-4).all()
     cosines, wanted = (layout.view(pages, "outlier_cosines")[blocks] for pages in (actual, expected))
     assert_close(cosines, wanted.double(), None, "outlier_cosines")
 
-    for name in ("landmarks", "landmark_scales", "outlier_cosines"):
+    for name in ("landmarks", "landmark_scales", "landmark_mean", "outlier_cosines"):
         layout.view(expected, name)[blocks] = layout.view(actual, name)[blocks]
     assert_bytes_equal(actual, expected, "all other bytes of the pages")
 
@@ -201,9 +208,10 @@ def test_zeros() -> None:
     for name in ("keys", "mean", "coefficients", "basis"):
         arguments[name] = torch.zeros_like(arguments[name])
     pages = run(arguments)
-    for name in ("coefficients", "basis", "landmarks", "coefficient_scales", "landmark_scales"):
+    for name in ("coefficients", "basis", "coefficient_scales", "landmark_scales", "landmark_mean"):
         assert not layout.view(pages, name)[2].any(), name
-    assert (layout.view(pages, "tail_coefficients")[2] == 0x88).all()
+    for name in ("tail_coefficients", "landmarks"):
+        assert (layout.view(pages, name)[2] == 0x88).all(), name
     assert layout.view(pages, "outlier_ids")[2].tolist() == [[0, 1, 2]] * layout.num_kv_heads
     assert not layout.view(pages, "outlier_cosines")[2].any()
 
@@ -220,6 +228,24 @@ def test_ties_go_to_the_lower_chunk(layout: PageLayout) -> None:
     for head in range(layout.num_kv_heads):
         assert sorted(ids[head, :2].tolist()) == [2, layout.chunks - 1]
         assert ids[head, 2] == 0
+
+
+def test_where_a_landmarks_codes_lie() -> None:
+    """Two halves of a head, side by side; codes count sevenths of the largest offset from the block's mean key."""
+    layout = make_layout(1, 64, block_size=64, rank=16, num_outliers=0, compression=1)
+    arguments = make_arguments(layout, (1,))
+    codes = torch.cat((torch.arange(-7, 8), torch.zeros(17), torch.arange(7, -8, -1), torch.ones(17)))
+    keys = arguments["keys"][0, :, 0].view(layout.chunks, layout.chunk_size, 64)
+    keys[:] = 3
+    keys[2] += 0.5 * codes
+    keys[5] -= 0.5 * codes
+    page = run(arguments)
+    assert (layout.view(page, "landmark_mean")[1] == 3).all()
+    assert layout.view(page, "landmark_scales")[1, 0].tolist() == [0, 0, 0.5, 0, 0, 0.5, 0, 0]
+    low, high = codes.int().tolist()[:32], codes.int().tolist()[32:]
+    for chunk, sign in ((2, 1), (5, -1)):
+        stored = layout.view(page, "landmarks")[1, 0, chunk].tolist()
+        assert stored == [8 + sign * a + 16 * (8 + sign * b) for a, b in zip(low, high, strict=True)]
 
 
 def test_planted_outlier() -> None:
@@ -244,11 +270,11 @@ def test_nan_and_infinity(layout: PageLayout) -> None:
     arguments = {name: part.clone() if isinstance(part, Tensor) else part for name, part in clean.items()}
     keys = arguments["keys"].view(layout.chunks, layout.chunk_size, layout.num_kv_heads, layout.head_size)
     keys[1, 3, 0, 17] = torch.nan
-    keys[4, 2, 0, 5] = -torch.inf
+    keys[4, 2, 0, 4] = -torch.inf
     if layout.rank:
         arguments["coefficients"][0, 9, 3] = torch.nan
         arguments["basis"][0, 5, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 127.4])
-    pages, expected, before = run(arguments), run(arguments, reference.pack_block), run(clean)
+    pages, expected = run(arguments), run(arguments, reference.pack_block)
     scales, wanted = (layout.view(each, "landmark_scales")[2] for each in (pages, expected))
     assert scales[0, 1].isnan()
     assert scales[0, 4].isinf()
@@ -260,8 +286,12 @@ def test_nan_and_infinity(layout: PageLayout) -> None:
         assert_bytes_equal(got, wanted)
         assert layout.view(pages, "basis")[2, 0, 5, :4].tolist() == [0, 127, -127, 127]
     untouched = [chunk for chunk in range(layout.chunks) if chunk not in (1, 4)]
-    codes, wanted = (layout.view(each, "landmarks")[2, 0, untouched] for each in (pages, before))
-    assert_bytes_equal(codes, wanted)
+    assert scales[0, untouched].isfinite().all()
+    mean, wanted = (layout.view(each, "landmark_mean")[2] for each in (pages, expected))
+    assert_close(mean, wanted.double(), None, "landmark_mean")
+    codes, wanted = (landmark_codes(layout.view(each, "landmarks")[2, 0, untouched]) for each in (pages, expected))
+    assert (codes - wanted).abs().max() <= 1  # where the exact one lies between two
+    assert (codes != wanted).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

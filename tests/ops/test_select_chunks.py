@@ -11,6 +11,7 @@ from numeric import assert_bytes_equal, assert_close
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
+from vllm_shadowkv.codes import landmark_codes, quantise
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
@@ -55,12 +56,17 @@ class Case:
         blocks = self.block_table[row, : max(start, 0) // layout.block_size].long()
         usable = (blocks > 0) & (blocks < len(self.pages))
         blocks = blocks.where(usable, 0)
-        marks = layout.view(self.pages, "landmarks")[blocks, head].to(query.dtype)
+        marks = landmark_codes(layout.view(self.pages, "landmarks")[blocks, head]).to(query.dtype)
         scales = layout.view(self.pages, "landmark_scales")[blocks, head].to(query.dtype)
+        means = layout.view(self.pages, "landmark_mean")[blocks, head].to(query.dtype)
         marks = (marks * scales[..., None]).flatten(0, 1)
         group = query.shape[1] // layout.num_kv_heads
         queries = query[row, head * group : (head + 1) * group]
-        return (queries @ marks.T * self.scale).masked_fill(~usable.repeat_interleave(layout.chunks), -torch.inf)
+        codes, steps = (part.to(query.dtype) for part in quantise(queries.float()))
+        logits = (
+            codes * steps[:, None] @ marks.T + (queries @ means.T).repeat_interleave(layout.chunks, 1)
+        ) * self.scale
+        return logits.masked_fill(~usable.repeat_interleave(layout.chunks), -torch.inf)
 
     def scores(self, row: int, head: int) -> Tensor:
         """Logarithms of scores, fp64 `[chunks of the row]`; kernels need not tell apart what is below 2^-100."""
@@ -90,11 +96,7 @@ class Case:
     def check_rest(self, chunk_ids: Tensor) -> None:
         """Compares the last run's rest with that of the chunks which it picked."""
         expected = self.rest_of(chunk_ids, self.query.double())
-        rounded = self.query.float()
-        if generators.DEFAULT_DTYPE is torch.float32:  # the CPU kernel rounds a query head to int16
-            step = rounded.abs().amax(-1, keepdim=True) / 32767
-            rounded = torch.where(step > 0, (rounded / step).round() * step, rounded)
-        same = self.rest_of(chunk_ids, rounded)
+        same = self.rest_of(chunk_ids, self.query.float())
         for actual, want, like, what in zip(self.rest, expected, same, ("rest_values", "rest_lse"), strict=True):
             assert_close(actual, want, like, what)
 
@@ -121,6 +123,12 @@ class Case:
                 assert gap <= 1e-5 * scores[wanted].abs().max() + 1e-6, f"{missing} are better than {extra} by {gap}"
         self.rest = rest
         return actual
+
+
+def set_landmarks(case: Case) -> None:
+    """All landmarks are 0.5 in every dimension, of codes that are 1."""
+    for section, value in (("landmarks", 0x99), ("landmark_scales", 0.5), ("landmark_mean", 0)):
+        case.layout.view(case.pages, section)[:] = value
 
 
 def make_case(
@@ -233,6 +241,26 @@ def test_threads_do_not_change_the_choice(rows: int) -> None:
         assert_bytes_equal(seven, one)
 
 
+def test_the_mean_key_of_a_block_counts() -> None:
+    """It meets the query unrounded, and moves all chunks of its block alike."""
+    layout = generators.make_layout(2, 64)
+    case = make_case("means", layout, blocks=(4,), budget=layout.chunks - 1, outliers=0)
+    set_landmarks(case)
+    case.seq_lens = case.exact_start + 100
+    mean = layout.view(case.pages, "landmark_mean")
+    case.query[:] = 0
+    case.query[..., 3], case.query[..., 40] = 100, 0.25  # a code of 127, and one of 0
+    mean[case.block_table[0, 2].long(), :, 40] = 8
+    ids = case.check()
+    assert ids[0, 0].tolist()[: layout.chunks] == [0, *range(2 * layout.chunks, 3 * layout.chunks - 1)]
+    logits = case.logits(case.query.double(), 0, 1)
+    apart = logits[:, 2 * layout.chunks] - logits[:, 0]
+    torch.testing.assert_close(apart, torch.full_like(apart, 2 * case.scale))
+    mean[case.block_table[0, 1].long(), 0, 3] = -1
+    mean[case.block_table[0, 1].long(), 0, 40] = torch.nan  # its logits are not numbers, and no others
+    case.check_rest(case.run())
+
+
 @pytest.mark.parametrize("budget", [0, 1, 63, 64, 500])
 def test_budgets_up_to_more_than_the_context(budget: int) -> None:
     layout = generators.make_layout(2, 64)
@@ -282,8 +310,7 @@ def test_a_mean_value_counts_only_where_a_chunk_of_its_block_is_left() -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("picked blocks", layout, blocks=(4,), budget=3 * 32, outliers=0)
     assert layout.chunks == 32
-    layout.view(case.pages, "landmarks")[:] = 1
-    layout.view(case.pages, "landmark_scales")[:] = 0.5
+    set_landmarks(case)
     layout.view(case.pages, "landmark_scales")[case.block_table[0, 2]] = 0.25
     case.query[:] = case.query.abs()
     case.seq_lens = case.exact_start + 100
@@ -304,9 +331,10 @@ def test_logits_far_below_the_picked_ones_weigh_nothing_or_little() -> None:
     case = make_case("far", layout, group=2, blocks=(2,), budget=8, outliers=0)
     case.query[:] = case.query.abs()
     scales, block = layout.view(case.pages, "landmark_scales"), int(case.block_table[0, 0])
-    layout.view(case.pages, "landmarks")[block, 0, 0] = 127
+    layout.view(case.pages, "landmarks")[block, 0, 0] = 0xFF  # 7
+    layout.view(case.pages, "landmark_mean")[block] = 0
     for logit in (30.0, 70.0, 300.0):
-        scales[block, 0, 0] = logit / (127 * case.scale * float(case.query[0].float().sum(-1).mean()))
+        scales[block, 0, 0] = logit / (7 * case.scale * float(case.query[0].float().sum(-1).mean()))
         ids = case.run()
         values, lse = case.rest
         expected = case.rest_of(ids, case.query.double())
@@ -364,8 +392,7 @@ def test_newest_sealed_chunks_are_forced(open_tokens: int) -> None:
 def test_ties_go_to_the_lower_id() -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("ties", layout, blocks=(4,), budget=37, outliers=0)
-    layout.view(case.pages, "landmarks")[:] = 1
-    layout.view(case.pages, "landmark_scales")[:] = 0.5
+    set_landmarks(case)
     case.seq_lens = case.exact_start + 100
     assert case.run()[0, 1].tolist() == [*range(38), -1, -1, -1, -1]
     layout.view(case.pages, "landmark_scales")[case.block_table[0, 2]] = 0.25
@@ -457,7 +484,6 @@ def test_strided_query_and_table() -> None:
 def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
     layout = generators.make_layout(2, 64)
     case = make_case("nan", layout, blocks=(3, 3))
-    layout.view(case.pages, "landmarks")[..., 5] |= 1  # no product with zero
     healthy, healthy_rest = case.run(), case.rest
     case.query[0, 2, 5] = value
     actual = case.run()
@@ -482,8 +508,10 @@ def test_bad_queries_pick_full_budgets_in_bounds(value: float) -> None:
 
 def test_bad_landmarks_stay_in_bounds() -> None:
     layout = generators.make_layout(1, 64)
-    for value in (float("nan"), float("inf"), -float("inf"), 1e38):
+    for value in (float("nan"), float("inf"), -float("inf"), 3e38):  # the last one overflows in the product
         case = make_case("bad marks", layout, blocks=(3,))
+        case.query[:] = case.query.abs()
+        layout.view(case.pages, "landmarks")[case.block_table[0, 1], 0, 7] = 0xFF
         layout.view(case.pages, "landmark_scales")[case.block_table[0, 1], 0, 7] = value
         layout.view(case.pages, "outlier_cosines")[case.block_table[0, 1]] = value
         chunk_ids = case.run()
@@ -577,6 +605,8 @@ def test_what_the_cuda_kernel_refuses(kernel: str) -> None:
     refused(r"pages: expected rows aligned to 16 bytes", pages=memory.view_as(case.pages))
     moved = replace(layout, landmarks=layout.landmarks + 8)
     refused(r"layout: landmarks must be aligned to 16 bytes", layout=moved)
+    moved = replace(layout, landmark_mean=layout.landmark_mean + 4)
+    refused(r"layout: landmark_mean must be aligned to 8 bytes", layout=moved)
     fp32 = make_case("fp32", generators.make_layout(2, 64, torch.float32), blocks=(2, 1))
     with pytest.raises(RuntimeError, match="the CUDA kernels take float16 and bfloat16, got float32"):
         fp32.run()

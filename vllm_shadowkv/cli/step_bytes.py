@@ -23,7 +23,7 @@ class RowBytes:
     Attributes:
         selected: chunks per KV head.
         hits: the share of them that slots hold.
-        landmarks: read to select: landmarks, their scales, mean values.
+        landmarks: read to select: landmarks, their scales, mean keys and values.
         attended: keys and values of the selected chunks and of the open tokens, read to attend.
         filled: on the device, of chunks that slots do not hold: their coefficients or exact keys read, their keys and
             values written. Bases are not counted, because missed chunks share them.
@@ -57,7 +57,7 @@ def of_row(
     return RowBytes(
         selected=selected,
         hits=hits,
-        landmarks=heads * sealed * (layout.chunks * (layout.head_size + 4) + vector),
+        landmarks=heads * sealed * (layout.chunks * (layout.landmark_bytes + 4) + 4 * layout.head_size + vector),
         attended=heads * (selected * tokens + open_tokens) * 2 * vector,
         filled=missed
         * tokens

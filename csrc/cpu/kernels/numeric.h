@@ -300,45 +300,6 @@ SHADOWKV_INLINE void store_tile(V totals, int64_t num_rows, float* out, int64_t 
   }
 }
 
-// 2 * kLanes int8 as int16.
-SHADOWKV_INLINE Int16V load_int16(const int8_t* p) {
-#if defined(__AVX512BW__)
-  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Int16V)_mm512_maskz_cvtepi8_epi16(0xffffffff, x);
-#elif defined(__AVX2__)
-  return (Int16V)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#elif defined(__SSE4_1__)
-  return (Int16V)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#else
-  Int16V x;
-  for (int i = 0; i < 2 * kLanes; ++i) x[i] = p[i];
-  return x;
-#endif
-}
-
-// Lane i is x[2i] * y[2i] + x[2i + 1] * y[2i + 1].
-SHADOWKV_INLINE IntV multiply_pairs(Int16V x, Int16V y) {
-#if defined(__AVX512BW__)
-  return (IntV)_mm512_madd_epi16((__m512i)x, (__m512i)y);
-#elif defined(__AVX2__)
-  return (IntV)_mm256_madd_epi16((__m256i)x, (__m256i)y);
-#elif defined(__SSE4_1__)
-  return (IntV)_mm_madd_epi16((__m128i)x, (__m128i)y);
-#else
-  const IntV a = (IntV)x, b = (IntV)y;  // two elements in each lane
-  return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
-
-// sum + multiply_pairs(x, y).
-SHADOWKV_INLINE IntV add_pairs(IntV sum, Int16V x, Int16V y) {
-#if defined(__AVX512VNNI__)
-  return (IntV)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
-#else
-  return sum + multiply_pairs(x, y);
-#endif
-}
-
 // to[i] = from[i * stride] as fp32, for i < size (a multiple of kMaxLanes).
 template <typename T>
 inline void widen(const T* from, int64_t stride, int64_t size, float* to) {

@@ -56,6 +56,27 @@ void make_landmark(const float* keys, int64_t size, float* landmark) {
   }
 }
 
+// The mean of a block's keys, of what is finite in them.
+template <typename T, int kHeadSize>
+void make_mean(const T* keys, int64_t tokens, int64_t stride, float* mean) {
+  constexpr int kVectors = kHeadSize / kLanes;
+  FloatV total[kVectors] = {};
+  for (int64_t first = 0; first < tokens; first += 8) {  // short sums lose less
+    FloatV part[kVectors] = {};
+    for (int64_t t = first; t < first + 8; ++t) {
+      for (int v = 0; v < kVectors; ++v) {
+        const FloatV x = load(keys + t * stride + v * kLanes);
+        const FloatV zero = x - x;  // or NaN
+        part[v] += zero == zero ? x : FloatV{};
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) total[v] += part[v];
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(mean + v * kLanes, total[v] / static_cast<float>(tokens));
+  }
+}
+
 // Lowest cosine between a chunk's keys and its landmark; NaN where one has a NaN.
 template <int kHeadSize>
 float lowest_cosine(const float* keys, int64_t size, const float* landmark) {
@@ -108,13 +129,15 @@ void pack_head(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page)
   const int64_t chunks = layout.chunks();
   const int64_t stride = layout.width();
   const T* keys = static_cast<const T*>(p.keys) + i * layout.block_size * stride + head * kHeadSize;
-  auto* landmarks = reinterpret_cast<int8_t*>(page + layout.landmarks) + head * chunks * kHeadSize;
+  uint8_t* landmarks = page + layout.landmarks + head * chunks * (kHeadSize / 2);
   auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
   auto* outliers =
       reinterpret_cast<int32_t*>(page + layout.outlier_ids) + head * layout.num_outliers;
   auto* cosines =
       reinterpret_cast<float*>(page + layout.outlier_cosines) + head * layout.num_outliers;
 
+  auto* mean = reinterpret_cast<float*>(page + layout.landmark_mean) + head * kHeadSize;
+  make_mean<T, kHeadSize>(keys, layout.block_size, stride, mean);
   int64_t found = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     alignas(64) float rows[kMaxChunkSize * kHeadSize];
@@ -124,8 +147,8 @@ void pack_head(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page)
     }
     make_landmark<kHeadSize>(rows, size, landmark);
     const float cosine = lowest_cosine<kHeadSize>(rows, size, landmark);
-    scales[chunk] = quantisation_scale(landmark, kHeadSize);
-    quantise_row(landmark, kHeadSize, scales[chunk], landmarks + chunk * kHeadSize);
+    for (int i = 0; i < kHeadSize; ++i) landmark[i] -= mean[i];
+    scales[chunk] = quantise_landmark<kHeadSize>(landmark, landmarks + chunk * (kHeadSize / 2));
     insert_outlier(static_cast<int32_t>(chunk), cosine, layout.num_outliers, &found, outliers,
                    cosines);
   }

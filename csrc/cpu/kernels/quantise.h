@@ -1,5 +1,5 @@
-// int8 with one fp32 scale per row: absmax / 127, halves to even; a zero row has scale 0. And a
-// token's coefficients: vllm_shadowkv/codes.py's `quantise_coefficients`.
+// vllm_shadowkv/codes.py: int8 with one fp32 scale per row, `quantise`: absmax / 127, halves to
+// even; a zero row has scale 0. And `quantise_coefficients` and `quantise_landmarks`.
 #pragma once
 
 #include <algorithm>
@@ -69,6 +69,19 @@ inline void quantise_coefficients(const PageLayout& layout, const float* row, in
       tail_bytes[first / 2 + i] = static_cast<uint8_t>(low | high << 4);
     }
   }
+}
+
+// A landmark's bytes and scale: its offset from the block's mean key.
+template <int kHeadSize>
+inline float quantise_landmark(const float* offset, uint8_t* bytes) {
+  const float scale = largest_of(offset, kHeadSize) / static_cast<float>(kLandmarkCode);
+  int8_t codes[kHeadSize];
+  round_row<kLandmarkCode>(offset, kHeadSize, scale > 0 ? 1.0f / scale : 0.0f, codes);
+  for (int i = 0; i < kHeadSize / 2; ++i) {
+    const int low = codes[i] + kLandmarkOffset, high = codes[i + kHeadSize / 2] + kLandmarkOffset;
+    bytes[i] = static_cast<uint8_t>(low | high << 4);
+  }
+  return scale;
 }
 
 typedef uint8_t TailBytes __attribute__((vector_size(kTailGroup)));

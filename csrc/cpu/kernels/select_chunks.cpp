@@ -1,10 +1,9 @@
 // Scores the landmarks of one row and KV head, picks its chunks, and attends to the rest as a
 // whole.
 //
-// Logits: reads num_blocks * chunks * (head_size + 4) bytes of landmarks and scales once, for all
-// query heads of the group; this is what the op costs. Writes group fp32 logits per chunk. A query
-// head is rounded to int16 with one scale, an error of 2^-16 of its largest element (a landmark has
-// 2^-8), so that the int8 landmarks need no conversion to fp32: a third less time, exact sums.
+// Logits: reads num_blocks * (chunks * (head_size / 2 + 4) + head_size * 4) bytes of landmarks,
+// scales and mean keys once, for all query heads of the group; this is what the op costs. Writes
+// group fp32 logits per chunk. Products are of integers: see select_landmarks.h.
 // Pick: reads the logits twice and their exponentials once (they fit the second-level cache), the
 // outliers of each block, writes `columns` ids. A chunk's score is its share of the softmax, summed
 // over the group; those below 1e-38 are equal. Groups of scores have maxima, and the k-th best of
@@ -21,6 +20,7 @@
 
 #include "cpu/kernels/dispatch.h"
 #include "cpu/kernels/numeric.h"
+#include "cpu/kernels/select_landmarks.h"
 #include "cpu/kernels/select_rest.h"
 
 namespace shadowkv::SHADOWKV_ISA {
@@ -30,73 +30,6 @@ namespace {
 constexpr uint32_t kUnusable = 0;
 constexpr uint32_t kForced = 0xffffffff;
 constexpr uint32_t kNan = 0xfffffffe;  // above every number, where torch's sort puts NaN too
-
-// A query head as int16: its values are scale * element. A head that is not finite has scale NaN.
-struct QueryHeads {
-  std::vector<int16_t> elements;  // [group, stride], zeros from head_size on
-  std::vector<float> scales;      // [group]
-  int64_t stride;
-
-  template <typename T>
-  void read(const T* rows, int64_t group, int64_t row_stride, int64_t size) {
-    stride = (size + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-    elements.assign(group * stride, 0);
-    scales.resize(group);
-    for (int64_t g = 0; g < group; ++g) {
-      FloatV largest{};
-      for (int64_t i = 0; i < size; i += kLanes) {
-        const FloatV x = load(rows + g * row_stride + i);
-        largest = max_or_nan(largest, max_or_nan(x, -x));
-      }
-      const float top = max_or_nan(largest);
-      const bool finite = top < kInfinity;
-      scales[g] = finite ? top / 32767 : std::nanf("");
-      const float inverse = finite && top > 0 ? 32767 / top : 0.0f;
-      if (!std::isfinite(inverse) || inverse == 0.0f) continue;  // zeros, and the subnormal
-      for (int64_t i = 0; i < size; ++i) {
-        const float x = to_float(rows[g * row_stride + i]) * inverse;
-        elements[g * stride + i] = static_cast<int16_t>(std::nearbyint(x));
-      }
-    }
-  }
-};
-
-// One tile of for_each_tile: integer dot products of int8 rows, `size` bytes apart.
-template <int kQueries>
-SHADOWKV_INLINE void landmark_tile(const int16_t* queries, int64_t query_stride, const int8_t* rows,
-                                   int64_t num_rows, int64_t size, float* out, int64_t out_stride) {
-  constexpr int kRows = kLanes / kQueries;
-  IntV sums[kLanes] = {};  // at most 256 * 128 * 32767 each
-  const int8_t* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = rows + (r < num_rows ? r : num_rows - 1) * size;
-  const auto add = [&](int64_t i, const auto& load_row) SHADOWKV_INLINE_LAMBDA {
-    Int16V query[kQueries];
-#pragma GCC unroll 16
-    for (int q = 0; q < kQueries; ++q) {
-      std::memcpy(&query[q], queries + q * query_stride + i, sizeof query[q]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Int16V x = load_row(row[r] + i);
-#pragma GCC unroll 16
-      for (int q = 0; q < kQueries; ++q) {
-        sums[q * kRows + r] = add_pairs(sums[q * kRows + r], query[q], x);
-      }
-    }
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    add(i, [](const int8_t* p) SHADOWKV_INLINE_LAMBDA { return load_int16(p); });
-  }
-  if (i < size) {  // head size 80 with 16 lanes: half a vector is left
-    add(i, [](const int8_t* p) SHADOWKV_INLINE_LAMBDA {
-      int8_t bytes[2 * kLanes] = {};
-      std::memcpy(bytes, p, kLanes);
-      return load_int16(bytes);
-    });
-  }
-  store_tile<kQueries>(sum_each(sums), num_rows, out, out_stride);
-}
 
 // Floats per query head; a whole number of vectors.
 int64_t logits_stride(const SelectChunksParams& p, int64_t num_blocks) {
@@ -228,39 +161,51 @@ int64_t select_logits_size(const SelectChunksParams& p, int64_t row) {
 
 void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head, int64_t begin,
                           int64_t end, float* logits) {
-  const int64_t chunks = p.layout.chunks(), size = p.layout.head_size;
-  const int64_t stride = logits_stride(p, select_num_blocks(p, row));
-  thread_local QueryHeads query;
-  dispatch_dtype(p.layout.dtype_index, [&]<typename T>(T) {
-    const T* rows = static_cast<const T*>(p.query) + row * p.query_row_stride +
-                    head * p.group * p.query_head_stride;
-    query.read(rows, p.group, p.query_head_stride, size);
-  });
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t block = block_at(p, row, i);
-    float* out = logits + i * chunks;
-    if (block == 0) {
-      for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
-      continue;
-    }
-    const int8_t* landmarks = section<int8_t>(p, block, p.layout.landmarks, head * chunks * size);
-    // Hardware prefetchers stop at the end of a block's landmarks.
-    const int64_t next_block = i + 1 < end ? block_at(p, row, i + 1) : 0;
-    const int8_t* next = section<int8_t>(p, next_block, p.layout.landmarks, head * chunks * size);
-    for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
-      if (g == 0 && next_block != 0) {
-        const int64_t bytes = std::min<int64_t>(kLanes / kQueries, rows_left) * size;
-        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next + r * size + j, 0, 2);
+  dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
+    constexpr int64_t kBytes = kHeadSize / 2;
+    const int64_t chunks = p.layout.chunks();
+    const int64_t stride = logits_stride(p, select_num_blocks(p, row));
+    using Query = QueryHeads<kHeadSize>;
+    thread_local Query query;
+    query.read(static_cast<const T*>(p.query) + row * p.query_row_stride +
+                   head * p.group * p.query_head_stride,
+               p.group, p.query_head_stride);
+    const int8_t* codes = query.codes.data();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = block_at(p, row, i);
+      float* out = logits + i * chunks;
+      if (block == 0) {
+        for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
+        continue;
       }
-      landmark_tile<kQueries>(query.elements.data() + g * query.stride, query.stride,
-                              landmarks + r * size, rows_left, size, out + g * stride + r, stride);
-    });
-    const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
-    for (int64_t g = 0; g < p.group; ++g) {
-      const float scale = query.scales[g] * p.scale;
-      for (int64_t c = 0; c < chunks; ++c) out[g * stride + c] *= scales[c] * scale;
+      const auto landmarks_of = [&](int64_t id) {
+        return section<uint8_t>(p, id, p.layout.landmarks, head * chunks * kBytes);
+      };
+      const uint8_t* landmarks = landmarks_of(block);
+      // Hardware prefetchers stop at the end of a block's landmarks.
+      const int64_t next_block = i + 1 < end ? block_at(p, row, i + 1) : 0;
+      const uint8_t* next = landmarks_of(next_block);
+      for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
+        if (g == 0 && next_block != 0) {
+          const int64_t bytes = std::min<int64_t>(kLanes / kQueries, rows_left) * kBytes;
+          for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next + r * kBytes + j, 0, 2);
+        }
+        Query::template multiply<kQueries>(codes + g * 2 * Query::kStride, landmarks + r * kBytes,
+                                           rows_left, out + g * stride + r, stride);
+      });
+      const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
+      const auto* mean = section<float>(p, block, p.layout.landmark_mean, head * kHeadSize);
+      for (int64_t g = 0; g < p.group; ++g) {
+        const float scale = query.scales[g] * p.scale, offset = query.offset_products[g];
+        const float of_mean =
+            multiply_mean<kHeadSize>(query.values.data() + g * kHeadSize, mean) * p.scale;
+        float* of_head = out + g * stride;
+        for (int64_t c = 0; c < chunks; ++c) {
+          of_head[c] = (of_head[c] - offset) * (scales[c] * scale) + of_mean;
+        }
+      }
     }
-  }
+  });
 }
 
 void select_pick_kernel(const SelectChunksParams& p, int64_t row, int64_t head, float* logits) {

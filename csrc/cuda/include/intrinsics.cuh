@@ -53,22 +53,6 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return packed;
 }
 
-// a - b of two pairs of values, each rounded to nearest even.
-template <typename T>
-__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
-template <>
-__device__ __forceinline__ uint32_t subtract_pairs<Half>(uint32_t a, uint32_t b) {
-  uint32_t difference;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-  return difference;
-}
-template <>
-__device__ __forceinline__ uint32_t subtract_pairs<BFloat16>(uint32_t a, uint32_t b) {
-  uint32_t difference;  // sm_80 has no sub.bf16x2
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xbf80bf80u), "r"(a));
-  return difference;
-}
-
 // Picks four of the eight bytes of (low, high), as `prmt` does without its sign mode.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -126,6 +110,20 @@ __device__ __forceinline__ void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2],
       "{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// The same of int8 by uint8, twice as long: c[16 x 8] += a[16 x 32] * b[32 x 8].
+//   a[0]: row g,     k 4t to 4t+3         b[0]: k 4t to 4t+3, column g
+//   a[1]: row g + 8, k 4t to 4t+3         b[1]: k 4t+16 to 4t+19, column g
+//   a[2]: row g,     k 4t+16 to 4t+19     c: as above
+//   a[3]: row g + 8, k 4t+16 to 4t+19
+__device__ __forceinline__ void mma_16x8x32(int (&c)[4], const uint32_t (&a)[4],
+                                            const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // vllm_shadowkv/codes.py: int8 with one fp32 scale per row, `quantise`: absmax / 127, halves to
-// even; a zero row has scale 0. And a token's coefficients, `quantise_coefficients`.
+// even; a zero row has scale 0. And `quantise_coefficients` and `quantise_landmarks`.
 #pragma once
 
 #include "cuda/include/warp.cuh"
@@ -34,6 +34,21 @@ __device__ __forceinline__ float quantise_row(const Value& value, int8_t* codes)
   const float scale = largest_of(kSize, value) / 127.0f;
   const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
   for (int d = threadIdx.x % kWarp; d < kSize; d += kWarp) codes[d] = quantise(value(d), inverse);
+  return scale;
+}
+
+// A warp writes a landmark's bytes, of its offset from the block's mean key, `value(d)`. Returns
+// the scale (NaN where the offset has one) to every lane.
+template <int kHeadSize, typename Value>
+__device__ __forceinline__ float quantise_landmark(const Value& value, uint8_t* bytes) {
+  const float scale = largest_of(kHeadSize, value) / static_cast<float>(kLandmarkCode);
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  constexpr int kHalf = kHeadSize / 2;
+  for (int i = threadIdx.x % kWarp; i < kHalf; i += kWarp) {
+    const int low = quantise<kLandmarkCode>(value(i), inverse) + kLandmarkOffset;
+    const int high = quantise<kLandmarkCode>(value(i + kHalf), inverse) + kLandmarkOffset;
+    bytes[i] = static_cast<uint8_t>(low | high << 4);
+  }
   return scale;
 }
 

@@ -55,14 +55,6 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
-template <typename T>
-uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-  const auto value = [](uint32_t pair, int half) {
-    return to_float(T{static_cast<uint16_t>(pair >> (16 * half))});
-  };
-  return pack<T>(value(a, 0) - value(b, 0), value(a, 1) - value(b, 1));
-}
-
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t both = low | static_cast<uint64_t>(high) << 32;
   uint32_t result = 0;
@@ -123,6 +115,25 @@ inline void mma_16x8x16(int (&c)[4], const uint32_t (&a)[2], uint32_t b) {
     const int rows[2] = {value(4 * group + k / 4, 0, k % 4), value(4 * group + k / 4, 1, k % 4)};
     const int columns[2] = {value(8 * pair + k / 4, 2, k % 4),
                             value(8 * pair + 4 + k / 4, 2, k % 4)};
+    for (int i = 0; i < 4; ++i) c[i] += rows[i / 2] * columns[i % 2];
+  }
+  emulation::meet_warp();
+}
+
+inline void mma_16x8x32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  std::memcpy(emulation::lane_memory(emulation::lane()), mine, sizeof mine);
+  emulation::meet_warp();
+  const auto byte = [](int lane, int reg, int i) {
+    return reinterpret_cast<const uint8_t*>(emulation::lane_memory(lane))[4 * reg + i];
+  };
+  const int group = emulation::lane() / 4, pair = emulation::lane() % 4;
+  for (int k = 0; k < 32; ++k) {
+    const int half = k / 16, from = k % 16 / 4;
+    const int rows[2] = {static_cast<int8_t>(byte(4 * group + from, 2 * half, k % 4)),
+                         static_cast<int8_t>(byte(4 * group + from, 2 * half + 1, k % 4))};
+    const int columns[2] = {byte(8 * pair + from, 4 + half, k % 4),
+                            byte(8 * pair + 4 + from, 4 + half, k % 4)};
     for (int i = 0; i < 4; ++i) c[i] += rows[i / 2] * columns[i % 2];
   }
   emulation::meet_warp();
