@@ -38,7 +38,7 @@ class Assumed:
     gather_share: float = number(0.885, "of device memory that `sparse_attention` and copies reach", 0.77, 0.97)
     attend_wait: float = number(10.6, "`sparse_attention`: launches, a split's tables, the merge")
     attend_least: float = number(18, "`sparse_attention` with few rows: one after the other, a split's steps", 23, 13)
-    logits_instructions: float = number(231, "`logits`: instructions of a warp for 8 chunks of a row and KV head")
+    logits_instructions: float = number(157, "`logits`: instructions of a warp for 8 chunks of a row and KV head")
     logits_issue: float = number(0.48, "of four a cycle and SM: it waits for scales after the products", 0.36, 0.64)
     logits_wait: float = number(5.2, "`logits`: launch, first and last tiles")
     pick_wait: float = number(15, "`pick`: launch and more, one SM per row and KV head, so in waves")

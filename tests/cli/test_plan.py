@@ -165,7 +165,7 @@ def test_the_bound_is_printed_with_what_it_assumes(tmp_path: Path, capsys: pytes
 
     assert "tokens/s" not in said()
     told = said("--bandwidth-gbs", "3350", "--weights-gib", "15")
-    assert "│ 122,880 │ 166 │ 333 │ 1,825 │ memory │ 78% │ 21.3 │" in told
+    assert "│ 122,880 │ 166 │ 333 │ 2,087 │ memory │ 78% │ 21.3 │" in told
     assert "│ memory │ - │ 0.0 │" in told  # 4,096 tokens: exact
     assert "3350 GB/s of memory and 55 GB/s of link beside them; it reads 15 GiB of weights" in told
     assert "no weights (--weights-gib)" in said("--bandwidth-gbs", "3350")
