@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 10200
+MOST_PACKAGE_LINES = 10220
 
 
 def files() -> list[Path]:

@@ -55,9 +55,9 @@ def test_keys_of_8_and_4_bits_lose_less_than_those_of_8() -> None:
     assert [record.code for record in records] == list(keys.CODES)
     lost = {record.code: record for record in records}
     assert (lost[keys.EIGHT].rank, lost[keys.EIGHT].leading) == (32, 32)
-    assert (lost[keys.PAGE].rank, lost[keys.PAGE].leading) == (48, 16)
+    assert (lost[keys.PAGE].rank, lost[keys.PAGE].leading) == (64, 16)
     assert lost[keys.EXACT].keys == 0
     assert max(lost[keys.EXACT].outputs["all"], 1e-5) == 1e-5
     assert lost[keys.PAGE].keys < lost[keys.EIGHT].keys
     line = keys.markdown(records).splitlines()[3]
-    assert line.startswith(f"| {keys.PAGE} | 48, 16 | {lost[keys.PAGE].keys:.3f} |")
+    assert line.startswith(f"| {keys.PAGE} | 64, 16 | {lost[keys.PAGE].keys:.3f} |")

@@ -198,16 +198,12 @@ def select_chunks(
     rest_values: Tensor,
     rest_lse: Tensor,
 ) -> None:
-    """Picks the chunks that a decode step attends to, and estimates attention to the rest.
-
-    Arguments: `ops.select_chunks`.
-    """
+    """Picks a decode step's chunks, and estimates attention to the rest. Arguments: `ops.select_chunks`."""
     chunk_ids.fill_(-1)
     rest_values.fill_(0)
     rest_lse.fill_(-torch.inf)
-    mean_values = layout.view(pages, "mean_values")
+    mean_keys, mean_values = layout.view(pages, "landmark_mean"), layout.view(pages, "mean_values")
     codes, scales = landmark_codes(layout.view(pages, "landmarks")), layout.view(pages, "landmark_scales")
-    mean_keys = layout.view(pages, "landmark_mean")
     query_codes, query_scales = quantise(query)  # for products with codes; the mean key meets the query as it is
     rounded = query_codes * query_scales.unsqueeze(-1)
     outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")
@@ -233,12 +229,8 @@ def select_chunks(
             forced = (ids < SINK_CHUNKS) | newest
             named = (outlier_ids[blocks, head] + torch.arange(num_blocks)[:, None] * layout.chunks)[valid].flatten()
             cosines = outlier_cosines[blocks, head][valid].flatten()
-            candidates = [
-                (cosine, chunk)
-                for cosine, chunk in zip(cosines.tolist(), named.tolist(), strict=True)
-                if not forced[chunk]
-            ]
-            forced[[chunk for _, chunk in sorted(candidates)[:most_outliers]]] = True
+            worst = [chunk for _, chunk in sorted(zip(cosines.tolist(), named.tolist(), strict=True))]
+            forced[[chunk for chunk in worst if not forced[chunk]][:most_outliers]] = True
             forced &= usable
             rest = ids[usable & ~forced]
             best = rest[scores[rest].argsort(descending=True, stable=True)[:budget_chunks]]
