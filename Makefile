@@ -1,4 +1,4 @@
-# CI runs test-all, cuda-check, sanitize, cuda-sanitize, soak and a short demo (.ci/run). Everything lives in .venv, which
+# CI runs most of this, .github/workflows/ci.yml all of it, .ci/run what it has time for. Everything lives in .venv, which
 # scripts/install.py sets up.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,17 +56,20 @@ vllm-check:
 	@$(PYTHON) scripts/install.py
 	$(BIN)/python -m scripts.vllm_check $(VLLM)
 
-# Needs the CUDA toolkit, but no GPU.
+# Needs the CUDA toolkit, but no GPU. ARCHITECTURES="sm_80 sm_90" compiles for those alone.
+ARCHITECTURES ?=
 cuda-check: install
-	$(BIN)/python scripts/cuda_check.py
+	$(BIN)/python scripts/cuda_check.py $(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 # The tests of the CPU ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
 	$(BIN)/python scripts/sanitize.py
 
 # The tests of the CUDA ops on emulated threads: races, other orders, AddressSanitizer and UndefinedBehaviorSanitizer.
+# SANITIZE_FLAGS=--quick leaves out two orders, and the runs without one barrier each.
+SANITIZE_FLAGS ?=
 cuda-sanitize: install
-	$(BIN)/python scripts/sanitize_cuda.py
+	$(BIN)/python scripts/sanitize_cuda.py $(SANITIZE_FLAGS)
 
 # A server under load, aborts and shared prefixes, then the same questions again in quiet.
 SECONDS ?= 120
