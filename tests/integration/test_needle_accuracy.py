@@ -17,8 +17,8 @@ from benchmarks.needle.tasks import FAMILIES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QUICK_HAYSTACKS, HAYSTACKS, QUESTIONS = 2, 20, 10
-"""20 prompts a family in `make test` (4 in `single`), 200 in `make test-all`. Bounds follow from the number."""
+QUICK_HAYSTACKS, HAYSTACKS, QUESTIONS = 2, 12, 10
+"""20 prompts a family in `make test` (4 in `single`), 120 in `make test-all`. Bounds follow from the number."""
 KNOWN_LOSS = {
     "single": 0.005,
     "multi_key": 0.03,
