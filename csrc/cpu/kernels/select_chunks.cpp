@@ -148,6 +148,50 @@ Threshold find_threshold(const uint32_t* keys, int64_t size, int64_t count) {
   return {key, count - larger};
 }
 
+// The logits of the chunks in blocks [begin, end), whatever the dtype of the query was.
+template <int kHeadSize>
+void score_landmarks(const SelectChunksParams& p, const QueryHeads<kHeadSize>& query, int64_t row,
+                     int64_t head, int64_t begin, int64_t end, int64_t stride, float* logits) {
+  constexpr int64_t kBytes = kHeadSize / 2;
+  const int64_t chunks = p.layout.chunks();
+  const int8_t* codes = query.codes.data();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t block = block_at(p, row, i);
+    float* out = logits + i * chunks;
+    if (block == 0) {
+      for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
+      continue;
+    }
+    const auto landmarks_of = [&](int64_t id) {
+      return section<uint8_t>(p, id, p.layout.landmarks, head * chunks * kBytes);
+    };
+    const uint8_t* landmarks = landmarks_of(block);
+    // Hardware prefetchers stop at the end of a block's landmarks.
+    const int64_t next_block = i + 1 < end ? block_at(p, row, i + 1) : 0;
+    const uint8_t* next = landmarks_of(next_block);
+    for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
+      if (g == 0 && next_block != 0) {
+        const int64_t bytes = std::min<int64_t>(kLanes / kQueries, rows_left) * kBytes;
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next + r * kBytes + j, 0, 2);
+      }
+      QueryHeads<kHeadSize>::template multiply<kQueries>(
+          codes + g * 2 * QueryHeads<kHeadSize>::kStride, landmarks + r * kBytes, rows_left,
+          out + g * stride + r, stride);
+    });
+    const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
+    const auto* mean = section<float>(p, block, p.layout.landmark_mean, head * kHeadSize);
+    for (int64_t g = 0; g < p.group; ++g) {
+      const float scale = query.scales[g] * p.scale, offset = query.offset_products[g];
+      const float of_mean =
+          multiply_mean<kHeadSize>(query.values.data() + g * kHeadSize, mean) * p.scale;
+      float* of_head = out + g * stride;
+      for (int64_t c = 0; c < chunks; ++c) {
+        of_head[c] = (of_head[c] - offset) * (scales[c] * scale) + of_mean;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int64_t select_num_blocks(const SelectChunksParams& p, int64_t row) {
@@ -161,50 +205,13 @@ int64_t select_logits_size(const SelectChunksParams& p, int64_t row) {
 
 void select_logits_kernel(const SelectChunksParams& p, int64_t row, int64_t head, int64_t begin,
                           int64_t end, float* logits) {
+  const int64_t stride = logits_stride(p, select_num_blocks(p, row));
   dispatch_layout(p.layout, [&]<typename T, int kHeadSize>() {
-    constexpr int64_t kBytes = kHeadSize / 2;
-    const int64_t chunks = p.layout.chunks();
-    const int64_t stride = logits_stride(p, select_num_blocks(p, row));
-    using Query = QueryHeads<kHeadSize>;
-    thread_local Query query;
+    thread_local QueryHeads<kHeadSize> query;
     query.read(static_cast<const T*>(p.query) + row * p.query_row_stride +
                    head * p.group * p.query_head_stride,
                p.group, p.query_head_stride);
-    const int8_t* codes = query.codes.data();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = block_at(p, row, i);
-      float* out = logits + i * chunks;
-      if (block == 0) {
-        for (int64_t g = 0; g < p.group; ++g) std::fill_n(out + g * stride, chunks, -kInfinity);
-        continue;
-      }
-      const auto landmarks_of = [&](int64_t id) {
-        return section<uint8_t>(p, id, p.layout.landmarks, head * chunks * kBytes);
-      };
-      const uint8_t* landmarks = landmarks_of(block);
-      // Hardware prefetchers stop at the end of a block's landmarks.
-      const int64_t next_block = i + 1 < end ? block_at(p, row, i + 1) : 0;
-      const uint8_t* next = landmarks_of(next_block);
-      for_each_tile(p.group, chunks, [&]<int kQueries>(int64_t g, int64_t r, int64_t rows_left) {
-        if (g == 0 && next_block != 0) {
-          const int64_t bytes = std::min<int64_t>(kLanes / kQueries, rows_left) * kBytes;
-          for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(next + r * kBytes + j, 0, 2);
-        }
-        Query::template multiply<kQueries>(codes + g * 2 * Query::kStride, landmarks + r * kBytes,
-                                           rows_left, out + g * stride + r, stride);
-      });
-      const auto* scales = section<float>(p, block, p.layout.landmark_scales, head * chunks);
-      const auto* mean = section<float>(p, block, p.layout.landmark_mean, head * kHeadSize);
-      for (int64_t g = 0; g < p.group; ++g) {
-        const float scale = query.scales[g] * p.scale, offset = query.offset_products[g];
-        const float of_mean =
-            multiply_mean<kHeadSize>(query.values.data() + g * kHeadSize, mean) * p.scale;
-        float* of_head = out + g * stride;
-        for (int64_t c = 0; c < chunks; ++c) {
-          of_head[c] = (of_head[c] - offset) * (scales[c] * scale) + of_mean;
-        }
-      }
-    }
+    score_landmarks<kHeadSize>(p, query, row, head, begin, end, stride, logits);
   });
 }
 
