@@ -24,13 +24,13 @@ struct PageLayout {
   int64_t value_record_bytes;
   // Shadow page.
   int64_t coefficients;        // int8 [block_size, leading_rank]
-  int64_t tail_coefficients;   // uint8 [block_size, tail_bytes], see kTailGroup
+  int64_t tail_coefficients;   // uint8 [block_size, tail_bytes], nibbles
   int64_t tail_steps;          // uint8 [block_size], what a tail code is multiplied with
   int64_t coefficient_scales;  // bf16 [block_size]
   int64_t basis;               // int8 [num_kv_heads, rank, head_size]
   int64_t mean;                // fp32 [num_kv_heads, head_size]
   int64_t exact_keys;          // dtype [num_kv_heads, block_size, head_size], rank 0 only
-  int64_t landmarks;           // uint8 [num_kv_heads, chunks, landmark_bytes], see kLandmarkCode
+  int64_t landmarks;           // uint8 [num_kv_heads, chunks, landmark_bytes], nibbles
   int64_t landmark_scales;     // fp32 [num_kv_heads, chunks]
   int64_t landmark_mean;       // fp32 [num_kv_heads, head_size]
   int64_t outlier_ids;         // int32 [num_kv_heads, num_outliers], chunk in the block
@@ -58,18 +58,14 @@ struct PageLayout {
 
 constexpr int64_t kLayoutInts = sizeof(PageLayout) / sizeof(int64_t);
 
-// Of so many tail coefficients of a token, byte i has the i-th in its low half and that kTailGroup
-// / 2 later in its high half, both plus kTailOffset.
+// Codes of 4 bits, -kNibbleCode to kNibbleCode, two to a byte: byte i of a run has its i-th code in
+// the low half and the one half a run later in the high half, both plus kNibbleOffset.
+constexpr int kNibbleCode = 7;
+constexpr int kNibbleOffset = 8;
+// A run is a landmark, or so many tail coefficients of a token.
 constexpr int kTailGroup = 16;
-constexpr int kTailOffset = 8;
-// Largest code, and the largest step with which it is an int8.
-constexpr int kTailCode = 7;
+// Largest step of a tail: a code times it is an int8.
 constexpr int kTailStep = 17;
-
-// Byte i of a landmark has dimension i in its low half and the one half a head later in its high
-// half, codes from -kLandmarkCode to kLandmarkCode plus kLandmarkOffset.
-constexpr int kLandmarkCode = 7;
-constexpr int kLandmarkOffset = 8;
 
 // vllm_shadowkv/config.py: SINK_CHUNKS, LOCAL_CHUNKS.
 constexpr int64_t kSinkChunks = 1;

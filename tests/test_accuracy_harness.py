@@ -21,7 +21,7 @@ from benchmarks.accuracy.paired import Flips, divergence, most_lost
 from benchmarks.accuracy.paper_method import Paper, rank_at
 from benchmarks.accuracy.samples import Sample, needles
 from benchmarks.accuracy.sealed_method import Sealed
-from benchmarks.accuracy.view import View, attend, full_attention, relative_error
+from benchmarks.accuracy.view import View, attend, choose, full_attention, relative_error
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.evaluate import load_model
 from vllm_shadowkv import reference
@@ -278,3 +278,18 @@ def test_ours_and_the_papers_answers_are_paired() -> None:
     found = needle_methods.duels(records, [256])
     assert [(duel.setup, duel.flips.won, duel.flips.lost) for duel in found] == [("A", 2, 1)] * 4
     assert len({(duel.ours, duel.paper) for duel in found}) == 4
+
+
+def test_the_best_choice_goes_by_the_attention_that_keys_get(layer: Layer) -> None:
+    view = Sealed(codec="none", block_size=256, int8_values=False).view(layer)
+    best, marks = choose(view, layer, 0, 16, truly_best=True)
+    queries = layer.queries.unflatten(1, (2, -1))[:, 0]
+    attention = (layer.scale * (queries @ view.keys[:, 0].T)).softmax(-1).sum(1).unflatten(-1, (-1, 8)).sum(-1)
+    free = ~view.forced[0]
+    for chosen, share in zip(best, attention, strict=True):
+        assert chosen[~free].all()
+        assert (chosen & free).sum() == 16
+        assert share[chosen & free].min() >= share[free & ~chosen].max()
+    torch.testing.assert_close(marks, layer.scale * (queries @ view.landmarks[0].T))
+    by_landmarks, _ = choose(view, layer, 0, 16)
+    assert not torch.equal(by_landmarks, best)

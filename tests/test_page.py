@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_shadowkv.codes import TAIL_CODE, TAIL_GROUP, TAIL_OFFSET, TAIL_STEP
+from vllm_shadowkv.codes import NIBBLE_CODE, NIBBLE_OFFSET, TAIL_GROUP, TAIL_STEP
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import ALIGNMENT, DTYPES, HEAD_SIZES, ROW_ALIGNMENT, PageLayout, plan_page
 
@@ -223,9 +223,14 @@ def test_kernels_read_the_fields_in_this_order() -> None:
 def test_constants_of_the_header() -> None:
     constants = dict(re.findall(r"constexpr int64_t k(\w+)Chunks = (\d+);", HEADER))
     assert constants == {"Sink": str(SINK_CHUNKS), "Local": str(LOCAL_CHUNKS)}
-    tail = dict(re.findall(r"constexpr int kTail(\w+) = (\d+);", HEADER))
-    expected = {"Group": TAIL_GROUP, "Offset": TAIL_OFFSET, "Code": TAIL_CODE, "Step": TAIL_STEP}
-    assert {name: int(value) for name, value in tail.items()} == expected
+    codes = dict(re.findall(r"constexpr int k(\w+) = (\d+);", HEADER))
+    expected = {
+        "NibbleCode": NIBBLE_CODE,
+        "NibbleOffset": NIBBLE_OFFSET,
+        "TailGroup": TAIL_GROUP,
+        "TailStep": TAIL_STEP,
+    }
+    assert {name: int(value) for name, value in codes.items()} == expected
     dtypes = dict(re.findall(r"k(Float|Half|BFloat16) = (\d)", HEADER))
     assert dtypes == {"Float": "0", "Half": "1", "BFloat16": "2"}
     assert list(DTYPES) == [torch.float32, torch.float16, torch.bfloat16]

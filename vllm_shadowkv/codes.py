@@ -5,18 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NIBBLE_CODE = 7
+NIBBLE_OFFSET = 8
+"""The largest code of 4 bits, and what is added to one where it is stored."""
 TAIL_GROUP = 16
-"""Of so many tail coefficients of a token, byte i has the i-th in its low half, and the one half a group later in its
-high half; both plus `TAIL_OFFSET`."""
-TAIL_OFFSET = 8
-TAIL_CODE = 7
-"""Largest tail code."""
+"""So many tail coefficients of a token are a run of `pack_nibbles`."""
 TAIL_STEP = 17
 """Largest step of a tail: code times step is an int8."""
-
-LANDMARK_OFFSET = 8
-LANDMARK_CODE = 7
-"""Largest landmark code."""
 
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,11 +35,11 @@ def quantise_coefficients(coefficients: Tensor, leading: int) -> tuple[Tensor, T
     """
     head, tail = coefficients.float().split((leading, coefficients.shape[1] - leading), 1)
     head_size, tail_size = (torch.cat((part, part.new_zeros(len(part), 1)), 1).abs().amax(1) for part in (head, tail))
-    scales = torch.maximum(head_size / 127, tail_size / (TAIL_CODE * TAIL_STEP)).bfloat16()
+    scales = torch.maximum(head_size / 127, tail_size / (NIBBLE_CODE * TAIL_STEP)).bfloat16()
     inverse = torch.where(scales > 0, 1 / scales.float(), 0)
-    steps = (tail_size / TAIL_CODE * inverse).round().nan_to_num(nan=1).clamp(1, TAIL_STEP)
-    low, high = (_codes(tail, steps * scales, TAIL_CODE) + TAIL_OFFSET).unflatten(1, (-1, 2, TAIL_GROUP // 2)).unbind(2)
-    return _codes(head, scales.float(), 127), (low + 16 * high).byte().flatten(1), steps.byte(), scales
+    steps = (tail_size / NIBBLE_CODE * inverse).round().nan_to_num(nan=1).clamp(1, TAIL_STEP)
+    groups = pack_nibbles(_codes(tail, steps * scales, NIBBLE_CODE).unflatten(1, (-1, TAIL_GROUP)))
+    return _codes(head, scales.float(), 127), groups.flatten(1), steps.byte(), scales
 
 
 def quantise_landmarks(landmarks: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,25 +50,32 @@ def quantise_landmarks(landmarks: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]
         mean: fp32 `[..., head_size]`.
 
     Returns:
-        uint8 `[..., chunks, head_size / 2]`: byte i has dimension i in its low half, and the one half a head later in
-        its high half, codes from -7 to 7 plus `LANDMARK_OFFSET`; and fp32 scales `[..., chunks]`, absmax / 7.
+        uint8 `[..., chunks, head_size / 2]`, a landmark is a run of `pack_nibbles`; and fp32 scales `[..., chunks]`,
+        absmax / 7.
     """
     apart = landmarks - mean.unsqueeze(-2)
-    scales = apart.abs().amax(-1) / LANDMARK_CODE
-    low, high = (_codes(apart, scales, LANDMARK_CODE) + LANDMARK_OFFSET).unflatten(-1, (2, -1)).unbind(-2)
-    return (low + 16 * high).byte(), scales
-
-
-def landmark_codes(codes: Tensor) -> Tensor:
-    """int8 `[..., head_size]` of the bytes that `quantise_landmarks` returns, to be multiplied with their scales."""
-    return torch.cat((codes & 15, codes >> 4), -1).char() - LANDMARK_OFFSET
+    scales = apart.abs().amax(-1) / NIBBLE_CODE
+    return pack_nibbles(_codes(apart, scales, NIBBLE_CODE)), scales
 
 
 def coefficients_of(codes: Tensor, tail: Tensor, steps: Tensor, scales: Tensor) -> Tensor:
     """fp32 `[tokens, rank]` of what `quantise_coefficients` returns."""
-    groups = tail.unflatten(1, (-1, TAIL_GROUP // 2))
-    tail_codes = torch.cat((groups & 15, groups >> 4), 2).flatten(1).char() - TAIL_OFFSET
+    tail_codes = unpack_nibbles(tail.unflatten(1, (-1, TAIL_GROUP // 2))).flatten(1)
     return torch.cat((codes, tail_codes * steps[:, None].char()), 1) * scales.float()[:, None]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, int8 `[..., n]` with n even, two to a byte: uint8 `[..., n / 2]`.
+
+    Byte i of a run has its i-th code in the low half and the one half a run later in the high half.
+    """
+    low, high = (codes + NIBBLE_OFFSET).unflatten(-1, (2, -1)).unbind(-2)
+    return (low + 16 * high).byte()
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """int8 `[..., n]` of what `pack_nibbles` returns."""
+    return torch.cat((packed & 15, packed >> 4), -1).char() - NIBBLE_OFFSET
 
 
 def _codes(values: Tensor, scales: Tensor, largest: int) -> Tensor:

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_shadowkv.codes import coefficients_of, landmark_codes, quantise, quantise_coefficients, quantise_landmarks
+from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients, quantise_landmarks, unpack_nibbles
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary, apply
@@ -203,7 +203,7 @@ def select_chunks(
     rest_values.fill_(0)
     rest_lse.fill_(-torch.inf)
     mean_keys, mean_values = layout.view(pages, "landmark_mean"), layout.view(pages, "mean_values")
-    codes, scales = landmark_codes(layout.view(pages, "landmarks")), layout.view(pages, "landmark_scales")
+    codes, scales = unpack_nibbles(layout.view(pages, "landmarks")), layout.view(pages, "landmark_scales")
     query_codes, query_scales = quantise(query)  # for products with codes; the mean key meets the query as it is
     rounded = query_codes * query_scales.unsqueeze(-1)
     outlier_ids, outlier_cosines = layout.view(pages, "outlier_ids"), layout.view(pages, "outlier_cosines")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.layers import Layer
 from benchmarks.accuracy.view import View, chunked, lowest_cosines, with_exact_chunks
-from vllm_shadowkv.codes import coefficients_of, landmark_codes, quantise, quantise_coefficients, quantise_landmarks
+from vllm_shadowkv.codes import coefficients_of, quantise, quantise_coefficients, quantise_landmarks, unpack_nibbles
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS, ShadowKVConfig
 from vllm_shadowkv.page import HEAD_SIZES, RANK_STEP, PageLayout, lay_out, plan_page
 from vllm_shadowkv.reference import factorise, landmarks_and_outliers
@@ -104,10 +104,9 @@ class Sealed:
             codes, scales = quantise(landmarks)
             landmarks = codes * scales[..., None]
         elif self.landmark_codec == "4 bits":
-            means = exact.unflatten(0, (-1, block)).mean(1).transpose(0, 1)  # [heads, blocks, head_size]
-            by_block = landmarks.unflatten(1, (-1, block // self.chunk_size))
-            codes, scales = quantise_landmarks(by_block, means)
-            landmarks = (means.unsqueeze(2) + landmark_codes(codes) * scales[..., None]).flatten(1, 2)
+            mean_keys = exact.unflatten(0, (-1, block)).mean(1).transpose(0, 1)  # [heads, blocks, head_size]
+            codes, scales = quantise_landmarks(landmarks.unflatten(1, (-1, block // self.chunk_size)), mean_keys)
+            landmarks = (mean_keys.unsqueeze(2) + unpack_nibbles(codes) * scales[..., None]).flatten(1, 2)
         keys = with_exact_chunks(rebuilt, exact, forced, self.chunk_size)  # no other sealed key is exact
         forced[:, :SINK_CHUNKS] = forced[:, -LOCAL_CHUNKS:] = True
         values = layer.values[:prompt]

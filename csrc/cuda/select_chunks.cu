@@ -4,10 +4,10 @@
 // Logits: a warp multiplies 16 landmarks at a time with the query heads of the group, which it
 // rounds to int8, on tensor cores, and each block's mean key with the heads as they are. Reads
 // chunks * (head_size / 2 + 4) + head_size * 4 bytes of landmarks, scales and mean key per block
-// and KV head, which bounds the op; writes group fp32 logits per chunk, and the softmax over each
-// block's chunks. Pick: a CTA per row and KV head turns logits into scores (shares of the softmax),
-// finds the threshold of the best by a radix select, and emits ids in ascending order. Reads the
-// logits once and the scores about five times (they lie in the L2 cache); 8 bytes per outlier.
+// and KV head; writes group fp32 logits per chunk, and the softmax over each block's chunks.
+// Pick: a CTA per row and KV head turns logits into scores (shares of the softmax), finds the
+// threshold of the best by a radix select, and emits ids in ascending order. Reads the logits once
+// and the scores about five times (they lie in the L2 cache); 8 bytes per outlier.
 // Rest: a CTA per row and query head reads logits and keys again, and each block's mean value; its
 // warps take blocks in turn and are merged in their order. See select_rest.cuh.
 #include "arguments/select_chunks.h"

@@ -12,7 +12,7 @@ from rebuilt import LAYOUTS, layout_id
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
-from vllm_shadowkv.codes import coefficients_of, landmark_codes
+from vllm_shadowkv.codes import coefficients_of, unpack_nibbles
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 from vllm_shadowkv.reference import COEFFICIENTS
 
@@ -99,7 +99,7 @@ def test_pack_block(layout: PageLayout) -> None:
     scales, wanted = (layout.view(pages, "landmark_scales")[blocks] for pages in (actual, expected))
     assert_close(scales, landmarks.abs().amax(-1) / 7, wanted, "landmark_scales")
     exact = landmarks * 7 / landmarks.abs().amax(-1, keepdim=True)
-    codes, wanted = (landmark_codes(layout.view(pages, "landmarks")[blocks]).int() for pages in (actual, expected))
+    codes, wanted = (unpack_nibbles(layout.view(pages, "landmarks")[blocks]).int() for pages in (actual, expected))
     on_boundary = (exact - exact.floor() - 0.5).abs() < 1e-4
     assert torch.equal(codes.where(~on_boundary, 0), wanted.where(~on_boundary, 0))
     assert ((codes - exact).abs() < 0.5 + 1e-4).all()
@@ -289,7 +289,7 @@ def test_nan_and_infinity(layout: PageLayout) -> None:
     assert scales[0, untouched].isfinite().all()
     mean, wanted = (layout.view(each, "landmark_mean")[2] for each in (pages, expected))
     assert_close(mean, wanted.double(), None, "landmark_mean")
-    codes, wanted = (landmark_codes(layout.view(each, "landmarks")[2, 0, untouched]) for each in (pages, expected))
+    codes, wanted = (unpack_nibbles(layout.view(each, "landmarks")[2, 0, untouched]) for each in (pages, expected))
     assert (codes - wanted).abs().max() <= 1  # where the exact one lies between two
     assert (codes != wanted).float().mean() < 0.01
 

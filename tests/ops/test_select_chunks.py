@@ -11,7 +11,7 @@ from numeric import assert_bytes_equal, assert_close
 from torch import Tensor
 
 from vllm_shadowkv import ops, reference
-from vllm_shadowkv.codes import landmark_codes, quantise
+from vllm_shadowkv.codes import quantise, unpack_nibbles
 from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import DTYPES, HEAD_SIZES, PageLayout
 
@@ -56,7 +56,7 @@ class Case:
         blocks = self.block_table[row, : max(start, 0) // layout.block_size].long()
         usable = (blocks > 0) & (blocks < len(self.pages))
         blocks = blocks.where(usable, 0)
-        marks = landmark_codes(layout.view(self.pages, "landmarks")[blocks, head]).to(query.dtype)
+        marks = unpack_nibbles(layout.view(self.pages, "landmarks")[blocks, head]).to(query.dtype)
         scales = layout.view(self.pages, "landmark_scales")[blocks, head].to(query.dtype)
         means = layout.view(self.pages, "landmark_mean")[blocks, head].to(query.dtype)
         marks = (marks * scales[..., None]).flatten(0, 1)

@@ -48,39 +48,40 @@ inline void quantise_row(const float* row, int64_t size, float scale, int8_t* co
   round_row(row, size, scale > 0 ? 1.0f / scale : 0.0f, codes);
 }
 
+// A run of nibbles: the codes of a row times a factor.
+template <int kSize>
+inline void round_nibbles(const float* row, float factor, uint8_t* bytes) {
+  int8_t codes[kSize];
+  round_row<kNibbleCode>(row, kSize, factor, codes);
+  for (int i = 0; i < kSize / 2; ++i) {
+    const int low = codes[i] + kNibbleOffset, high = codes[i + kSize / 2] + kNibbleOffset;
+    bytes[i] = static_cast<uint8_t>(low | high << 4);
+  }
+}
+
 // A token's coefficients: the leading ones, the tail's bytes, its step and the scale.
 inline void quantise_coefficients(const PageLayout& layout, const float* row, int8_t* codes,
                                   uint8_t* tail_bytes, uint8_t* tail_step, BFloat16* scale) {
   const int64_t leading = layout.leading_rank, tail = layout.rank - leading;
   const float tail_size = largest_of(row + leading, tail);
   *scale = to_bfloat16(max_or_nan(largest_of(row, leading) / 127.0f,
-                                  tail_size / static_cast<float>(kTailCode * kTailStep)));
+                                  tail_size / static_cast<float>(kNibbleCode * kTailStep)));
   const float unit = to_float(*scale), inverse = unit > 0 ? 1.0f / unit : 0.0f;
   round_row(row, leading, inverse, codes);
-  float step = tail_size / static_cast<float>(kTailCode) * inverse;
+  float step = tail_size / static_cast<float>(kNibbleCode) * inverse;
   step = step >= 1.0f ? std::nearbyintf(std::min(step, static_cast<float>(kTailStep))) : 1.0f;
   *tail_step = static_cast<uint8_t>(step);
   const float tail_inverse = unit > 0 ? 1.0f / (step * unit) : 0.0f;
   for (int64_t first = 0; first < tail; first += kTailGroup) {
-    int8_t group[kTailGroup];
-    round_row<kTailCode>(row + leading + first, kTailGroup, tail_inverse, group);
-    for (int i = 0; i < kTailGroup / 2; ++i) {
-      const int low = group[i] + kTailOffset, high = group[i + kTailGroup / 2] + kTailOffset;
-      tail_bytes[first / 2 + i] = static_cast<uint8_t>(low | high << 4);
-    }
+    round_nibbles<kTailGroup>(row + leading + first, tail_inverse, tail_bytes + first / 2);
   }
 }
 
 // A landmark's bytes and scale: its offset from the block's mean key.
 template <int kHeadSize>
 inline float quantise_landmark(const float* offset, uint8_t* bytes) {
-  const float scale = largest_of(offset, kHeadSize) / static_cast<float>(kLandmarkCode);
-  int8_t codes[kHeadSize];
-  round_row<kLandmarkCode>(offset, kHeadSize, scale > 0 ? 1.0f / scale : 0.0f, codes);
-  for (int i = 0; i < kHeadSize / 2; ++i) {
-    const int low = codes[i] + kLandmarkOffset, high = codes[i + kHeadSize / 2] + kLandmarkOffset;
-    bytes[i] = static_cast<uint8_t>(low | high << 4);
-  }
+  const float scale = largest_of(offset, kHeadSize) / static_cast<float>(kNibbleCode);
+  round_nibbles<kHeadSize>(offset, scale > 0 ? 1.0f / scale : 0.0f, bytes);
   return scale;
 }
 
@@ -90,7 +91,7 @@ typedef uint64_t TailHalves __attribute__((vector_size(kTailGroup)));
 // A token's tail as int8, codes times step: products are looked up, two groups at a time.
 inline void read_tail(const uint8_t* tail, int64_t size, int step, int8_t* out) {
   constexpr TailBytes kCodes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const TailBytes products = (kCodes - kTailOffset) * static_cast<uint8_t>(step);
+  const TailBytes products = (kCodes - kNibbleOffset) * static_cast<uint8_t>(step);
   for (int64_t i = 0; i < size; i += kTailGroup) {
     const bool two = size - i >= kTailGroup;
     TailBytes both{};

@@ -73,7 +73,7 @@ struct QueryHeads {
   std::vector<float> values;           // [group, kHeadSize]
   std::vector<float> scales;           // [group]; NaN where a head is not finite
   std::vector<int8_t> codes;           // [group, 2, kStride]: of the halves of a head, and zeros
-  std::vector<float> offset_products;  // [group]: what kLandmarkOffset in every nibble adds
+  std::vector<float> offset_products;  // [group]: what kNibbleOffset in every nibble adds
 
   template <typename T>
   void read(const T* rows, int64_t group, int64_t row_stride) {
@@ -93,7 +93,7 @@ struct QueryHeads {
       }
       int32_t sum = 0;
       for (int i = 0; i < kHeadSize; ++i) sum += rounded[i];
-      offset_products[g] = static_cast<float>(sum * kLandmarkOffset);
+      offset_products[g] = static_cast<float>(sum * kNibbleOffset);
     }
   }
 

@@ -15,6 +15,13 @@ __device__ __forceinline__ int8_t quantise(float value, float inverse) {
   return static_cast<int8_t>(round_even(fminf(fmaxf(code, -kLargest), kLargest)));
 }
 
+// The byte of two values of a run of nibbles.
+__device__ __forceinline__ uint8_t quantise_nibbles(float low, float high, float inverse) {
+  const int low_code = quantise<kNibbleCode>(low, inverse) + kNibbleOffset;
+  const int high_code = quantise<kNibbleCode>(high, inverse) + kNibbleOffset;
+  return static_cast<uint8_t>(low_code | high_code << 4);
+}
+
 // The largest magnitude of a row, to every lane of a warp; NaN where the row has one.
 template <typename Value>
 __device__ __forceinline__ float largest_of(int size, const Value& value) {
@@ -41,13 +48,11 @@ __device__ __forceinline__ float quantise_row(const Value& value, int8_t* codes)
 // the scale (NaN where the offset has one) to every lane.
 template <int kHeadSize, typename Value>
 __device__ __forceinline__ float quantise_landmark(const Value& value, uint8_t* bytes) {
-  const float scale = largest_of(kHeadSize, value) / static_cast<float>(kLandmarkCode);
+  const float scale = largest_of(kHeadSize, value) / static_cast<float>(kNibbleCode);
   const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
   constexpr int kHalf = kHeadSize / 2;
   for (int i = threadIdx.x % kWarp; i < kHalf; i += kWarp) {
-    const int low = quantise<kLandmarkCode>(value(i), inverse) + kLandmarkOffset;
-    const int high = quantise<kLandmarkCode>(value(i + kHalf), inverse) + kLandmarkOffset;
-    bytes[i] = static_cast<uint8_t>(low | high << 4);
+    bytes[i] = quantise_nibbles(value(i), value(i + kHalf), inverse);
   }
   return scale;
 }
@@ -61,9 +66,9 @@ __device__ __forceinline__ void quantise_coefficients(const PageLayout& layout, 
   const float head_size = largest_of(leading, [&](int d) { return row[d]; });
   const float tail_size = largest_of(tail, [&](int d) { return row[leading + d]; });
   const BFloat16 scale = from_float<BFloat16>(
-      max_or_nan(head_size / 127.0f, tail_size / static_cast<float>(kTailCode * kTailStep)));
+      max_or_nan(head_size / 127.0f, tail_size / static_cast<float>(kNibbleCode * kTailStep)));
   const float unit = to_float(scale), inverse = unit > 0 ? 1.0f / unit : 0.0f;
-  float step = tail_size / static_cast<float>(kTailCode) * inverse;
+  float step = tail_size / static_cast<float>(kNibbleCode) * inverse;
   step = step >= 1.0f ? round_even(fminf(step, kTailStep)) : 1.0f;
   const float tail_inverse = unit > 0 ? 1.0f / (step * unit) : 0.0f;
 
@@ -73,9 +78,7 @@ __device__ __forceinline__ void quantise_coefficients(const PageLayout& layout, 
   constexpr int kHalf = kTailGroup / 2;
   for (int i = lane; i < tail / 2; i += kWarp) {
     const float* pair = row + leading + i / kHalf * kTailGroup + i % kHalf;
-    const int low = quantise<kTailCode>(pair[0], tail_inverse) + kTailOffset;
-    const int high = quantise<kTailCode>(pair[kHalf], tail_inverse) + kTailOffset;
-    bytes[i] = static_cast<uint8_t>(low | high << 4);
+    bytes[i] = quantise_nibbles(pair[0], pair[kHalf], tail_inverse);
   }
   if (lane == 0) {
     page[layout.tail_steps + token] = static_cast<uint8_t>(step);

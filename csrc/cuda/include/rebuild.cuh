@@ -180,11 +180,11 @@ class Rebuilder {
     }
   }
 
-  // Four int8 out of the lower halves of four bytes: (half - kTailOffset) * step. A product of at
+  // Four int8 out of the lower halves of four bytes: (half - kNibbleOffset) * step. A product of at
   // most 15 * kTailStep stays in its byte.
   static __device__ __forceinline__ uint32_t tail_codes(uint32_t halves, uint32_t step) {
     static_assert(15 * kTailStep < 256);
-    return subtract_bytes((halves & 0x0f0f0f0fu) * step, kTailOffset * 0x01010101u * step);
+    return subtract_bytes((halves & 0x0f0f0f0fu) * step, kNibbleOffset * 0x01010101u * step);
   }
 
   // sums[m][tile of a pair][n] += a panel's product.

@@ -93,7 +93,7 @@ struct QueryCodes {
   using Words = LandmarkWords<kHeadSize>;
 
   uint32_t words[Words::kSteps][4];
-  int offsets[2];  // what kLandmarkOffset in every dimension adds to a row's products
+  int offsets[2];  // what kNibbleOffset in every dimension adds to a row's products
 
   __device__ __forceinline__ void load(const uint32_t (*codes)[kHeadSize / 4], int group) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -110,7 +110,7 @@ struct QueryCodes {
         }
       }
     }
-    constexpr uint32_t kOffsets = kLandmarkOffset * 0x01010101u;
+    constexpr uint32_t kOffsets = kNibbleOffset * 0x01010101u;
     int c[4] = {};  // the same in all columns
 #pragma unroll
     for (int step = 0; step < Words::kSteps; ++step) {
