@@ -1,29 +1,31 @@
 """What is asked again, or by several at once, beside the stock backend: `python -m benchmarks.asked_again`.
 
-The needle model in float32, in a pool with room for everything. Of every case: tokens from the prefix cache, seconds,
-and how the second answer differs from the first. `sealed` is shadowkv without resident pages: what it does once memory
-is short. The last cases are a prompt beyond the window that is kept exact, whose log-probabilities are held against
-stock's, and a pool that documents fill to the brim, each of which is asked for again in random order.
+The needle model in float32, in a pool with room for everything. Of every case: tokens from the prefix cache, seconds
+(the median round's), and how the second answer differs from the first. All backends are alive at once and asked in
+turn, so that what else the machine does slows all of them. `sealed` is shadowkv without resident pages: what it does
+once memory is short. The last cases are a prompt beyond the window that is kept exact, whose log-probabilities are held
+against stock's, and a pool that documents fill to the brim, each of which is asked for again in random order.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.alone import alone
+from benchmarks.alone import Alone, alone
 from benchmarks.machine import machine
 from benchmarks.needle import CHECKPOINT
 from benchmarks.needle.tasks import FILLER, make_prompt
@@ -57,7 +59,7 @@ class Case:
         name: of the case.
         tokens: that were looked for in the prefix cache.
         cached: of them from the prefix cache.
-        seconds: of what was asked again, or together.
+        times: seconds of what was asked again, or together; of every round, each with other prompts.
         answers: of a second ask: how many there are.
         different: of them with other tokens than the first.
         error: the largest difference of a log-probability: from the first answer's, up to the first other token; of a
@@ -69,16 +71,27 @@ class Case:
     name: str
     tokens: int
     cached: int
-    seconds: float
+    times: list[float]
     answers: int = 0
     different: int = 0
     error: float = 0.0
     expanded: int = 0
     logprobs: list[float] = field(default_factory=list)
 
+    def add(self, other: Case) -> None:
+        """A further round."""
+        for name in ("tokens", "cached", "times", "answers", "different", "expanded"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.error = max(self.error, other.error)
+
+    @property
+    def seconds(self) -> float:
+        """The median round's."""
+        return statistics.median(self.times)
+
 
 class Engine:
-    """An `LLM` and its counters."""
+    """An `LLM` and its counters. What it is asked in a case depends on `seed` alone."""
 
     def __init__(self, backend: str, step_tokens: int = STEP_TOKENS, **options: Any) -> None:
         """Starts it; `options` are of `LLM`, and come before what is otherwise set here."""
@@ -88,6 +101,10 @@ class Engine:
         settings: dict[str, Any] = {"model": str(CHECKPOINT), "max_model_len": MODEL_LEN, "dtype": "float32"}
         settings |= {"max_num_batched_tokens": step_tokens, "enforce_eager": True, "disable_log_stats": False}
         self.llm = LLM(**(settings | BACKENDS[backend] | options))
+
+    def close(self) -> None:
+        """Ends the engine."""
+        del self.llm
 
     def ask(self, prompts: Iterable[list[int]], tokens: int, **sampling: Any) -> list[Any]:
         """Answers to prompts that come at once; greedy, unless `sampling` says otherwise."""
@@ -103,7 +120,37 @@ class Engine:
         result = call()
         seconds = time.perf_counter() - began
         hits, queries, expanded = (now - then for now, then in zip(self._counters(), before, strict=True))
-        return Case(name, queries, hits, seconds, expanded=expanded), result
+        return Case(name, queries, hits, [seconds], expanded=expanded), result
+
+    def second_ask(self, length: int, seed: int) -> Case:
+        """The same question twice."""
+        prompt = make_prompt(("multi_key", "overwritten")[seed % 2], length, seed).token_ids
+        (first,) = self.ask([prompt], 8)
+        case, (again,) = self.measure(f"again, {length:,}", lambda: self.ask([prompt], 8))
+        pairs = list(zip(chosen(first), chosen(again), strict=True))
+        same = next((place for place, (a, b) in enumerate(pairs) if a[0] != b[0]), len(pairs))
+        case.answers, case.different = 1, int(same < len(pairs))
+        case.error = max([0.0, *(abs(a[1] - b[1]) for a, b in pairs[:same])])
+        return case
+
+    def beam_search(self, seed: int) -> Case:
+        """Width 4, 8 tokens; a request for every beam and step."""
+        from vllm.sampling_params import BeamSearchParams
+
+        prompt: Any = {"prompt_token_ids": random_prompt(3000, 100 + seed)}
+        params = BeamSearchParams(beam_width=4, max_tokens=8, ignore_eos=True)
+        return self.measure("beam search, 3,000", lambda: self.llm.beam_search([prompt], params))[0]
+
+    def branches(self, length: int, seed: int) -> Case:
+        """Eight answers to one prompt."""
+        prompt = random_prompt(length, 200 + seed)
+        return self.measure(f"n=8, {length:,}", lambda: self.ask([prompt], 8, n=8, temperature=1.0))[0]
+
+    def short_then_more(self, seed: int) -> Case:
+        """A prompt with one token of answer, then with a little more at its end and eight."""
+        prompt = random_prompt(3000, 300 + seed)
+        self.ask([prompt], 1)
+        return self.measure("max_tokens 1, then more", lambda: self.ask([[*prompt, *prompt[:20]]], 8))[0]
 
     def _counters(self) -> tuple[int, int, int]:
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}
@@ -118,51 +165,10 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return [draw.choice(FILLER) for _ in range(length)]
 
 
-def second_ask(engine: Engine, length: int, count: int) -> Case:
-    """The same questions twice, one after the other."""
-    families = ("multi_key", "overwritten")
-    prompts = [make_prompt(families[seed % 2], length, seed).token_ids for seed in range(count)]
-
-    def ask_each() -> list[Any]:
-        return [engine.ask([prompt], 8)[0] for prompt in prompts]
-
-    first = ask_each()
-    case, again = engine.measure(f"again, {length:,}", ask_each)
-    case.answers = count
-    for one, other in zip(first, again, strict=True):
-        pairs = list(zip(chosen(one), chosen(other), strict=True))
-        same = next((place for place, (a, b) in enumerate(pairs) if a[0] != b[0]), len(pairs))
-        case.different += same < len(pairs)
-        case.error = max([case.error, *(abs(a[1] - b[1]) for a, b in pairs[:same])])
-    return case
-
-
 def chosen(output: Any) -> list[tuple[int, float]]:
     """The tokens of an answer, each with its log-probability."""
     answer = output.outputs[0]
     return [(token, places[token].logprob) for token, places in zip(answer.token_ids, answer.logprobs, strict=True)]
-
-
-def beam_search(engine: Engine) -> Case:
-    """Width 4, 8 tokens; a request for every beam and step."""
-    from vllm.sampling_params import BeamSearchParams
-
-    prompt: Any = {"prompt_token_ids": random_prompt(3000, 1)}
-    params = BeamSearchParams(beam_width=4, max_tokens=8, ignore_eos=True)
-    return engine.measure("beam search, 3,000", lambda: engine.llm.beam_search([prompt], params))[0]
-
-
-def branches(engine: Engine, length: int) -> Case:
-    """Eight answers to one prompt."""
-    prompt = random_prompt(length, 7)
-    return engine.measure(f"n=8, {length:,}", lambda: engine.ask([prompt], 8, n=8, temperature=1.0))[0]
-
-
-def short_then_more(engine: Engine) -> Case:
-    """A prompt with one token of answer, then with a little more at its end and eight."""
-    prompt = random_prompt(3000, 2)
-    engine.ask([prompt], 1)
-    return engine.measure("max_tokens 1, then more", lambda: engine.ask([[*prompt, *prompt[:20]]], 8))[0]
 
 
 def run_long(backend: str) -> Case:
@@ -175,16 +181,26 @@ def run_long(backend: str) -> Case:
     return case
 
 
-def run(backend: str, count: int) -> list[Case]:
-    """All cases on one backend, in a process of their own."""
-    engine = Engine(backend)
-    calls = [
-        *(partial(second_ask, length=length, count=count) for length in LENGTHS),
-        *(partial(branches, length=length) for length in (3000, 12_000)),
-        beam_search,
-        short_then_more,
+def run(backends: list[str], count: int) -> dict[str, list[Case]]:
+    """All cases but the last two, of which each takes memory or time, on all backends in turn."""
+    calls: list[tuple[str, tuple[int, ...], int]] = [
+        *(("second_ask", (length,), count) for length in LENGTHS),
+        *(("branches", (length,), rounds) for length, rounds in ((3000, count), (12_000, 2))),
+        ("beam_search", (), count),
+        ("short_then_more", (), count),
     ]
-    return [call(engine) for call in track(calls, backend, Console())]
+    results: dict[str, list[Case]] = {backend: [] for backend in backends}
+    with contextlib.ExitStack() as stack:
+        engines = {backend: stack.enter_context(Alone(Engine, backend)) for backend in backends}
+        for method, arguments, rounds in track(calls, "cases", Console()):
+            for seed in (rounds, *range(rounds)):  # the first one warms up
+                for backend in backends[:: 1 if seed % 2 else -1]:
+                    case = engines[backend].call(method, *arguments, seed)
+                    if seed == 0:
+                        results[backend].append(case)
+                    elif seed < rounds:
+                        results[backend][-1].add(case)
+    return results
 
 
 def run_documents(backend: str) -> Case:
@@ -204,7 +220,7 @@ def run_documents(backend: str) -> Case:
 
 def table(results: dict[str, list[Case]]) -> Table:
     """The cases for the terminal."""
-    view = Table(title="Share of tokens from the cache; seconds; answers unlike the first, and their error")
+    view = Table(title="Share of tokens from the cache; seconds a time; answers unlike the first, and their error")
     view.add_column("case")
     for what in ("cached", "s", "unlike"):
         for backend in results:
@@ -214,7 +230,7 @@ def table(results: dict[str, list[Case]]) -> Table:
         for cases in results.values():
             case = next((case for case in cases if case.name == name), None)
             cells["cached"].append(f"{case.cached / case.tokens:.1%}" if case and case.tokens else "")
-            cells["s"].append(f"{case.seconds:.2f}" if case else "")
+            cells["s"].append(f"{case.seconds:.3g}" if case else "")
             cells["unlike"].append(_difference(case) if case else "")
         view.add_row(name, *(cell for kind in cells.values() for cell in kind))
     return view
@@ -261,13 +277,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", choices=BACKENDS, nargs="+", default=list(BACKENDS))
-    parser.add_argument("--prompts", type=int, default=10, help="of each length")
+    parser.add_argument("--prompts", type=int, default=10, help="of each case, but for two of 12,000 tokens")
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--plot", type=Path, help="where a PNG goes")
     arguments = parser.parse_args()
-    results: dict[str, list[Case]] = {}
-    for backend in ["stock", *(backend for backend in arguments.backends if backend != "stock")]:
-        results[backend] = [*alone(run, backend, arguments.prompts), alone(run_long, backend)]
+    results = run(["stock", *(backend for backend in arguments.backends if backend != "stock")], arguments.prompts)
+    for backend in results:
+        results[backend].append(alone(run_long, backend))
         hold_against(results[backend][-1], results["stock"][-1])
     for backend in results:
         if backend != "stock":

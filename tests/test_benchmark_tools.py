@@ -88,20 +88,21 @@ def printed(table: Table) -> list[list[str]]:
 
 def test_what_is_asked_again_becomes_a_table_and_a_plot(tmp_path: Path) -> None:
     stock = [
-        asked_again.Case("again, 1,100", 1100, 1024, 0.5, answers=10, different=2, error=0.123),
-        asked_again.Case("prompt of 24,000", 0, 0, 2.0, logprobs=[-1.0, -2.0]),
+        asked_again.Case("again, 1,100", 1100, 1024, [0.4, 0.05, 0.01], answers=10, different=2, error=0.123),
+        asked_again.Case("prompt of 24,000", 0, 0, [2.0], logprobs=[-1.0, -2.0]),
     ]
     ours = [
-        asked_again.Case("again, 1,100", 1100, 550, 1.0, answers=10, error=2e-6),
-        asked_again.Case("prompt of 24,000", 0, 0, 3.0, logprobs=[-1.0, -2.25]),
-        asked_again.Case("documents", 200, 100, 3.0),
+        asked_again.Case("again, 1,100", 550, 275, [0.04], answers=4, error=2e-6),
+        asked_again.Case("prompt of 24,000", 0, 0, [3.0], logprobs=[-1.0, -2.25]),
+        asked_again.Case("documents", 200, 100, [3.0]),
     ]
+    ours[0].add(asked_again.Case("again, 1,100", 550, 275, [0.06, 0.02], answers=6, error=1e-6))
     asked_again.hold_against(ours[1], stock[1])
     results = {"stock": stock, "shadowkv": ours}
     assert printed(asked_again.table(results)) == [
-        ["again, 1,100", "93.1%", "50.0%", "0.50", "1.00", "2, 0.1", "0, 2e-06"],
-        ["prompt of 24,000", "", "", "2.00", "3.00", "0", "0.2"],
-        ["documents", "", "50.0%", "", "3.00", "", ""],
+        ["again, 1,100", "93.1%", "50.0%", "0.05", "0.04", "2, 0.1", "0, 2e-06"],
+        ["prompt of 24,000", "", "", "2", "3", "0", "0.2"],
+        ["documents", "", "50.0%", "", "3", "", ""],
     ]
     asked_again.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
