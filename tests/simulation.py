@@ -50,6 +50,7 @@ from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.block_store import BadBlockError
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.decode import DecodeRows
+from vllm_shadowkv.state.due import DueBlocks
 from vllm_shadowkv.state.slot_counts import SlotCounts
 
 TINY_LLAMA = {
@@ -427,8 +428,10 @@ class Worker:
         self.lost: list[int] = []
         """Pages that the managers have freed without a hash, or given away, in this step."""
         self.gone: set[int] = set()
-        """Such pages, once the next step has sealed what was due, until they are written: any step may do that, so that
-        only what asks for their epochs may read them."""
+        """Such pages, once the step has sealed what it must, until they are written: any step may do that, so that only
+        what asks for their epochs may read them."""
+        self.losing: set[int] = set()
+        """Such pages that others are still to be sealed from."""
         self.free: set[int] = set()
         """Pages that nobody owns in this step."""
         self.slots: dict[int, dict[tuple[int, int], list[int]]] = {}
@@ -454,7 +457,7 @@ class Worker:
             memories={"layer": memory},
             exact_start=torch.zeros(max_rows, dtype=torch.int32),
             slots=SlotCounts(torch.device("cpu")),
-            due={},
+            due=DueBlocks(),
             reading={},
         )
         self.tables: list[torch.Tensor] = []
@@ -465,6 +468,7 @@ class Worker:
             slot_pages_per_request=slot_pages,
             max_drafts=0,
             pages_are_zeroed=zeroed,
+            saves_blocks=files is not None,
             has_resident_pages=config.resident_pages and not zeroed,
         )
         memory_of_worker: Any = SimpleNamespace(bind=lambda: self.bound)
@@ -475,14 +479,18 @@ class Worker:
         )
         self.planner = Planner(geometry, memory_of_worker, attention, StepCounts())
         sealer: Any = self.planner._sealer
-        seal_due = sealer.seal_due
+        seal_due, seal = sealer.seal_due, sealer.seal
 
-        def seal_and_lose(bound: Any) -> None:
+        def seal_due_and_lose(bound: Any) -> None:
             assert not (zeroed and bound.due), "seals from pages that may be zeroed"
             seal_due(bound)
-            self.gone.update(self.lost)
+            self._lose()
 
-        sealer.seal_due = seal_and_lose
+        def seal_and_lose(bound: Any, *args: Any, **kwargs: Any) -> None:
+            seal(bound, *args, **kwargs)
+            self._lose()
+
+        sealer.seal_due, sealer.seal = seal_due_and_lose, seal_and_lose
         self.threads = Late()
         if files is not None:
             rank, labels = Rank(files, "0"), {"model_name": "simulation", "engine": "0"}  # type: ignore[arg-type]
@@ -635,14 +643,21 @@ class Worker:
         assert counts.sealed_prefills == self.prefilled_over_sealed
         assert counts.sealed_blocks == self.sealed
         if not counts.wants_used_blocks:  # it has read the block tables
-            # A block that is still to be computed may have the same bytes from a life before.
+            # A block that is still to be computed, or sealed, may have the same bytes from a life before.
             held = {
                 block
                 for row in rows
                 for number, block in enumerate(row.blocks[0][: row.computed // size])
                 if self.content[block] == ("shadow", row.marks[number * size : (number + 1) * size])
+                and block not in self.bound.due
             }
             assert counts.used_blocks == len(held)
+
+    def _lose(self) -> None:
+        """The step has sealed; pages may be lost from now on, but those that others are to be sealed from only then."""
+        kept = {page for page in self.losing.union(self.lost) if self.bound.due.of_pages([page])}
+        self.gone |= self.losing.union(self.lost) - kept
+        self.losing = kept
 
     def seal(self, block: int, exact: list[int]) -> None:
         """Copies exact pages to a shadow page."""

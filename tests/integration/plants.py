@@ -71,14 +71,22 @@ def lost_block() -> Any:
     return _once(spoil)
 
 
-def no_lag() -> Any:
-    """Frees exact pages in the step that seals them."""
+@contextmanager
+def no_lag() -> Iterator[None]:
+    """Frees exact pages in the step that seals them.
+
+    That is an error on CUDA alone, so blocks are sealed as there: where they wait, nobody has written to such a page.
+    """
+    planner: Any = Runtime.latest().planner
 
     def remove(original: Any, manager: Any, request_id: str, processed: int, *args: Any) -> None:
         manager._processed[request_id] = (processed, processed)
         original(manager, request_id, processed, *args)
 
-    return _patched(ExactManager, "remove_skipped_blocks", remove)
+    early, planner._seals_early = planner._seals_early, True
+    with _patched(ExactManager, "remove_skipped_blocks", remove):
+        yield
+    planner._seals_early = early
 
 
 def not_persistent(tensor: str) -> Any:

@@ -5,8 +5,9 @@ Every page is filled with bytes 0xFF, which is NaN in every float type, with its
 * when its last owner gives it back without a hash: freed exact pages, slots, blocks that no one can hit; and
 * when it gets a new owner, who may not read what the one before left, such as an evicted sealed block.
 
-Only one thing reads a page after that: what a step has completed of prompts is sealed when the next step is planned,
-whoever owns its pages by then. So pages are filled right after that; the rest of the planning may not read them.
+Only one thing reads a page after that: what a step has completed of prompts is sealed later, whoever owns its pages by
+then, until a step writes to them. So pages are filled when a step has sealed what it must, but for those that others
+are still to be sealed from; the rest of the planning may not read them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ poisoned = 0
 
 def install() -> None:
     """Wraps vLLM's block pool, and the sealing of what is due."""
-    free_blocks, get_new_blocks, seal_due = BlockPool.free_blocks, BlockPool.get_new_blocks, Sealer.seal_due
+    free_blocks, get_new_blocks = BlockPool.free_blocks, BlockPool.get_new_blocks
+    seal_due, seal = Sealer.seal_due, Sealer.seal
     waiting: list[int] = []
 
     def free_and_poison(pool: Any, ordered_blocks: Iterable[Any]) -> None:
@@ -48,16 +50,21 @@ def install() -> None:
             fill_waiting(runtime.memory.bind())
 
     def fill_waiting(bound: Any) -> None:
-        if waiting:
-            _fill(waiting, bound)
-            waiting.clear()
+        kept = [block for block in waiting if bound.due.of_pages([block])]
+        if filled := [block for block in waiting if block not in kept]:
+            _fill(filled, bound)
+        waiting[:] = kept
 
-    def seal_and_poison(sealer: Any, bound: Any) -> None:
+    def seal_due_and_poison(sealer: Any, bound: Any) -> None:
         seal_due(sealer, bound)
         fill_waiting(bound)
 
+    def seal_and_poison(sealer: Any, bound: Any, *args: Any, **kwargs: Any) -> None:
+        seal(sealer, bound, *args, **kwargs)
+        fill_waiting(bound)
+
     BlockPool.free_blocks, BlockPool.get_new_blocks = free_and_poison, poison_and_get
-    Sealer.seal_due = seal_and_poison
+    Sealer.seal_due, Sealer.seal = seal_due_and_poison, seal_and_poison
 
 
 @torch.inference_mode()  # as the worker allocates

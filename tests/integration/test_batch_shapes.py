@@ -167,7 +167,8 @@ class Layer:
         return list(output.split(starts.diff().tolist()))
 
     def poison(self, rows: Rows, prefilling: list[bool]) -> None:
-        """Fills the exact pages of sealed blocks that the next step must not read with NaN."""
+        """Seals all that is complete, and fills the exact pages that the next step must not read with NaN."""
+        self._impl.runtime.planner.seal_due()
         bound, layout = self._impl.runtime.memory.bind(), self._impl.runtime.geometry.layout
         for row, computed in enumerate(rows.computed):
             end = bound.boundary.exact_start(computed, prefilling[row]) // layout.block_size
@@ -226,7 +227,7 @@ def test_equals_full_attention(layer: Layer, name: str) -> None:
     for row, (ours, asked) in enumerate(zip(output, query, strict=True)):
         expected = full_attention(asked, rows.keys[row], rows.values[row])
         torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=TOLERANCE)
-    # What an earlier step completed is sealed, below the dense threshold too.
+    # Below the dense threshold too.
     assert layer.sealed(rows) == sum(context // 256 for context in contexts)
 
 

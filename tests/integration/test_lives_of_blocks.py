@@ -32,6 +32,7 @@ from vllm_shadowkv.integration.scheduler.managers import ShadowManager, SlotMana
 from vllm_shadowkv.integration.worker.sealing import Sealer
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
+from vllm_shadowkv.state.due import DueBlocks
 
 BLOCK = 64
 LONGEST = 640
@@ -160,8 +161,9 @@ class Lives(RuleBasedStateMachine):
             assert name not in computed or begin in (computed[name], hit), "neither goes on nor begins anew"
             for place, block in enumerate(row.blocks[0][: -(-end // BLOCK)]):
                 # What is hit may be computed only in this step, by another request.
-                sealed = place < begin // BLOCK and block not in open_blocks
-                assert bool(worker.bound.state.sealed[block]) == sealed
+                complete = place < begin // BLOCK and block not in open_blocks
+                sealed = bool(worker.bound.state.sealed[block])
+                assert sealed == (complete and block not in worker.bound.due)
                 if sealed:
                     assert worker.content[block] == ("shadow", row.marks[place * BLOCK : (place + 1) * BLOCK])
             start = int(worker.bound.exact_start[index])
@@ -191,8 +193,8 @@ class Lives(RuleBasedStateMachine):
                 if group == 1:
                     assert worker.content[block.block_id] == ("exact", expected)
                     assert block.block_id not in worker.gone
-                elif due := worker.bound.due.get(block.block_id):
-                    contents = [worker.content[page] for page in due[0].tolist()]
+                elif block.block_id in worker.bound.due:
+                    contents = [worker.content[page] for page in worker.bound.due[block.block_id].tolist()]
                     assert {kind for kind, _ in contents} == {"exact"}, "due, but its exact pages are gone"
                     assert [mark for _, held in contents for mark in held] == expected
                 else:
@@ -222,7 +224,23 @@ def published_when_computed(self: ShadowManager, request: Request, num_tokens: i
 
 
 def sealed_only_for_its_owner(self: Sealer, bound: Any) -> None:
-    bound.due.clear()
+    bound.due.drop(bound.due.take())
+
+
+def sealed_after_it_is_read(self: Sealer, bound: Any, rows: list[Any], tables: Any, all_due: bool) -> None:
+    starts = [row.exact_start for row in rows]
+    for row in rows:
+        row.exact_start = 0
+    seal(self, bound, rows, tables, all_due=all_due)
+    for row, start in zip(rows, starts, strict=True):
+        row.exact_start = start
+
+
+seal = Sealer.seal
+
+
+def sealed_from_what_others_have_written(self: DueBlocks, pages: Any) -> set[int]:
+    return set()
 
 
 def leaked(self: SlotManager, request_id: str) -> list[Any]:
@@ -282,6 +300,8 @@ class LivesInASmallPool(Lives):
     [
         (ShadowManager, "cache_blocks", published_when_computed),
         (Sealer, "seal_due", sealed_only_for_its_owner),
+        (Sealer, "seal", sealed_after_it_is_read),
+        (DueBlocks, "of_pages", sealed_from_what_others_have_written),
         (SlotManager, "pop_blocks_for_free", leaked),
         (BlockState, "seal", sealed_in_the_old_epoch),
         (BlockState, "write_exact", written_in_the_old_epoch),

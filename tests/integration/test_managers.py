@@ -22,6 +22,8 @@ from vllm_shadowkv.integration.scheduler.exact import ExactManager
 BLOCK = 64
 PAGE = 16
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+EARLY = pytest.mark.parametrize("runner", ["v2-cuda", "v1"], ids=["early", "late"])
+"""Blocks are sealed as soon as they are complete, or when they must be."""
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -52,10 +54,12 @@ def preempt(engine: Engine, request: Request) -> None:
 # -- Publication -----------------------------------------------------------------------------------------------------
 
 
-def test_a_hash_is_visible_only_after_its_block_was_sealed() -> None:
-    engine = Engine(max_step=BLOCK)
+@EARLY
+def test_a_hash_is_visible_only_after_its_block_was_sealed(runner: str) -> None:
+    """Or will be, whenever a row reads it."""
+    engine = Engine(max_step=BLOCK, runner=runner)
     request = engine.add(prompt(5 * BLOCK + 1), max_tokens=3)
-    state = engine.worker.bound.state
+    state, due = engine.worker.bound.state, engine.worker.bound.due
     seen = []
     while not request.is_finished():
         engine.step()
@@ -63,7 +67,7 @@ def test_a_hash_is_visible_only_after_its_block_was_sealed() -> None:
             count = published(engine, request)
             seen.append(count)
             blocks = [block.block_id for block in held(engine, request)[0][:count]]
-            assert all(state.sealed[block] for block in blocks)
+            assert all(state.sealed[block] or (block in due and runner == "v1") for block in blocks)
     # Step k computes block k, step k + 1 publishes it first, and seals it before its forward pass.
     assert seen == [0, 1, 2, 3, 4, 5, 5]
     engine.finish()
@@ -111,9 +115,10 @@ def test_a_prompt_that_was_aborted_is_sealed_without_it(asynchronous: bool) -> N
 
 
 @BOTH
-def test_pages_that_are_given_away_before_their_block_is_sealed(asynchronous: bool) -> None:
+@EARLY
+def test_pages_that_are_given_away_before_their_block_is_sealed(asynchronous: bool, runner: str) -> None:
     """The pool is so small that the next prompt takes the pages of the one before in the step that seals from them."""
-    engine = Engine(asynchronous=asynchronous, num_blocks=26, max_model_len=320, max_step=256)
+    engine = Engine(asynchronous=asynchronous, num_blocks=26, max_model_len=320, max_step=256, runner=runner)
     requests = [engine.add(prompt(256, seed), max_tokens=1) for seed in range(4)]
     engine.finish()
     rows = [engine.worker.known[request.request_id].blocks for request in requests]
@@ -121,7 +126,32 @@ def test_pages_that_are_given_away_before_their_block_is_sealed(asynchronous: bo
         assert {*before[1]} & {*after[0], *after[1]}, "nothing was given away"
     engine.add(prompt(10), max_tokens=1)
     engine.finish()
-    assert engine.worker.sealed == 16
+    # Where blocks wait, those that were given away with their pages are never sealed.
+    assert engine.worker.sealed == (16 if runner == "v2-cuda" else 8)
+
+
+@EARLY
+def test_a_block_waits_until_it_is_read_or_its_pages_are_taken(runner: str) -> None:
+    """And is then what it was when it was completed: the simulation compares."""
+    waits = runner == "v1"
+    engine = Engine(runner=runner, dense_threshold=300, max_step=256)
+    due = engine.worker.bound.due
+    engine.add(prompt(256), max_tokens=40)
+    engine.finish()
+    assert engine.worker.sealed == (0 if waits else 4), "its owner was exact to its end"
+    assert len(due) == (4 if waits else 0)
+    second = engine.add(prompt(290), max_tokens=20)
+    while second.num_computed_tokens < 300:
+        engine.step()
+    assert engine.hits[second.request_id] == 256
+    assert engine.worker.sealed == (0 if waits else 4), "so far it is exact, too"
+    engine.finish()
+    assert engine.worker.sealed == 4, "blocks that it reads, once"
+    for seed in range(1, 20):  # until pages of the first ones were given to others
+        engine.add(prompt(256, seed), max_tokens=1)
+    engine.finish()
+    assert engine.worker.sealed > 8
+    assert 4 <= len(due) <= (40 if waits else 4), "those of the newest, whose pages still are what they were"
 
 
 def freed_when_sealed(self: ExactManager, request_id: str, processed: int, *args: Any) -> None:
@@ -137,7 +167,8 @@ remove_skipped_blocks = ExactManager.remove_skipped_blocks
 def test_a_generated_block_is_sealed_from_pages_that_are_freed_a_step_later(
     planted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(dense_threshold=0, resident_pages=False)  # else the pages stay what they are
+    # With resident pages they would stay what they are, and where blocks wait nothing is lost before they are sealed.
+    engine = Engine(dense_threshold=0, resident_pages=False, runner="v2-cuda")
     engine.add(prompt(BLOCK // 2), max_tokens=BLOCK)
     if planted:
         monkeypatch.setattr(ExactManager, "remove_skipped_blocks", freed_when_sealed)

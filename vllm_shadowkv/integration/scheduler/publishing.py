@@ -25,8 +25,9 @@ class Scheduled(NamedTuple):
 class PublishingManager(SingleTypeKVCacheManager):
     """Publishes what is sealed, or will be before a step that reads it sealed.
 
-    A block is sealed when the worker plans the step after the one that completed it. What a step completes of a prompt
-    is sealed then whoever is in that step; other blocks are sealed if their owner goes on, and published a step later.
+    A block can be sealed when the worker plans the step after the one that completed it, and is before anyone reads it
+    sealed. Of what a step completes of a prompt that holds whoever is in that step; other blocks are sealed if their
+    owner goes on, and published a step later.
     vLLM would publish while the step is scheduled that completes a block, but that step's request may yet be preempted
     by one that comes after it. So hashes are published when the first request of the step looks for a hit, which vLLM
     lets none do after it has preempted another, or before the next step, or when the request ends.

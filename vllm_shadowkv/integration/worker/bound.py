@@ -15,6 +15,7 @@ from vllm_shadowkv.state import host_pool
 from vllm_shadowkv.state.block_state import BlockState
 from vllm_shadowkv.state.boundary import ExactBoundary
 from vllm_shadowkv.state.decode import DecodeWorkspace
+from vllm_shadowkv.state.due import DueBlocks
 from vllm_shadowkv.state.host_memory import GIB
 from vllm_shadowkv.state.huge_pages import use_huge_pages
 from vllm_shadowkv.state.layer import LayerMemory
@@ -34,7 +35,7 @@ class Bound:
         workspace: of the decode kernels.
         exact_start: int32 `[max_num_seqs]`, persistent, for CUDA graphs: the boundary of each row of the step.
         slots: counts of the slots' hits and misses.
-        due: blocks that the last step completed of prompts, each with its exact pages and its first position.
+        due: complete blocks that are not sealed yet.
         reading: blocks whose rows of the host pool are being copied to be written to files, or were.
     """
 
@@ -44,7 +45,7 @@ class Bound:
     workspace: DecodeWorkspace
     exact_start: Tensor
     slots: SlotCounts
-    due: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    due: DueBlocks = field(default_factory=DueBlocks)
     reading: dict[int, Future[None]] = field(default_factory=dict)
 
 

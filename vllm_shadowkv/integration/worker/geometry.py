@@ -87,6 +87,11 @@ class Geometry:
         return self.layers_beside
 
     @property
+    def saves_blocks(self) -> bool:
+        """Whether a KV connector takes sealed blocks, as soon as the scheduler may think that they are."""
+        return self.vllm_config.kv_transfer_config is not None
+
+    @property
     def has_resident_pages(self) -> bool:
         """Whether exact pages of sealed blocks are of use until something is written to them.
 

@@ -17,7 +17,7 @@ from vllm_shadowkv.integration.worker.bound import Bound
 from vllm_shadowkv.integration.worker.geometry import Geometry
 from vllm_shadowkv.integration.worker.memory import Memory
 from vllm_shadowkv.integration.worker.rows import Row, read_rows
-from vllm_shadowkv.integration.worker.sealing import Sealer
+from vllm_shadowkv.integration.worker.sealing import Sealer, Tables
 from vllm_shadowkv.integration.worker.step import DecodeBatch, PrefillRow, Step
 from vllm_shadowkv.metrics import StepCounts
 from vllm_shadowkv.state.decode import DecodeRows
@@ -38,11 +38,13 @@ class Planner:
         self.counts = counts
         self._geometry, self._memory, self._attention = geometry, memory, attention
         self._sealer = Sealer(geometry, counts)
+        # Only where every step reads the tables is it known which pages it takes.
+        self._seals_early = attention.decodes_densely or geometry.pages_are_zeroed or geometry.saves_blocks
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
 
     def seal_due(self) -> None:
-        """Seals what the last step has completed of prompts, where no step follows that would."""
+        """Seals what is due, where no step follows that would."""
         self._sealer.seal_due(self._memory.bind())
 
     def add(self, group: str, metadata: CommonAttentionMetadata, capturing: bool) -> Step:
@@ -85,7 +87,8 @@ class Planner:
             opened = self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
             self.counts.steps += 1
             bound.slots.step()
-            self._sealer.seal_due(bound)
+            if self._seals_early:
+                self._sealer.seal_due(bound)
             # Afterwards, for what was due may have been given away. A row may begin within a block, in a step that does
             # not read its table.
             bound.state.write_open(opened)
@@ -93,17 +96,17 @@ class Planner:
         attention = self._attention
         uniform = capturing or (attention.decodes_densely and all(row.seq_len - row.computed == 1 for row in rows))
         if not uniform or self._may_seal_or_begin(rows):
-            block_table, exact_table = everything.block_table.cpu(), everything.exact_table.cpu()
+            tables = Tables(everything.block_table.cpu(), everything.exact_table.cpu(), everything.slot_table)
             self.counts.table_reads += 1
-            rows = self._drop_dummies(rows, exact_table)
+            rows = self._drop_dummies(rows, tables.exact)
             for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
                 row.exact_start = start
-            self._sealer.seal(bound, rows, block_table, exact_table)
+            self._sealer.seal(bound, rows, tables, all_due=self._seals_early)
             if attention.reads_unwritten_values and not uniform:
-                self._clear_unwritten(bound, rows, exact_table)
-            self._sealer.note_open(bound, rows, block_table, exact_table)
+                self._clear_unwritten(bound, rows, tables.exact)
+            self._sealer.note_open(bound, rows, tables)
             if self.counts.wants_used_blocks:
-                self._count_used(bound, rows, block_table)
+                self._count_used(bound, rows, tables.blocks)
         bound.state.start_step()
         written = step.slot_mapping.clamp_min(0) // self._geometry.layout.exact_tokens
         bound.state.write_exact(written.where(step.slot_mapping >= 0, 0))
@@ -112,7 +115,7 @@ class Planner:
             reading = step.decode[0].rows
             bound.state.write_slots(reading.slot_table.where(reading.exact_start[:, None] > 0, 0).long())
         if not uniform:
-            self._use_resident(bound, rows, everything, block_table)
+            self._use_resident(bound, rows, everything, tables.blocks)
             self._sort(step, rows, everything, shadow.query_start_loc)
 
     def _may_seal_or_begin(self, rows: list[Row]) -> bool:

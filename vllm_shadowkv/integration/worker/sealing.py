@@ -1,8 +1,12 @@
-"""Where blocks are sealed: between steps, every block that an earlier step completed and that is not sealed yet.
+"""Where blocks are sealed: between steps, of what earlier steps have completed.
 
-What a step completes of prompts is noted with its exact pages, and sealed before the next forward pass whoever is in
-that step: the owner may have finished, or been aborted or preempted. Its pages may have been given away by then, but
-nothing is written to them before that pass. Other blocks are sealed when their owner goes on.
+What a step completes of prompts is noted with its exact pages, and may be sealed whoever is in later steps: the owner
+may have finished, or been aborted or preempted. Its pages may have been given away by then, but hold what they did
+until a step writes to them. What generated tokens complete is noted when their owner goes on.
+
+On CUDA all of it is sealed before the next step. Where every step reads the block tables, and so knows which pages it
+takes, a block waits until a row reads it sealed or one of its exact pages is taken: while the pool has room, requests
+below the dense threshold never wait for a seal.
 
 Who may free the exact pages that it was sealed from, and when, is `scheduler/managers.py`'s.
 """
@@ -11,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import wait
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +28,17 @@ from vllm_shadowkv.state.completed import CompletedBlocks
 from vllm_shadowkv.state.seal import seal_blocks
 
 logger = logging.getLogger("vllm.shadowkv")
+
+
+class Tables(NamedTuple):
+    """Block tables of a step: int32 `[rows of the step, ...]` of each group.
+
+    Those of blocks and exact pages are on the host, those of slots where vLLM has them.
+    """
+
+    blocks: Tensor
+    exact: Tensor
+    slots: Tensor
 
 
 class Sealer:
@@ -40,42 +56,55 @@ class Sealer:
         return self._completed.may_have(row.computed, self._max_drafts)
 
     def seal_due(self, bound: Bound) -> None:
-        """Seals what the step before has completed of prompts, all layers, without reading a table."""
-        self._seal(bound, bound.due)
-        bound.due.clear()
+        """Seals all that is due, all layers, without reading a table."""
+        self._seal(bound, bound.due.take())
 
-    def seal(self, bound: Bound, rows: list[Row], block_table: Tensor, exact_table: Tensor) -> None:
-        """Seals every complete block of these rows that is not sealed, all layers.
+    def seal(self, bound: Bound, rows: list[Row], tables: Tables, all_due: bool) -> None:
+        """Seals what must be before this step's forward pass, all layers.
 
         Args:
             bound: the worker's memory.
-            rows: real ones.
-            block_table: int32 `[rows of the step, max_blocks]`, on the host.
-            exact_table: int32 `[rows of the step, max_pages]`, on the host.
+            rows: real ones, all of the step, with their exact boundaries.
+            tables: of the step.
+            all_due: seal every complete block, needed or not.
         """
-        layout = self._layout
-        pages = layout.block_size // layout.exact_tokens
-        found: dict[int, tuple[Tensor, int]] = {}
-        missing: set[int] = set()
+        size, due = self._layout.block_size, bound.due
+        pages = size // self._layout.exact_tokens
         # A row may have hit what another one computes only in this step.
-        open_blocks = {block for row in rows for block in self._open_blocks(row, block_table).tolist()}
+        open_blocks = {block for row in rows for block in self._open_blocks(row, tables.blocks).tolist()}
+        needed, missing = set[int](), set[int]()
+        if due and not all_due:
+            taken = open_blocks | {page for row in rows for page in self._written_pages(row, tables)}
+            due.drop(taken)
+            needed = due.of_pages(taken)
         sealed = bound.state.sealed.cpu()
         for row in rows:
-            blocks = block_table[row.index, : row.computed // layout.block_size].long()
+            blocks = tables.blocks[row.index, : row.computed // size].long()
             for place in (~sealed[blocks] & (blocks > 0)).nonzero().flatten().tolist():
                 block = int(blocks[place])
-                exact_ids = exact_table[row.index, place * pages : (place + 1) * pages]
-                if block not in open_blocks and (exact_ids > 0).all():
-                    found[block] = (exact_ids, place * layout.block_size)
-                else:
-                    missing.add(block)
-        # A row may have hit what another one, which has the pages, seals in this step.
-        for block in missing - open_blocks - found.keys():
+                if block in open_blocks:
+                    continue
+                exact_ids = tables.exact[row.index, place * pages : (place + 1) * pages]
+                if block not in due:
+                    if (exact_ids > 0).all():
+                        due.add(block, exact_ids, place * size)
+                    else:
+                        missing.add(block)
+                if place * size < row.exact_start:
+                    needed.add(block)
+        # A row may have hit what another one has the pages of.
+        for block in (block for block in missing if block not in due):
             raise RuntimeError(
                 f"shadowkv: block {block} is complete and not sealed, but its exact pages are gone; this is a bug, "
                 "please report it."
             )
-        self._seal(bound, found)
+        self._seal(bound, due.take(None if all_due else needed))
+
+    def _written_pages(self, row: Row, tables: Tables) -> list[int]:
+        """Exact pages that a row writes to in this step, and its slots, if it reads sealed blocks."""
+        size = self._layout.exact_tokens
+        pages: list[int] = tables.exact[row.index, row.computed // size : -(-row.seq_len // size)].tolist()
+        return pages + (tables.slots[row.index].tolist() if row.exact_start else [])
 
     def _seal(self, bound: Bound, found: dict[int, tuple[Tensor, int]]) -> None:
         """Seals blocks, each with its exact pages and its first position."""
@@ -95,12 +124,12 @@ class Sealer:
         self._completed.drop(found)
         logger.debug("shadowkv: sealed %d blocks, %d tokens.", len(found), len(found) * layout.block_size)
 
-    def note_open(self, bound: Bound, rows: list[Row], block_table: Tensor, exact_table: Tensor) -> None:
+    def note_open(self, bound: Bound, rows: list[Row], tables: Tables) -> None:
         """Tells the block state into which blocks this step's forward pass will write; arguments as of `seal`."""
         size = self._layout.block_size
         pages = size // self._layout.exact_tokens
         for row in rows:
-            first, blocks = row.computed // size, self._open_blocks(row, block_table)
+            first, blocks = row.computed // size, self._open_blocks(row, tables.blocks)
             bound.state.write_open(blocks)
             self._completed.drop(blocks.tolist())
             if row.seq_len - row.computed == 1:
@@ -110,9 +139,7 @@ class Sealer:
                 self._completed.add(completed, row.seq_len)
                 continue
             for place, block in enumerate(completed, first):
-                # A copy: on a CPU the table is vLLM's own, which is another step's by then.
-                exact_ids = exact_table[row.index, place * pages : (place + 1) * pages].clone()
-                bound.due[block] = (exact_ids, place * size)
+                bound.due.add(block, tables.exact[row.index, place * pages : (place + 1) * pages], place * size)
 
     def _open_blocks(self, row: Row, block_table: Tensor) -> Tensor:
         """The blocks into which a row writes in this step: int64, on the host."""
