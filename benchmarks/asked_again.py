@@ -103,8 +103,8 @@ class Engine:
         self.llm = LLM(**(settings | BACKENDS[backend] | options))
 
     def close(self) -> None:
-        """Ends the engine."""
-        del self.llm
+        """Ends the engine, when everything is written."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def ask(self, prompts: Iterable[list[int]], tokens: int, **sampling: Any) -> list[Any]:
         """Answers to prompts that come at once; greedy, unless `sampling` says otherwise."""

@@ -146,10 +146,6 @@ class Engine(asked_again.Engine):
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("The prefix cache was not reset: requests are running.")
 
-    def close(self) -> None:
-        """Ends it, when everything is written."""
-        self.llm.llm_engine.engine_core.shutdown()
-
     def _loaded(self) -> int:
         """Files, until now; of an engine that reads none, this is not looked up."""
         if self._files is None:

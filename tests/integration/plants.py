@@ -77,16 +77,16 @@ def no_lag() -> Iterator[None]:
 
     That is an error on CUDA alone, so blocks are sealed as there: where they wait, nobody has written to such a page.
     """
-    planner: Any = Runtime.latest().planner
+    sealer: Any = Runtime.latest().planner._sealer
 
     def remove(original: Any, manager: Any, request_id: str, processed: int, *args: Any) -> None:
         manager._processed[request_id] = (processed, processed)
         original(manager, request_id, processed, *args)
 
-    early, planner._seals_early = planner._seals_early, True
+    early, sealer.is_early = sealer.is_early, True
     with _patched(ExactManager, "remove_skipped_blocks", remove):
         yield
-    planner._seals_early = early
+    sealer.is_early = early
 
 
 def not_persistent(tensor: str) -> Any:

@@ -227,11 +227,11 @@ def sealed_only_for_its_owner(self: Sealer, bound: Any) -> None:
     bound.due.drop(bound.due.take())
 
 
-def sealed_after_it_is_read(self: Sealer, bound: Any, rows: list[Any], tables: Any, all_due: bool) -> None:
+def sealed_after_it_is_read(self: Sealer, bound: Any, rows: list[Any], tables: Any) -> None:
     starts = [row.exact_start for row in rows]
     for row in rows:
         row.exact_start = 0
-    seal(self, bound, rows, tables, all_due=all_due)
+    seal(self, bound, rows, tables)
     for row, start in zip(rows, starts, strict=True):
         row.exact_start = start
 

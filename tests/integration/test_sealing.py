@@ -23,11 +23,16 @@ SOURCES = {1: [11, 12, 13, 14], 2: [12, 13, 14, 15], 3: [31, 32, 33, 34]}
 """Blocks that are due; the second has pages of the first."""
 
 
+def sealer(knows_pages: bool = True, **of_geometry: bool) -> Sealer:
+    sizes = {"layout": LAYOUT, "max_drafts": 0, "has_resident_pages": True}
+    geometry: Any = SimpleNamespace(**sizes | {"pages_are_zeroed": False, "saves_blocks": False} | of_geometry)
+    return Sealer(geometry, StepCounts(), knows_pages)
+
+
 class Step:
     """One row that goes on, and what its step seals."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        geometry: Any = SimpleNamespace(layout=LAYOUT, max_drafts=0, pages_are_zeroed=False, has_resident_pages=True)
         self.bound: Any = SimpleNamespace(
             state=BlockState(100, BLOCK // PAGE, torch.device("cpu")),
             memories={},
@@ -39,7 +44,7 @@ class Step:
             self.bound.due.add(block, torch.tensor(sources, dtype=torch.int32), 0)
         self.sealed: list[int] = []
         monkeypatch.setattr(sealing, "seal_blocks", lambda _, blocks, *args: self.sealed.extend(blocks.tolist()))
-        self._sealer = Sealer(geometry, StepCounts())
+        self._sealer = sealer()
 
     def run(self, blocks: list[int], exact: list[int], computed: int, new: int = 1, **row: Any) -> list[int]:
         """Blocks that are sealed before a row computes so many tokens more."""
@@ -47,13 +52,20 @@ class Step:
         one.exact_start = row.pop("exact_start", 0)
         slots = torch.tensor([row.pop("slots", [0])], dtype=torch.int32)
         tables = Tables(*(torch.tensor([ids], dtype=torch.int32) for ids in (blocks, exact)), slots)
-        self._sealer.seal(self.bound, [one], tables, all_due=False)
+        self._sealer.seal(self.bound, [one], tables)
         return self.sealed
 
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Step:
     return Step(monkeypatch)
+
+
+def test_where_blocks_cannot_wait() -> None:
+    assert not sealer().is_early
+    assert sealer(knows_pages=False).is_early
+    assert sealer(pages_are_zeroed=True).is_early
+    assert sealer(saves_blocks=True).is_early
 
 
 @pytest.mark.parametrize(("page", "sealed"), [(11, [1]), (13, [1, 2]), (15, [2]), (34, [3]), (50, [])])

@@ -37,9 +37,7 @@ class Planner:
         """
         self.counts = counts
         self._geometry, self._memory, self._attention = geometry, memory, attention
-        self._sealer = Sealer(geometry, counts)
-        # Only where every step reads the tables is it known which pages it takes.
-        self._seals_early = attention.decodes_densely or geometry.pages_are_zeroed or geometry.saves_blocks
+        self._sealer = Sealer(geometry, counts, knows_pages=not attention.decodes_densely)
         self._step = Step()
         self._parts: dict[str, CommonAttentionMetadata] = {}
 
@@ -87,7 +85,7 @@ class Planner:
             opened = self._find_boundary(bound, rows, everything, shadow.query_start_loc[: count + 1])
             self.counts.steps += 1
             bound.slots.step()
-            if self._seals_early:
+            if self._sealer.is_early:
                 self._sealer.seal_due(bound)
             # Afterwards, for what was due may have been given away. A row may begin within a block, in a step that does
             # not read its table.
@@ -101,7 +99,7 @@ class Planner:
             rows = self._drop_dummies(rows, tables.exact)
             for row, start in zip(rows, everything.exact_start[[row.index for row in rows]].tolist(), strict=True):
                 row.exact_start = start
-            self._sealer.seal(bound, rows, tables, all_due=self._seals_early)
+            self._sealer.seal(bound, rows, tables)
             if attention.reads_unwritten_values and not uniform:
                 self._clear_unwritten(bound, rows, tables.exact)
             self._sealer.note_open(bound, rows, tables)

@@ -42,13 +42,24 @@ class Tables(NamedTuple):
 
 
 class Sealer:
-    """Seals the blocks of a step's rows, and keeps in mind what this step completes."""
+    """Seals the blocks of a step's rows, and keeps in mind what this step completes.
 
-    def __init__(self, geometry: Geometry, counts: StepCounts) -> None:
-        """Seals blocks of the layers of a worker; `counts` is added to."""
+    Attributes:
+        is_early: every block is sealed as soon as it can be, needed or not.
+    """
+
+    def __init__(self, geometry: Geometry, counts: StepCounts, knows_pages: bool) -> None:
+        """Seals blocks of the layers of a worker.
+
+        Args:
+            geometry: of the layers.
+            counts: added to.
+            knows_pages: every step reads the block tables, and so knows which pages it takes.
+        """
         self._layout, self._max_drafts, self._counts = geometry.layout, geometry.max_drafts, counts
         self._zeroed = geometry.pages_are_zeroed  # before a step is planned, so pages that are given away are lost
         self._keep_sources = geometry.has_resident_pages
+        self.is_early = not knows_pages or self._zeroed or geometry.saves_blocks
         self._completed = CompletedBlocks()
 
     def may_have_work(self, row: Row) -> bool:
@@ -59,21 +70,20 @@ class Sealer:
         """Seals all that is due, all layers, without reading a table."""
         self._seal(bound, bound.due.take())
 
-    def seal(self, bound: Bound, rows: list[Row], tables: Tables, all_due: bool) -> None:
+    def seal(self, bound: Bound, rows: list[Row], tables: Tables) -> None:
         """Seals what must be before this step's forward pass, all layers.
 
         Args:
             bound: the worker's memory.
             rows: real ones, all of the step, with their exact boundaries.
             tables: of the step.
-            all_due: seal every complete block, needed or not.
         """
         size, due = self._layout.block_size, bound.due
         pages = size // self._layout.exact_tokens
         # A row may have hit what another one computes only in this step.
         open_blocks = {block for row in rows for block in self._open_blocks(row, tables.blocks).tolist()}
-        needed, missing = set[int](), set[int]()
-        if due and not all_due:
+        needed, unsealed = set[int](), set[int]()
+        if due and not self.is_early:
             taken = open_blocks | {page for row in rows for page in self._written_pages(row, tables)}
             due.drop(taken)
             needed = due.of_pages(taken)
@@ -85,20 +95,18 @@ class Sealer:
                 if block in open_blocks:
                     continue
                 exact_ids = tables.exact[row.index, place * pages : (place + 1) * pages]
-                if block not in due:
-                    if (exact_ids > 0).all():
-                        due.add(block, exact_ids, place * size)
-                    else:
-                        missing.add(block)
+                if block not in due and (exact_ids > 0).all():
+                    due.add(block, exact_ids, place * size)
+                unsealed.add(block)
                 if place * size < row.exact_start:
                     needed.add(block)
         # A row may have hit what another one has the pages of.
-        for block in (block for block in missing if block not in due):
+        for block in (block for block in unsealed if block not in due):
             raise RuntimeError(
                 f"shadowkv: block {block} is complete and not sealed, but its exact pages are gone; this is a bug, "
                 "please report it."
             )
-        self._seal(bound, due.take(None if all_due else needed))
+        self._seal(bound, due.take(None if self.is_early else needed))
 
     def _written_pages(self, row: Row, tables: Tables) -> list[int]:
         """Exact pages that a row writes to in this step, and its slots, if it reads sealed blocks."""
