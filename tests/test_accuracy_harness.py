@@ -146,7 +146,8 @@ def test_ours_is_what_the_reference_computes(layer) -> None:
     blocks = torch.arange(1, 5, dtype=torch.int32)
     exact = layer.keys[:1024].unflatten(0, (4, 256)).bfloat16()
     factors = [
-        reference.factorise(keys, page.rank, page.leading_rank) for keys in layer.pre_rope().flatten(1).split(256)
+        reference.factorise(keys, page.rank, page.leading_rank, layer.query_scales)
+        for keys in layer.pre_rope().flatten(1).split(256)
     ]
     reference.pack_block(blocks, exact, *(torch.stack(parts) for parts in zip(*factors, strict=True)), pages, page)
     paged = torch.cat((torch.zeros(1, 2, 64, 64), layer.values[:1024].unflatten(0, (16, 64)).transpose(1, 2)))

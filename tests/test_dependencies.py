@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 MOST_LINES = 400
-MOST_PACKAGE_LINES = 10330
+MOST_PACKAGE_LINES = 10480
 
 
 def files() -> list[Path]:

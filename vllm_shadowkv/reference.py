@@ -2,9 +2,10 @@
 
 ShadowKV (arXiv 2410.21465, sections 3 and 4), with three changes that make it a serving system: keys are factorised per
 KV-cache block instead of per prompt, factors and landmarks are codes of 8 and 4 bits, and the selected chunks stay in
-least-recently-used slots; and two that make it more accurate: a landmark is nearer to those keys of its chunk that are
-unlike the others (docs/adr/0010), and the rest, the chunks that are not selected, are estimated from their landmarks
-and the mean of their block's values (docs/adr/0008). A function after `seal` is the op of that name.
+least-recently-used slots; and three that make it more accurate: keys are weighed by how large queries are in each
+channel (docs/adr/0016), a landmark is nearer to those keys of its chunk that are unlike the others (docs/adr/0010), and
+the rest, the chunks that are not selected, are estimated from their landmarks and the mean of their block's values
+(docs/adr/0008). A function after `seal` is the op of that name.
 
 Read it in the order of a token's life: `factorise`, `landmarks_and_outliers`, `pack_block`, `store_values`; then, once
 per decode step, `select_chunks`, `plan_slots`, `fill_slots`, `sparse_attention`; `expand_blocks` is for prefills.
@@ -29,13 +30,16 @@ COEFFICIENTS = ("coefficients", "tail_coefficients", "tail_steps", "coefficient_
 # Seal
 
 
-def factorise(keys: Tensor, rank: int, leading: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-`rank` factors of one block's centred keys, by a float64 SVD (Eckart-Young).
+def factorise(
+    keys: Tensor, rank: int, leading: int, query_scales: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-`rank` factors of one block's centred and weighed keys, by a float64 SVD (Eckart-Young).
 
     Args:
         keys: `[block_size, width]`, pre-RoPE, all KV heads of a token side by side.
         rank: number of basis rows.
         leading: those of them, the strongest, whose coefficients get 8 bits.
+        query_scales: `[width]`, how much an error matters in each channel (`query_scales.py`); None: alike.
 
     Returns:
         mean `[width]`, coefficients `[block_size, rank]` and basis `[rank, width]`, fp32;
@@ -44,14 +48,15 @@ def factorise(keys: Tensor, rank: int, leading: int) -> tuple[Tensor, Tensor, Te
         need no scale.
     """
     mean = keys.double().mean(0)
-    left, singular, right = torch.linalg.svd(keys.double() - mean, full_matrices=False)
+    scales = torch.ones_like(mean) if query_scales is None else query_scales.double()
+    left, singular, right = torch.linalg.svd((keys.double() - mean) * scales, full_matrices=False)
     generator = torch.Generator().manual_seed(0)
     random = (torch.randn(n, n, dtype=torch.float64, generator=generator) for n in (leading, rank - leading))
     mixing = torch.block_diag(*(torch.linalg.qr(square).Q for square in random))
     coefficients = left[:, :rank] * singular[:rank] @ mixing
-    basis = mixing.mT @ right[:rank]
-    scales = basis.abs().amax(1, keepdim=True) / 127
-    return mean.float(), (coefficients * scales.mT).float(), (basis / scales).float()
+    basis = mixing.mT @ right[:rank] / scales
+    largest = basis.abs().amax(1, keepdim=True) / 127
+    return mean.float(), (coefficients * largest.mT).float(), (basis / largest).float()
 
 
 def landmarks_and_outliers(keys: Tensor, chunk_size: int, num_outliers: int) -> tuple[Tensor, Tensor, Tensor]:

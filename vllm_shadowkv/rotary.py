@@ -99,6 +99,15 @@ def undo(rotary: Rotary, x: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
+def pairs(rotary: Rotary, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of both channels of every pair that turns, `[..., rotary_dim / 2]` each, of x `[..., head_size]`."""
+    turned = x[..., : rotary.rotary_dim]
+    if rotary.is_neox:
+        first, second = turned.chunk(2, dim=-1)
+        return first, second
+    return turned[..., 0::2], turned[..., 1::2]
+
+
 def _turn(rotary: Rotary, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Multiply every pair of x with [[cos, -sin], [sin, cos]], in place.
 
@@ -108,11 +117,7 @@ def _turn(rotary: Rotary, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         cos: fp32, `[tokens, 1, rotary_dim / 2]`.
         sin: as cos.
     """
-    turned = x[..., : rotary.rotary_dim]
-    if rotary.is_neox:
-        first, second = turned.chunk(2, dim=-1)
-    else:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+    first, second = pairs(rotary, x)
     new_first = first * cos - second * sin
     new_second = second * cos + first * sin
     first.copy_(new_first)

@@ -7,7 +7,7 @@ encoder; `planted` makes them up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from vllm_shadowkv.query_scales import query_scales
 from vllm_shadowkv.rotary import Rotary, apply, undo
 
 
@@ -30,6 +31,7 @@ class Layer:
         queries: fp32 `[n, num_heads, head_size]`, post-RoPE, of the last n tokens.
         prompt_tokens: what a method may compress; at most `tokens - n`.
         rotary: turns keys.
+        query_scales: fp32 `[num_kv_heads * head_size]`, as the engine finds them; None: 1.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Layer:
     queries: Tensor
     prompt_tokens: int
     rotary: Rotary
+    query_scales: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -69,8 +72,18 @@ def captured(model: str | Path, token_ids: list[int], num_queries: int, name: st
     half = cos.shape[-1] // 2
     rotary = Rotary(torch.cat((cos[0, :, :half], sin[0, :, :half]), -1), 2 * half, is_neox=True)
     prompt = len(token_ids) - num_queries
+    random = torch.randint(network.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    probed = _attended(network, random, attend=torch.zeros_like, use_cache=False)
     return [
-        Layer(f"{name}, layer {i}", keys[0], values[0], queries[0, prompt:], prompt, rotary)
+        Layer(
+            f"{name}, layer {i}",
+            keys[0],
+            values[0],
+            queries[0, prompt:],
+            prompt,
+            rotary,
+            query_scales(probed[i][0][0].square().mean(0), keys.shape[2], rotary),
+        )
         for i, (queries, keys, values) in enumerate(seen)
     ]
 
@@ -120,15 +133,22 @@ def rotary_table(tokens: int, head_size: int, theta: float) -> Rotary:
     return Rotary(torch.cat((angles.cos(), angles.sin()), -1).float(), head_size, is_neox=True)
 
 
-def _attended(network: PreTrainedModel, ids: Tensor, **options: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What each layer's attention was called with: q, k, v `[batch, tokens, heads, size]`, rounded to bf16."""
+def _attended(
+    network: PreTrainedModel, ids: Tensor, attend: Callable[[Tensor], Tensor] | None = None, **options: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each layer's attention was called with: q, k, v `[batch, tokens, heads, size]`, rounded to bf16.
+
+    It gives what `attend` makes of `[batch, tokens, heads, size]`; None: attention.
+    """
     seen: list[tuple[Tensor, ...]] = []
 
-    def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **more: object):
+    def captured(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: object, **more: object):
         seen.append(tuple(x.transpose(1, 2).bfloat16().float() for x in (query, key, value)))
+        if attend:
+            return attend(query.transpose(1, 2)), None
         return sdpa_attention_forward(module, query, key, value, *rest, **more)
 
-    AttentionInterface.register("captured", attend)
+    AttentionInterface.register("captured", captured)
     network.set_attn_implementation("captured")
     body = getattr(network, "model", network)  # without the head: nobody reads logits
     with torch.inference_mode():

@@ -31,6 +31,7 @@ class Sealed:
         codec: of the factors; "none": exact keys.
         eight_bits: all coefficients have 8 bits, not the leading ones alone; fewer directions fit then.
         centred: factorise what differs from the block's mean key.
+        weighed: by how large queries are in each channel.
         landmark_codec: in 4 bits about the mean key of a block, in int8, or exact, in fp32.
         mean_landmarks: a landmark is the mean of its chunk's keys.
         highest: a chunk's score is the highest of its GQA group, in place of the sum.
@@ -48,6 +49,7 @@ class Sealed:
     codec: Literal["int8", "bf16", "none"] = "int8"
     eight_bits: bool = False
     centred: bool = True
+    weighed: bool = True
     landmark_codec: Literal["4 bits", "int8", "none"] = "4 bits"
     mean_landmarks: bool = False
     highest: bool = False
@@ -91,8 +93,9 @@ class Sealed:
         rank, leading = (page.rank, page.leading_rank) if self.rank is None else (self.rank, self.rank)
         rebuilt = exact
         if self.codec != "none":
+            scales = layer.query_scales if self.weighed else None
             blocks = layer.pre_rope().flatten(1).split(block)
-            flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape), leading) for keys in blocks])
+            flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape), leading, scales) for keys in blocks])
             rebuilt = layer.rotated(flat.view_as(exact))
 
         chunks = chunked(exact, self.chunk_size)
@@ -126,10 +129,10 @@ class Sealed:
             means = layer.values[:prompt].unflatten(0, (-1, shared)).mean(1).bfloat16().float()
         return View(keys, values, landmarks, forced, scored, means, self.highest)
 
-    def _rebuild(self, keys: Tensor, rank: int, leading: int) -> Tensor:
+    def _rebuild(self, keys: Tensor, rank: int, leading: int, scales: Tensor | None) -> Tensor:
         # With every key's opposite beside it, the mean is 0 and the directions are those of the keys as they are.
         leading = min(leading, rank)
-        mean, coefficients, basis = factorise(keys if self.centred else torch.cat((keys, -keys)), rank, leading)
+        mean, coefficients, basis = factorise(keys if self.centred else torch.cat((keys, -keys)), rank, leading, scales)
         coefficients = coefficients[: len(keys)]
         if self.codec == "bf16":
             return mean + coefficients.bfloat16().float() @ basis.bfloat16().float()

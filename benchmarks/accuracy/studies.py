@@ -68,6 +68,7 @@ def variants() -> list[Variant]:
         *points("outliers a block, rank pays", {str(n): {"num_outliers": n} for n in (0, 1, 2, 4, 8)}),
         *points("factors", {"exact keys": {"codec": "none"}, "8 and 4 bits": {}, "8 bits": {"eight_bits": True}}),
         *points("factors", {"bf16, same rank": {"codec": "bf16"}, "not centred": {"centred": False}}, 1),
+        *points("factors", {"not weighed": {"weighed": False}}),
         *points("factors", {"bf16, same bytes": {"codec": "bf16"}}, 0.5),
         *points("landmarks, values", {"4-bit landmarks": {}, "int8 landmarks": {"landmark_codec": "int8"}}),
         *points("landmarks, values", {"fp32 landmarks": {"landmark_codec": "none"}}),

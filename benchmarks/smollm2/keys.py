@@ -25,12 +25,13 @@ QUERIES = 64
 BUDGETS = {"2,048 tokens": 2048, "all": 8192}
 
 VALUES: dict[str, Any] = {"int8_values": False}
-EIGHT, PAGE, EXACT = "8 bits", "8 and 4 bits", "exact"
+PAGE, ALIKE, EIGHT, EXACT = "the page's", "not weighed", "8 bits", "exact"
 CODES: dict[str, Sealed] = {
-    EIGHT: Sealed(**VALUES, eight_bits=True),
     PAGE: Sealed(**VALUES),
-    f"{EIGHT}, compression 4": Sealed(**VALUES, eight_bits=True, compression=4),
+    ALIKE: Sealed(**VALUES, weighed=False),
+    EIGHT: Sealed(**VALUES, eight_bits=True),
     f"{PAGE}, compression 4": Sealed(**VALUES, compression=4),
+    f"{ALIKE}, compression 4": Sealed(**VALUES, compression=4, weighed=False),
     EXACT: Sealed(**VALUES, codec="none"),
 }
 

@@ -532,29 +532,29 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
 
 
 def test_the_workers_memory_goes_through_the_bound(workers: Workers) -> None:
-    compat.bound_kv_cache_memory(lambda config, measure: measure() - config)
+    compat.bound_kv_cache_memory(lambda worker, measure: measure() - worker.vllm_config)
     assert workers.cpu(1).determine_available_memory() == 999
     assert workers.gpu(2).determine_available_memory() == 1998
     assert workers.cpu.determine_available_memory.__doc__ == "vLLM's own."
 
 
 def test_workers_are_patched_once_and_the_latest_bound_counts(workers: Workers) -> None:
-    compat.bound_kv_cache_memory(lambda config, measure: measure() - 1)
+    compat.bound_kv_cache_memory(lambda worker, measure: measure() - 1)
     patched = workers.cpu.determine_available_memory
-    compat.bound_kv_cache_memory(lambda config, measure: measure() - 5)
+    compat.bound_kv_cache_memory(lambda worker, measure: measure() - 5)
     assert workers.cpu.determine_available_memory is patched
     assert workers.cpu().determine_available_memory() == 995
 
 
 def test_without_a_bound_vllms_number_stands(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    compat.bound_kv_cache_memory(lambda config, measure: 0)
+    compat.bound_kv_cache_memory(lambda worker, measure: 0)
     monkeypatch.setattr(compat, "_bound", None)
     assert workers.cpu().determine_available_memory() == 1000
 
 
 def test_a_worker_that_is_not_loaded_is_not_loaded_for_this(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "vllm.v1.worker.gpu_worker")
-    compat.bound_kv_cache_memory(lambda config, measure: 0)
+    compat.bound_kv_cache_memory(lambda worker, measure: 0)
     assert "vllm.v1.worker.gpu_worker" not in sys.modules
     assert workers.cpu().determine_available_memory() == 0
 

@@ -302,6 +302,9 @@ def _note_pool(llm: Any, counts: dict[str, int]) -> None:
     cache = core.scheduler.kv_cache_config
     memories = bound.memories.values()
     counts["blocks"] = cache.num_blocks
+    scales = [memory.query_scales for memory in memories]
+    counts["weighed layers"] = sum(of_layer is not None and bool((of_layer != 1).any()) for of_layer in scales)
+    counts["layers"] = len(scales)
     counts["device bytes"] = sum(memory.pages.nbytes for memory in memories)
     counts["host bytes"] = sum(memory.host_pool.nbytes for memory in memories)
     counts["exact prompt tokens"] = bound.boundary.prefill_exact_tokens or 0

@@ -65,11 +65,12 @@ _bound: Limit | None = None
 def bound_kv_cache_memory(bound: Limit) -> None:
     """Patches `determine_available_memory` of vLLM's workers, so that the pool never outgrows the host pool.
 
-    What: a worker reports `bound(vllm_config, measure)` bytes for its KV cache; `measure()` is vLLM's own answer.
+    What: a worker reports `bound(worker, measure)` bytes for its KV cache; `measure()` is vLLM's own answer.
     Why: every block may be sealed, so the host must have room for every block's values, and vLLM has no seam that
     bounds the number of blocks: `--num-gpu-blocks-override` is absolute, and `KVCacheConfigBuilder` (0.33) needs a
-    platform. Nor does one tell a backend that the KV cache it sees meanwhile, for graphs, is thrown away. Upstream:
-    none yet. Remove when a backend or a KV cache spec can bound the number of blocks, and is told that.
+    platform. Nor does one tell a backend that the KV cache it sees meanwhile, for graphs, is thrown away, or let it run
+    the model before there is one (`worker/probe.py`). Upstream: none yet. Remove when a backend or a KV cache spec can
+    bound the number of blocks, and is told that, and a backend sees a run over random tokens.
 
     Args:
         bound: returns at most the bytes that vLLM has measured; the latest one counts.
@@ -86,7 +87,7 @@ def _bounded(original: Callable[[Any], int]) -> Callable[[Any], int]:
     @functools.wraps(original)
     def determine_available_memory(self: Any) -> int:
         measure = functools.partial(original, self)
-        return measure() if _bound is None else _bound(self.vllm_config, measure)
+        return measure() if _bound is None else _bound(self, measure)
 
     determine_available_memory.shadowkv = True  # type: ignore[attr-defined]
     return determine_available_memory

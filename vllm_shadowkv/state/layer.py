@@ -23,6 +23,7 @@ class LayerMemory:
         exact_pages: uint8 `[N, page_bytes]`, the exact group's view.
         slot_pages: uint8 `[N, page_bytes]`, the slots group's view.
         host_pool: uint8 `[N, value_row_bytes]`.
+        query_scales: fp32 `[Hkv * D]`, of `query_scales.py`; None: 1.
         sinks: float `[Hq]`, logits of keys whose values are nothing, which every query of a head sees; None: there are
             none.
     """
@@ -34,6 +35,7 @@ class LayerMemory:
     exact_pages: Tensor
     slot_pages: Tensor
     host_pool: Tensor
+    query_scales: Tensor | None = None
     sinks: Tensor | None = None
 
     @cached_property

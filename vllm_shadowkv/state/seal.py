@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_shadowkv import ops
 from vllm_shadowkv.rotary import undo
 from vllm_shadowkv.state.layer import LayerMemory
-from vllm_shadowkv.state.low_rank import factorise, mix
+from vllm_shadowkv.state.low_rank import LowRank, factorise, mix
 from vllm_shadowkv.state.side_stream import side_stream
 
 BLOCKS_AT_ONCE = 8
@@ -72,8 +72,16 @@ def _factorise(
     positions = first_positions[:, None] + torch.arange(
         layout.block_size, dtype=torch.int32, device=first_positions.device
     )
-    before_rope = torch.empty(len(keys), *keys[0].shape, dtype=torch.float32, device=keys[0].device)
-    for of_layer, memory, rotated in zip(before_rope, memories, keys, strict=True):
-        of_layer.flatten(0, 1).copy_(undo(memory.rotary, rotated.flatten(0, 1), positions.flatten()))
-    factors = mix(factorise(before_rope.view(-1, layout.block_size, layout.width), layout.rank), layout.leading_rank)
-    return list(zip(*(part.split(len(first_positions)) for part in factors), strict=True))
+    n, device = len(first_positions), keys[0].device
+    weighed = torch.empty(len(keys), n, layout.block_size, layout.width, dtype=torch.float32, device=device)
+    scales = torch.ones(len(keys), layout.width, device=device)
+    for row, memory in zip(scales, memories, strict=True):
+        if memory.query_scales is not None:
+            row.copy_(memory.query_scales)
+    for of_layer, memory, rotated, row in zip(weighed, memories, keys, scales, strict=True):
+        before_rope = undo(memory.rotary, rotated.flatten(0, 1), positions.flatten())
+        torch.mul(before_rope.view_as(of_layer), row, out=of_layer)
+    mean, coefficients, basis = factorise(weighed.flatten(0, 1), layout.rank)
+    scales = scales.repeat_interleave(n, dim=0)
+    factors = mix(LowRank(mean / scales, coefficients, basis / scales.unsqueeze(1)), layout.leading_rank)
+    return list(zip(*(part.split(n) for part in factors), strict=True))

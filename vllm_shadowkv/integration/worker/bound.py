@@ -91,6 +91,7 @@ def make_bound(
             exact_pages=_pages(layer.exact.kv_cache, layout),
             slot_pages=_pages(layer.slots.kv_cache, layout),
             host_pool=pool.expand(num_blocks, -1),
+            query_scales=layer.query_scales,
             sinks=layer.attention.impl.sinks,
         )
         for (name, layer), pool in zip(layers.items(), pools, strict=True)

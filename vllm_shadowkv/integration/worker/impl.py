@@ -81,7 +81,7 @@ class ShadowKVImpl(AttentionImpl[Step]):
             key: float `[tokens, Hkv, D]`, post-RoPE.
             value: float `[tokens, Hkv, D]`.
             kv_cache: the layer's cache; `Memory.bind` reads it from the layers.
-            attn_metadata: the step's plan; None while vLLM profiles.
+            attn_metadata: the step's plan; None while vLLM profiles, and while `probe.py` looks at queries.
             output: float `[tokens, Hq, D]`, written.
             output_scale: must be None, as the next.
             output_block_scale: for quantised outputs.
@@ -91,10 +91,13 @@ class ShadowKVImpl(AttentionImpl[Step]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("shadowkv does not support fused quantisation of the attention output.")
+        assert self.layer_name is not None
         if attn_metadata is None:
             self.runtime.memory.rehearse(query)
+            if self.runtime.layers.seen is not None:
+                weight = 1 if self.key_weight is None else self.key_weight.float()
+                self.runtime.layers.seen[self.layer_name] = (query.float() * weight).square().mean(0)
             return output.fill_(0)
-        assert self.layer_name is not None
         step, bound = attn_metadata, self.runtime.memory.bind()
         memory = bound.memories[self.layer_name]
         query, key, out = query[: step.num_tokens], key[: step.num_tokens], output[: step.num_tokens]

@@ -22,13 +22,14 @@ from vllm_shadowkv.state.huge_pages import copy_in_huge_pages
 
 @dataclass
 class Layer:
-    """An attention layer and its pseudo-layers; vLLM owns them."""
+    """An attention layer and its pseudo-layers, which vLLM owns, and what is known of its keys."""
 
     attention: Any
     exact: Any
     slots: Any
     rotary: Rotary = dataclasses.field(default_factory=Rotary.identity)
     cos_sin: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, 0))
+    query_scales: Tensor | None = None
 
     @property
     def has_cache(self) -> bool:
@@ -42,11 +43,13 @@ class Layers:
 
     Attributes:
         by_name: in the order in which the model was built.
+        seen: means of squared queries by layer, `[Hq, D]`, while somebody looks at them (`probe.py`); None: nobody.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         """None yet."""
         self.by_name: dict[str, Layer] = {}
+        self.seen: dict[str, Tensor] | None = None
         self._geometry = geometry
         self._parents: dict[str, weakref.ref[torch.nn.Module]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -16,6 +17,7 @@ from vllm_shadowkv.integration.worker.layers import Layers
 from vllm_shadowkv.integration.worker.memory import Memory
 from vllm_shadowkv.integration.worker.metering import Metering
 from vllm_shadowkv.integration.worker.planner import Planner
+from vllm_shadowkv.integration.worker.probe import probe
 
 
 class Runtime:
@@ -101,9 +103,14 @@ class Runtime:
         return self._planner
 
 
-def _measured_bytes(vllm_config: VllmConfig, measure: Callable[[], int]) -> int:
+def _measured_bytes(worker: Any, measure: Callable[[], int]) -> int:
     """`compat.bound_kv_cache_memory` calls it in every worker; other backends' workers are left alone."""
-    runtime = Runtime._of(vllm_config)
+    runtime = Runtime._of(worker.vllm_config)
+    if runtime is None:
+        return measure()
     # The worker's own configuration: a model may be built with a copy of it, which gets another id.
-    server = vllm_config.instance_id.partition("_dp")[0]  # data parallel engines of Ray's are one server
-    return measure() if runtime is None else runtime.memory.measured_bytes(measure, server)
+    server = worker.vllm_config.instance_id.partition("_dp")[0]  # data parallel engines of Ray's are one server
+    available = runtime.memory.measured_bytes(measure, server)
+    if runtime.geometry.layout.rank:
+        probe(worker, runtime.layers)
+    return available
