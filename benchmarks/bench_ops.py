@@ -138,7 +138,7 @@ def run(
         "link",
     )
     spare = rows.slot_table[:1, :1].flatten().contiguous()
-    parts = [
+    parts = [torch.ones(layout.width, device=keys.device)] + [
         torch.randn(1, *size, device=device)
         for size in ((layout.width,), (layout.block_size, layout.rank), (layout.rank, layout.width))
     ]

@@ -10,7 +10,8 @@ namespace shadowkv {
 template <typename Library>
 void define_ops(Library& m) {
   m.def(
-      "pack_block(Tensor block_ids, Tensor keys, Tensor mean, Tensor coefficients, Tensor basis, "
+      "pack_block(Tensor block_ids, Tensor keys, Tensor query_scales, Tensor mean, Tensor "
+      "coefficients, Tensor basis, "
       "Tensor(a!) pages, int[] layout) -> ()");
   m.def(
       "store_values(Tensor block_ids, Tensor exact_ids, Tensor exact_values, Tensor(a!) pages, "

@@ -212,7 +212,14 @@ def seal_block(
         basis = 40 * randn(generator, layout.rank, layout.width)
         coefficients = coefficients / (40 * layout.rank**0.5)
     reference.pack_block(
-        torch.tensor([block], dtype=torch.int32), keys[None], mean[None], coefficients[None], basis[None], pages, layout
+        torch.tensor([block], dtype=torch.int32),
+        keys[None],
+        torch.ones(layout.width),
+        mean[None],
+        coefficients[None],
+        basis[None],
+        pages,
+        layout,
     )
     layout.view(pages, "mean_values")[block] = values.float().mean(0)
     pool, scales = layout.value_views(host_pool)

@@ -34,7 +34,8 @@ CONFIG = ShadowKVConfig(block_size=256, compression=4, sparse_budget=64, slot_ch
 
 @pytest.fixture(scope="module")
 def layer():
-    return planted(torch.Generator().manual_seed(1), 1024, 8, num_kv_heads=2, num_heads=8, head_size=64, directions=24)
+    made = planted(torch.Generator().manual_seed(1), 1024, 8, num_kv_heads=2, num_heads=8, head_size=64, directions=24)
+    return replace(made, query_scales=0.5 + torch.rand(128, generator=torch.Generator().manual_seed(2)))
 
 
 def test_flips_and_mcnemar() -> None:
@@ -149,7 +150,8 @@ def test_ours_is_what_the_reference_computes(layer) -> None:
         reference.factorise(keys, page.rank, page.leading_rank, layer.query_scales)
         for keys in layer.pre_rope().flatten(1).split(256)
     ]
-    reference.pack_block(blocks, exact, *(torch.stack(parts) for parts in zip(*factors, strict=True)), pages, page)
+    stacked = (torch.stack(parts) for parts in zip(*factors, strict=True))
+    reference.pack_block(blocks, exact, layer.query_scales, *stacked, pages, page)
     paged = torch.cat((torch.zeros(1, 2, 64, 64), layer.values[:1024].unflatten(0, (16, 64)).transpose(1, 2)))
     exact_ids = torch.arange(1, 17, dtype=torch.int32).view(4, 4)
     host_pool = torch.zeros(5, page.value_row_bytes, dtype=torch.uint8)

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "page.py": {"torch", f"{OURS}.config"},
     "exposition.py": {"prometheus_client", "psutil"},
     "metrics.py": {"prometheus_client", f"{OURS}.exposition", f"{OURS}.page", f"{OURS}.state"},
+    "query_scales.py": {"torch", f"{OURS}.rotary"},
     "plugin.py": {"prometheus_client", "vllm", f"{OURS}.exposition"},
     "reference.py": {"torch", f"{OURS}.codes", f"{OURS}.config", f"{OURS}.page", f"{OURS}.rotary"},
     "rotary.py": {"torch"},
@@ -51,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "integration/worker": {
         *("torch", "numpy", "vllm", "ray"),
-        *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "rotary", "state")),
+        *(f"{OURS}.{part}" for part in ("config", "metrics", "page", "query_scales", "rotary", "state")),
         *(
             f"{OURS}.integration.{part}"
             for part in ("compat", "refusals", "specs", "stored", "attention", "model", "worker")

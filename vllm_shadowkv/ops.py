@@ -24,6 +24,7 @@ ATTENTION_SPLITS = 8
 def pack_block(
     block_ids: Tensor,
     keys: Tensor,
+    query_scales: Tensor,
     mean: Tensor,
     coefficients: Tensor,
     basis: Tensor,
@@ -35,6 +36,7 @@ def pack_block(
     Args:
         block_ids: int32 `[n]`, where to write; an invalid id is skipped.
         keys: float `[n, block_size, Hkv, D]`, post-RoPE.
+        query_scales: fp32 `[Hkv * D]`, how much it matters in each channel that keys differ (`query_scales.py`).
         mean: fp32 `[n, Hkv * D]`, of the pre-RoPE keys.
         coefficients: fp32 `[n, block_size, rank]`.
         basis: fp32 `[n, rank, Hkv * D]`, values from -127 to 127, which are rounded to int8 as they are. These three
@@ -42,7 +44,7 @@ def pack_block(
         pages: uint8 `[N, P]`, written.
         layout: of the pages.
     """
-    _ops.pack_block(block_ids, keys, mean, coefficients, basis, pages, layout.ints)
+    _ops.pack_block(block_ids, keys, query_scales, mean, coefficients, basis, pages, layout.ints)
 
 
 def store_values(

@@ -1,4 +1,4 @@
-"""How large queries are in each channel of a key, by which keys are weighed before they are factorised."""
+"""How large queries are in each channel of a key, by which keys are weighed (docs/adr/0016)."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ SMALLEST = 0.1
 def query_scales(mean_squares: Tensor, num_kv_heads: int, rotary: Rotary) -> Tensor:
     """Root mean squares of queries, relative to the mean of all channels.
 
-    An error of a key matters as much as the queries that meet it are large there. A pair of channels that RoPE turns
-    has one scale, because a query meets keys of all positions: relative to the key it may have turned by any angle.
+    What a key has in a channel matters as much as the queries that meet it are large there. A pair of channels that
+    RoPE turns has one scale, because a query meets keys of all positions: relative to the key it may have turned by any
+    angle.
 
     Args:
         mean_squares: float `[Hq, D]`, means over tokens of squared queries, before or after RoPE.

@@ -23,16 +23,14 @@ from vllm_shadowkv.config import LOCAL_CHUNKS, SINK_CHUNKS
 from vllm_shadowkv.page import PageLayout
 from vllm_shadowkv.rotary import Rotary, apply
 
+Three = tuple[Tensor, Tensor, Tensor]
 COEFFICIENTS = ("coefficients", "tail_coefficients", "tail_steps", "coefficient_scales")
 """Sections of a page, as `quantise_coefficients` returns them."""
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Seal
 
 
-def factorise(
-    keys: Tensor, rank: int, leading: int, query_scales: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def factorise(keys: Tensor, rank: int, leading: int, query_scales: Tensor | None = None) -> Three:
     """The best rank-`rank` factors of one block's centred and weighed keys, by a float64 SVD (Eckart-Young).
 
     Args:
@@ -59,35 +57,38 @@ def factorise(
     return mean.float(), (coefficients * largest.mT).float(), (basis / largest).float()
 
 
-def landmarks_and_outliers(keys: Tensor, chunk_size: int, num_outliers: int) -> tuple[Tensor, Tensor, Tensor]:
+def landmarks_and_outliers(keys: Tensor, chunk_size: int, outliers: int, query_scales: Tensor | None = None) -> Three:
     """What selection needs to know of a block.
 
     Args:
         keys: `[block_size, num_kv_heads, head_size]`, post-RoPE.
         chunk_size: tokens per chunk.
-        num_outliers: chunks per KV head to name.
+        outliers: chunks per KV head to name.
+        query_scales: `[num_kv_heads * head_size]`, as in `factorise`.
 
     Returns:
         Landmarks `[num_kv_heads, chunks, head_size]` fp32, halfway between the mean of a chunk's keys and their mean by
-        the fourth power of their distance from that; and the chunks that landmarks describe worst (lowest minimum
-        cosine, ties to the lower chunk), worst first: their numbers in the block `[num_kv_heads, num_outliers]` int32
-        and minimum cosines, fp32.
+        the fourth power of their weighed distance from that; and the chunks that landmarks describe worst (lowest
+        minimum cosine, ties to the lower chunk), worst first: their numbers in the block `[num_kv_heads, outliers]`
+        int32 and minimum cosines, fp32.
     """
     chunks = keys.float().unflatten(0, (-1, chunk_size)).permute(2, 0, 1, 3)  # [heads, chunks, chunk_size, head_size]
     mean = chunks.mean(2, keepdim=True)
-    squares = (chunks - mean).square().sum(-1, keepdim=True)
+    scales = torch.ones(()) if query_scales is None else query_scales.view(keys.shape[1], 1, 1, -1)
+    squares = ((chunks - mean) * scales).square().sum(-1, keepdim=True)
     largest = squares.amax(2, keepdim=True)
     weights = torch.where((largest > 0) & (largest < torch.inf), squares / largest, 1).square()
     landmarks = (mean.squeeze(2) + (weights * chunks).sum(2) / weights.sum(2)) / 2
     norms = chunks.norm(dim=-1) * landmarks.norm(dim=-1, keepdim=True)
     cosines = ((chunks * landmarks.unsqueeze(2)).sum(-1) / norms.clamp_min(1e-12)).amin(-1)
     worst, ids = cosines.sort(dim=-1, stable=True)
-    return landmarks, ids[:, :num_outliers].int(), worst[:, :num_outliers]
+    return landmarks, ids[:, :outliers].int(), worst[:, :outliers]
 
 
 def pack_block(
     block_ids: Tensor,
     keys: Tensor,
+    query_scales: Tensor,
     mean: Tensor,
     coefficients: Tensor,
     basis: Tensor,
@@ -99,12 +100,10 @@ def pack_block(
         if not 0 < block < len(pages):
             continue
         chunked = keys[i].unflatten(0, (-1, layout.chunk_size)).permute(2, 0, 1, 3)
-        landmarks, outlier_ids, cosines = landmarks_and_outliers(keys[i], layout.chunk_size, layout.num_outliers)
-        parts = {
-            "landmark_mean": keys[i].float().where(keys[i].isfinite(), 0).mean(0),
-            "outlier_ids": outlier_ids,
-            "outlier_cosines": cosines,
-        }
+        found = landmarks_and_outliers(keys[i], layout.chunk_size, layout.num_outliers, query_scales)
+        landmarks, outlier_ids, cosines = found
+        parts = {"outlier_ids": outlier_ids, "outlier_cosines": cosines}
+        parts["landmark_mean"] = keys[i].float().where(keys[i].isfinite(), 0).mean(0)
         parts["landmarks"], parts["landmark_scales"] = quantise_landmarks(landmarks, parts["landmark_mean"])
         if layout.rank:
             codes = quantise_coefficients(coefficients[i], layout.leading_rank)
@@ -138,7 +137,6 @@ def store_values(
             pool[block], scales[block] = quantise(values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Rebuild
 
 
@@ -186,7 +184,6 @@ def expand_blocks(
         values[i] = fetch_values(host_pool, block, layout)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Decode
 
 
@@ -376,10 +373,7 @@ def sparse_attention(
     output: Tensor,
     lse: Tensor,
 ) -> None:
-    """Exact attention over the chunks in slots and the tokens in exact pages, merged with the estimate of the rest.
-
-    Arguments: `ops.sparse_attention`.
-    """
+    """Attends to slots and open tokens, and merges the estimate of the rest. Arguments: `ops.sparse_attention`."""
     slot_keys, slot_values = layout.view(slot_pages, "slot_keys"), layout.view(slot_pages, "slot_values")
     group = query.shape[1] // layout.num_kv_heads
     for row in range(len(query)):

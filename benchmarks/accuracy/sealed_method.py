@@ -31,7 +31,7 @@ class Sealed:
         codec: of the factors; "none": exact keys.
         eight_bits: all coefficients have 8 bits, not the leading ones alone; fewer directions fit then.
         centred: factorise what differs from the block's mean key.
-        weighed: by how large queries are in each channel.
+        weighed: keys, and their distances in a chunk, by how large queries are in each channel.
         landmark_codec: in 4 bits about the mean key of a block, in int8, or exact, in fp32.
         mean_landmarks: a landmark is the mean of its chunk's keys.
         highest: a chunk's score is the highest of its GQA group, in place of the sum.
@@ -91,15 +91,17 @@ class Sealed:
             raise ValueError(f"the prompt must be a multiple of {block} tokens, got {prompt}")
         page = self.page(layer)
         rank, leading = (page.rank, page.leading_rank) if self.rank is None else (self.rank, self.rank)
+        scales = layer.query_scales if self.weighed else None
         rebuilt = exact
         if self.codec != "none":
-            scales = layer.query_scales if self.weighed else None
             blocks = layer.pre_rope().flatten(1).split(block)
             flat = torch.cat([self._rebuild(keys, min(rank, *keys.shape), leading, scales) for keys in blocks])
             rebuilt = layer.rotated(flat.view_as(exact))
 
         chunks = chunked(exact, self.chunk_size)
-        landmarks = chunks.mean(2) if self.mean_landmarks else landmarks_and_outliers(exact, self.chunk_size, 0)[0]
+        landmarks = chunks.mean(2)
+        if not self.mean_landmarks:
+            landmarks = landmarks_and_outliers(exact, self.chunk_size, 0, scales)[0]
         cosines = lowest_cosines(chunks, landmarks).unflatten(1, (-1, block // self.chunk_size))
         worst = cosines.topk(self.num_outliers, largest=False).indices
         forced = torch.zeros_like(cosines, dtype=torch.bool).scatter_(2, worst, True).flatten(1)

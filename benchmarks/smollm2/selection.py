@@ -32,14 +32,15 @@ CHOICES: dict[str, Sealed] = {
     BEFORE: Sealed(**EXACT, landmark_codec="int8", mean_landmarks=True, highest=True),
     f"{BEFORE}, rest left out": Sealed(**EXACT, landmark_codec="int8", mean_landmarks=True, highest=True, rest=False),
     "mean, sum": Sealed(**EXACT, mean_landmarks=True),
+    f"{NOW}, not weighed": Sealed(**EXACT, weighed=False),
     "leaning, highest": Sealed(**EXACT, highest=True),
     "leaning in int8, sum": Sealed(**EXACT, landmark_codec="int8"),
     NOW: Sealed(**EXACT),
     f"{NOW}, rest left out": Sealed(**EXACT, rest=False),
     BEST: Sealed(**EXACT),
 }
-"""Landmarks: the mean of a chunk's keys, or one that leans to those unlike the others; in 4 bits, but for the paper's
-and where it says int8. Scores: the highest share of a GQA group, or their sum."""
+"""Landmarks: the mean of a chunk's keys, or one that leans to those unlike the others, as queries see it; in 4 bits,
+but for the paper's and where it says int8. Scores: the highest share of a GQA group, or their sum."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@
 namespace shadowkv {
 
 inline PackBlockParams read_pack_block(const Tensor& block_ids, const Tensor& keys,
-                                       const Tensor& mean, const Tensor& coefficients,
-                                       const Tensor& basis, const Tensor& pages,
-                                       const std::vector<int64_t>& layout_ints, DeviceType device) {
+                                       const Tensor& query_scales, const Tensor& mean,
+                                       const Tensor& coefficients, const Tensor& basis,
+                                       const Tensor& pages, const std::vector<int64_t>& layout_ints,
+                                       DeviceType device) {
   const PageLayout layout = read_layout(layout_ints);
   check_tensor(block_ids, "block_ids", device, ScalarType::Int, {kAnySize});
   const int64_t n = block_ids.size(0);
   check_tensor(keys, "keys", device, scalar_type(layout),
                {n, layout.block_size, layout.num_kv_heads, layout.head_size});
+  check_tensor(query_scales, "query_scales", device, ScalarType::Float, {layout.width()});
   if (layout.rank != 0) {
     check_tensor(mean, "mean", device, ScalarType::Float, {n, layout.width()});
     check_tensor(coefficients, "coefficients", device, ScalarType::Float,
@@ -33,6 +35,7 @@ inline PackBlockParams read_pack_block(const Tensor& block_ids, const Tensor& ke
       .num_packed = n,
       .block_ids = static_cast<const int32_t*>(block_ids.const_data_ptr()),
       .keys = keys.const_data_ptr(),
+      .query_scales = static_cast<const float*>(query_scales.const_data_ptr()),
       .mean = factor(mean),
       .coefficients = factor(coefficients),
       .basis = factor(basis),

@@ -6,11 +6,11 @@
 namespace shadowkv {
 namespace {
 
-void pack_block(const Tensor& block_ids, const Tensor& keys, const Tensor& mean,
-                const Tensor& coefficients, const Tensor& basis, const Tensor& pages,
-                const std::vector<int64_t>& layout_ints) {
-  const PackBlockParams p = read_pack_block(block_ids, keys, mean, coefficients, basis, pages,
-                                            layout_ints, DeviceType::CPU);
+void pack_block(const Tensor& block_ids, const Tensor& keys, const Tensor& query_scales,
+                const Tensor& mean, const Tensor& coefficients, const Tensor& basis,
+                const Tensor& pages, const std::vector<int64_t>& layout_ints) {
+  const PackBlockParams p = read_pack_block(block_ids, keys, query_scales, mean, coefficients,
+                                            basis, pages, layout_ints, DeviceType::CPU);
   parallel_items(p.num_packed * p.layout.num_kv_heads,
                  [&](int64_t i) { SHADOWKV_DISPATCH_ISA(pack_block_kernel, p, i, i + 1); });
 }

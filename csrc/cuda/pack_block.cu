@@ -78,10 +78,11 @@ __device__ __forceinline__ void sum_keys(const T* keys, int64_t stride, int toke
 
 // A warp's chunk of `size` keys that are `stride` elements apart: writes its landmark to shared
 // memory (halfway between the mean of the keys and their mean by the fourth power of their distance
-// from that) and returns the lowest cosine between it and a key, NaN where one is NaN.
+// from that, as queries see it) and returns the lowest cosine between it and a key, NaN where one
+// is NaN.
 template <typename T, int kHeadSize>
 __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, int size,
-                                               float* shared_landmark) {
+                                               const float* shared_scales, float* shared_landmark) {
   constexpr int kPairs = kPairsOf<kHeadSize>;
   const int lane = threadIdx.x % kWarp;
   const auto pair = [&](int t, int i, float& low, float& high) {
@@ -110,6 +111,8 @@ __device__ __forceinline__ float lowest_cosine(const T* keys, int64_t stride, in
       float low, high;
       pair(t, i, low, high);
       low -= mean[i][0], high -= mean[i][1];
+      const int d = 2 * (i * kWarp + lane);
+      if (d < kHeadSize) low *= shared_scales[d], high *= shared_scales[d + 1];
       square += low * low + high * high;
     }
     return warp_sum(square);
@@ -179,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
 
   __shared__ float shared_landmarks[kWarps][kHeadSize];  // first the warps' sums of keys
   __shared__ float shared_mean[kHeadSize];
+  __shared__ float shared_scales[kHeadSize];
   auto* cosines = reinterpret_cast<float*>(dynamic_shared_memory());  // [chunks]
   const int size = static_cast<int>(layout.chunk_size);
   const int chunks = static_cast<int>(layout.chunks());
@@ -195,6 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += shared_landmarks[w][d];
     mean[d] = shared_mean[d] = sum / static_cast<float>(layout.block_size);
+    shared_scales[d] = p.query_scales[head * kHeadSize + d];
   }
   sync_threads();
 
@@ -202,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, 4) pack_keys_kernel(const PackBlockP
   auto* scales = reinterpret_cast<float*>(page + layout.landmark_scales) + head * chunks;
   for (int chunk = warp; chunk < chunks; chunk += kWarps) {
     float* landmark = shared_landmarks[warp];
-    const float cosine =
-        lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size, landmark);
+    const float cosine = lowest_cosine<T, kHeadSize>(keys + chunk * size * stride, stride, size,
+                                                     shared_scales, landmark);
     sync_warp();
     const float scale = quantise_landmark<kHeadSize>(
         [&](int d) { return landmark[d] - shared_mean[d]; }, landmarks + chunk * (kHeadSize / 2));
@@ -272,11 +277,11 @@ __global__ void __launch_bounds__(kThreads) pack_factors_kernel(const PackBlockP
 
 }  // namespace
 
-void pack_block(const Tensor& block_ids, const Tensor& keys, const Tensor& mean,
-                const Tensor& coefficients, const Tensor& basis, const Tensor& pages,
-                const std::vector<int64_t>& layout_ints) {
-  const PackBlockParams p =
-      read_pack_block(block_ids, keys, mean, coefficients, basis, pages, layout_ints, kDevice);
+void pack_block(const Tensor& block_ids, const Tensor& keys, const Tensor& query_scales,
+                const Tensor& mean, const Tensor& coefficients, const Tensor& basis,
+                const Tensor& pages, const std::vector<int64_t>& layout_ints) {
+  const PackBlockParams p = read_pack_block(block_ids, keys, query_scales, mean, coefficients,
+                                            basis, pages, layout_ints, kDevice);
   check_vectors(keys, "keys");
   check_vector_rows(pages, "pages");
   const PageLayout& layout = p.layout;

@@ -13,6 +13,7 @@ struct PackBlockParams {
   int64_t num_packed;         // n
   const int32_t* block_ids;   // [n]
   const void* keys;           // [n, block_size, num_kv_heads, head_size]
+  const float* query_scales;  // [num_kv_heads * head_size]
   const float* mean;          // [n, num_kv_heads * head_size]
   const float* coefficients;  // [n, block_size, rank]
   const float* basis;         // [n, rank, num_kv_heads * head_size], from -127 to 127

@@ -841,12 +841,18 @@ def test_a_length_that_vllm_fits_is_not_refused(make_runtime: Callable[..., Runt
         tight.memory.bound_bytes(1 << 50)
 
 
-def test_only_our_engines_are_bounded(make_runtime: Callable[..., Runtime]) -> None:
-    made = make_runtime(host_memory_gib=1)
-    ours = runtime._measured_bytes(made.geometry.vllm_config, lambda: 1 << 50)
+def test_only_our_engines_are_bounded_and_probed(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, probed = make_runtime(host_memory_gib=1), []
+    monkeypatch.setattr(runtime, "probe", lambda *arguments: probed.append(arguments))
+    worker = SimpleNamespace(vllm_config=made.geometry.vllm_config)
+    ours = runtime._measured_bytes(worker, lambda: 1 << 50)
+    assert probed == [(worker, made.layers)]
     assert ours == made.memory.bound_bytes(1 << 50) < 1 << 50
     other = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}), instance_id="theirs")
-    assert runtime._measured_bytes(other, lambda: 1 << 50) == 1 << 50  # type: ignore[arg-type]
+    assert runtime._measured_bytes(SimpleNamespace(vllm_config=other), lambda: 1 << 50) == 1 << 50
+    assert len(probed) == 1
 
 
 def test_data_parallel_engines_of_ray_are_one_server(
@@ -856,9 +862,10 @@ def test_data_parallel_engines_of_ray_are_one_server(
     made = make_runtime()
     servers = []
     monkeypatch.setattr(machine, "promised_to_others", lambda server: servers.append(server) or 0)
+    monkeypatch.setattr(runtime, "probe", lambda *arguments: None)
     config = copy.copy(made.geometry.vllm_config)
     for config.instance_id in ("0a1b2", "0a1b2_dp0", "0a1b2_dp11"):
-        runtime._measured_bytes(config, lambda: 1 << 30)
+        runtime._measured_bytes(SimpleNamespace(vllm_config=config), lambda: 1 << 30)
     assert servers == ["0a1b2"] * 3
 
 

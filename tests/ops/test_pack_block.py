@@ -47,6 +47,7 @@ def make_arguments(layout: PageLayout, block_ids: tuple[int, ...] = (3, 1)) -> A
     return {
         "block_ids": torch.tensor(block_ids, dtype=torch.int32),
         "keys": keys.to(layout.dtype).view(n, layout.block_size, layout.num_kv_heads, layout.head_size),
+        "query_scales": 0.1 + 3 * torch.rand(width, generator=generator),
         "mean": randn(generator, n, width),
         "coefficients": randn(generator, n, layout.block_size, rank) if rank else torch.empty(0),
         "basis": 50 * randn(generator, n, rank, width) if rank else torch.empty(0),
@@ -76,7 +77,8 @@ def exact_landmarks(arguments: Arguments) -> tuple[Tensor, Tensor]:
     landmarks = keys.new_empty(*keys.shape[:3], layout.head_size)
     for place in itertools.product(*map(range, keys.shape[:3])):
         mean = keys[place].mean(0)
-        weights = torch.stack([(key - mean).norm() ** 4 for key in keys[place]])
+        scales = arguments["query_scales"].double().unflatten(0, (layout.num_kv_heads, -1))[place[1]]
+        weights = torch.stack([((key - mean) * scales).norm() ** 4 for key in keys[place]])
         landmarks[place] = 0.5 * mean + 0.5 * torch.einsum("t,td->d", weights / weights.sum(), keys[place])
     means = keys.mean((2, 3))
     return means, landmarks - means.unsqueeze(2)
@@ -340,6 +342,8 @@ def test_opcheck() -> None:
         ("keys", lambda t: t.half(), "keys: expected dtype DTYPE, got Half"),
         ("keys", lambda t: t[:, :-8].contiguous(), r"keys: expected shape \[2, 64, 1, 64\], got \[2, 56, 1, 64\]"),
         ("keys", lambda t: t.repeat(1, 1, 2, 1)[:, :, ::2], "keys: expected contiguous memory"),
+        ("query_scales", lambda t: t[:-1], r"query_scales: expected shape \[64\], got \[63\]"),
+        ("query_scales", lambda t: t.half(), "query_scales: expected dtype Float, got Half"),
         ("mean", lambda t: t.double(), "mean: expected dtype Float, got Double"),
         ("coefficients", lambda t: t[..., :-1], "coefficients: expected contiguous memory"),
         ("coefficients", lambda t: t[:1], r"coefficients: expected shape \[2, 64, 16\], got \[1, 64, 16\]"),

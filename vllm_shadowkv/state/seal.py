@@ -49,9 +49,13 @@ def _seal(memories: Sequence[LayerMemory], block_ids: Tensor, exact_ids: Tensor,
             values = memory.exact_views[1]
             ops.store_values(block_ids, exact_ids, values, memory.pages, memory.host_pool, memory.layout)
     keys = [_gather_keys(memory, exact_ids) for memory in memories]
-    factors = _factorise(memories, keys, first_positions)
-    for memory, of_layer, (mean, coefficients, basis) in zip(memories, keys, factors, strict=True):
-        ops.pack_block(block_ids, of_layer, mean, coefficients, basis, memory.pages, memory.layout)
+    scales = torch.ones(len(memories), memories[0].layout.width, device=device)
+    for row, memory in zip(scales, memories, strict=True):
+        if memory.query_scales is not None:
+            row.copy_(memory.query_scales)
+    factors = _factorise(memories, keys, scales, first_positions)
+    for memory, of_layer, row, parts in zip(memories, keys, scales, factors, strict=True):
+        ops.pack_block(block_ids, of_layer, row, *parts, memory.pages, memory.layout)
     if side:
         torch.cuda.current_stream(device).wait_stream(side)
 
@@ -63,7 +67,7 @@ def _gather_keys(memory: LayerMemory, exact_ids: Tensor) -> Tensor:
 
 
 def _factorise(
-    memories: Sequence[LayerMemory], keys: list[Tensor], first_positions: Tensor
+    memories: Sequence[LayerMemory], keys: list[Tensor], scales: Tensor, first_positions: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each layer's mean, coefficients and basis as `ops.pack_block` takes them; empty where keys stay exact."""
     layout = memories[0].layout
@@ -74,10 +78,6 @@ def _factorise(
     )
     n, device = len(first_positions), keys[0].device
     weighed = torch.empty(len(keys), n, layout.block_size, layout.width, dtype=torch.float32, device=device)
-    scales = torch.ones(len(keys), layout.width, device=device)
-    for row, memory in zip(scales, memories, strict=True):
-        if memory.query_scales is not None:
-            row.copy_(memory.query_scales)
     for of_layer, memory, rotated, row in zip(weighed, memories, keys, scales, strict=True):
         before_rope = undo(memory.rotary, rotated.flatten(0, 1), positions.flatten())
         torch.mul(before_rope.view_as(of_layer), row, out=of_layer)

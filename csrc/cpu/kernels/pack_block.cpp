@@ -20,9 +20,9 @@ namespace {
 constexpr int kMaxChunkSize = 16;
 
 // The landmark of a chunk: halfway between the mean of its keys and their mean by the fourth power
-// of their distance from that. NaN where a key has one.
+// of their distance from that, as queries see it. NaN where a key has one.
 template <int kHeadSize>
-void make_landmark(const float* keys, int64_t size, float* landmark) {
+void make_landmark(const float* keys, int64_t size, const float* query_scales, float* landmark) {
   constexpr int kVectors = kHeadSize / kLanes;
   FloatV mean[kVectors] = {};
   for (int64_t t = 0; t < size; ++t) {
@@ -34,7 +34,8 @@ void make_landmark(const float* keys, int64_t size, float* landmark) {
   for (int64_t t = 0; t < size; ++t) {
     FloatV square = {};
     for (int v = 0; v < kVectors; ++v) {
-      const FloatV distance = load(keys + t * kHeadSize + v * kLanes) - mean[v];
+      const FloatV apart = load(keys + t * kHeadSize + v * kLanes) - mean[v];
+      const FloatV distance = apart * load(query_scales + v * kLanes);
       square += distance * distance;
     }
     squares[t] = sum(square);
@@ -145,7 +146,7 @@ void pack_head(const PackBlockParams& p, int64_t i, int64_t head, uint8_t* page)
     for (int64_t t = 0; t < size; ++t) {
       widen(keys + (chunk * size + t) * stride, 1, kHeadSize, rows + t * kHeadSize);
     }
-    make_landmark<kHeadSize>(rows, size, landmark);
+    make_landmark<kHeadSize>(rows, size, p.query_scales + head * kHeadSize, landmark);
     const float cosine = lowest_cosine<kHeadSize>(rows, size, landmark);
     for (int i = 0; i < kHeadSize; ++i) landmark[i] -= mean[i];
     scales[chunk] = quantise_landmark<kHeadSize>(landmark, landmarks + chunk * (kHeadSize / 2));

@@ -111,6 +111,5 @@ def _measured_bytes(worker: Any, measure: Callable[[], int]) -> int:
     # The worker's own configuration: a model may be built with a copy of it, which gets another id.
     server = worker.vllm_config.instance_id.partition("_dp")[0]  # data parallel engines of Ray's are one server
     available = runtime.memory.measured_bytes(measure, server)
-    if runtime.geometry.layout.rank:
-        probe(worker, runtime.layers)
+    probe(worker, runtime.layers)
     return available
