@@ -99,7 +99,7 @@ def plot(records: list[Found], path: Path) -> None:
     from matplotlib import pyplot
 
     texts = list(dict.fromkeys(r.text for r in records))
-    figure, panels = pyplot.subplots(1, len(texts), figsize=(3.4 * len(texts), 3.4), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(3.4 * len(texts), 3.8), sharey=True, squeeze=False)
     for panel, text in zip(panels[0], texts, strict=True):
         for choice in CHOICES:
             style = ":" if "left out" in choice else "--" if choice == BEST else "-"
@@ -110,8 +110,8 @@ def plot(records: list[Found], path: Path) -> None:
         panel.set_xlabel("budget, tokens")
     panels[0][0].set_ylim(0, 1.05 * max(max(means(records, choice, text)) for choice in CHOICES for text in texts))
     panels[0][0].set_ylabel("relative error of the attention output")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=120)
 
 
