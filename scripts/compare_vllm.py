@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parent.parent / "vllm_shadowkv"
 RELIED_ON = {
     "v1.worker.cpu_worker": ["CPUWorker.determine_available_memory"],
     "v1.worker.gpu_worker": ["Worker.determine_available_memory", "Worker.sleep"],
-    "v1.worker.gpu_model_runner": ["GPUModelRunner._init_minimal_kv_cache_for_profiling"],
+    "v1.worker.gpu_model_runner": ["GPUModelRunner._dummy_run", "GPUModelRunner._init_minimal_kv_cache_for_profiling"],
+    "v1.worker.gpu.model_runner": ["GPUModelRunner._dummy_run"],
     "v1.worker.gpu.cudagraph_utils": ["_init_minimal_kv_cache_for_profiling"],
     "v1.worker.gpu.block_table": ["BlockTables.gather_block_tables"],
     "v1.worker.gpu.warmup": ["_warmup_kernels"],
