@@ -240,7 +240,7 @@ def test_the_pool_is_what_plan_says(trials: Trials, trial: Trial) -> None:
     assert plan.num_blocks == counts["blocks"]
     assert plan.num_blocks * plan.pool.block_bytes == counts["device bytes"]
     assert plan.host_pool_bytes == counts["host bytes"]
-    assert counts["weighed layers"] == counts["layers"]
+    assert counts["weighed layers"] == counts["layers to weigh"] > 0
     assert plan.pool.boundary.prefill_exact_tokens == counts["exact prompt tokens"]
     assert plan.min_blocks - 1 == counts["blocks of the longest request"], "the null block is not counted there"
 

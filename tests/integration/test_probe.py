@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm.config import CUDAGraphMode
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.sequence import IntermediateTensors
 
 from vllm_shadowkv.integration.worker import probe as probed
@@ -21,7 +22,7 @@ class Runner:
 
     def __init__(self, max_tokens: int = 1000) -> None:
         self.max_num_tokens = max_tokens
-        self.layers = SimpleNamespace(by_name={"ours": layer(), "not run": layer()}, seen=None)
+        self.layers = SimpleNamespace(by_name={name: layer(name) for name in ("ours", "not run")}, seen=None)
         self.input, self.uses_inputs_embeds = torch.zeros(max_tokens, 4, 8), False
         self.model_state = SimpleNamespace(dummy_inputs_embeds=lambda tokens: self.input[:tokens])
         self.intermediate_tensors: IntermediateTensors | None = None
@@ -44,9 +45,10 @@ class Runner:
         self.layers.seen["ours"] = query.square().mean(0)
 
 
-def layer() -> Any:
-    attention = SimpleNamespace(num_kv_heads=2)
-    return SimpleNamespace(attention=attention, rotary=Rotary.identity(), query_scales=None)
+def layer(name: str) -> Any:
+    attention = SimpleNamespace(num_kv_heads=2, layer_name=name)
+    pseudo = {suffix: SimpleNamespace(layer_name=f"{name}.{suffix}") for suffix in ("exact", "slots")}
+    return SimpleNamespace(attention=attention, rotary=Rotary.identity(), query_scales=None, **pseudo)
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +58,18 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-def run(runner: Runner, v2: bool = False) -> Tensor:
-    worker = SimpleNamespace(model_runner=runner, use_v2_model_runner=v2, vllm_config=None, device="cpu")
+def a(base: type) -> Any:
+    """A layer of a class of vLLM's, and nothing of it."""
+    return object.__new__(type("Other", (base,), dict.fromkeys(base.__abstractmethods__)))
+
+
+def run(runner: Runner, v2: bool = False, on_cpu: bool = True, **others: Any) -> Tensor:
+    context = dict.fromkeys(("ours", "ours.exact", "ours.slots", "not run"), a(AttentionLayerBase)) | others
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    worker = SimpleNamespace(model_runner=runner, use_v2_model_runner=v2, vllm_config=config, device="cpu")
     worker.model_config = SimpleNamespace(dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probed, "current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
         patch.setattr(probed, "set_current_vllm_config", lambda config: torch.no_grad())
         before = torch.get_rng_state()
         probe(worker, runner.layers)
@@ -77,7 +87,7 @@ def test_layers_get_scales_from_the_same_input_every_time() -> None:
     assert torch.equal(run(second), scales)
     assert scales.shape == (16,)
     assert scales.std() > 0.01
-    assert first.calls == [(TOKENS, {"skip_eplb": True, "cudagraph_runtime_mode": CUDAGraphMode.NONE})]
+    assert first.calls == [(TOKENS, {"skip_eplb": True, "is_profile": True})]
 
 
 def test_the_v2_runner_is_asked_in_its_words_and_small_steps_are_kept_to() -> None:
@@ -105,6 +115,23 @@ def test_a_later_stage_reads_random_hidden_states(stage: SimpleNamespace, made: 
     assert runner.queries[0].std().item() == pytest.approx(1, abs=0.05)
     assert runner.intermediate_tensors is not None
     assert not runner.intermediate_tensors["hidden_states"].any()
+
+
+@pytest.mark.parametrize(
+    ("other", "on_cpu", "runs"),
+    [
+        (a(MambaBase), True, False),
+        (a(MambaBase), False, False),
+        (a(AttentionLayerBase), True, False),
+        (a(AttentionLayerBase), False, True),
+        (SimpleNamespace(), True, True),  # experts
+    ],
+)
+def test_models_whose_run_reads_what_nobody_wrote_are_left_alone(other: Any, on_cpu: bool, runs: bool) -> None:
+    """Layers with a state return memory as it was, and so does vLLM's attention on the CPU, not that on GPUs."""
+    runner = Runner()
+    scales = run(runner, on_cpu=on_cpu, other=other)
+    assert len(runner.calls) == runs == (scales is not None)
 
 
 def test_a_run_that_fails_leaves_nobody_looking() -> None:

@@ -293,6 +293,7 @@ def _count_events(counts: dict[str, int]) -> None:
 
 def _note_pool(llm: Any, counts: dict[str, int]) -> None:
     """What the engine has of memory, in blocks, tokens and bytes."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     from vllm_shadowkv.integration.worker.runtime import Runtime
@@ -304,7 +305,9 @@ def _note_pool(llm: Any, counts: dict[str, int]) -> None:
     counts["blocks"] = cache.num_blocks
     scales = [memory.query_scales for memory in memories]
     counts["weighed layers"] = sum(of_layer is not None and bool((of_layer != 1).any()) for of_layer in scales)
-    counts["layers"] = len(scales)
+    context = core.vllm_config.compilation_config.static_forward_context.values()
+    beside = len([one for one in context if isinstance(one, AttentionLayerBase)]) - 3 * len(scales)
+    counts["layers to weigh"] = 0 if beside else len(scales)
     counts["device bytes"] = sum(memory.pages.nbytes for memory in memories)
     counts["host bytes"] = sum(memory.host_pool.nbytes for memory in memories)
     counts["exact prompt tokens"] = bound.boundary.prefill_exact_tokens or 0
